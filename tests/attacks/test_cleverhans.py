@@ -1,0 +1,210 @@
+import math
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from tests.backends import on_tensorflow
+
+pytestmark = on_tensorflow
+cleverhans = pytest.importorskip("keras_drsl.attacks.cleverhans", exc_type=ImportError)
+
+WEIGHTS = np.array([[1.0, -1.0, 0.5], [0.3, 0.8, -0.2], [-0.4, 0.1, 0.9], [0.2, 0.2, 0.2]], "float32")
+
+
+def linear_model(weights):
+    """Logits linear in the input: the worst perturbation is known in closed form."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(weights.shape[1])])
+    model.layers[0].set_weights([weights, np.zeros(weights.shape[1])])
+    return model
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return linear_model(WEIGHTS)
+
+
+def inputs(count=50, weights=WEIGHTS):
+    """Inputs at least 0.2 away from the clip range, with the label the linear model gives them."""
+    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
+    return x, (x @ weights).argmax(1)
+
+
+def exact_robust(x, y, eps, norm, weights=WEIGHTS):
+    """Where no perturbation within eps makes a rival win: the margin to each rival minus eps times the dual norm."""
+    robust = np.ones(len(x), bool)
+    for rival in range(weights.shape[1]):
+        slope = weights[:, y] - weights[:, [rival]]
+        margin = (x.T * slope).sum(0)
+        dual = np.abs(slope).sum(0) if norm == "inf" else np.sqrt((slope**2).sum(0))
+        robust &= (margin > eps * dual) | (y == rival)
+    return robust
+
+
+def withstands(model, x_adv, y):
+    return model.predict(x_adv, verbose=0).argmax(1) == y
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+# With more than two classes the cross-entropy's gradient averages over the rivals and misses some of the worst cases.
+@pytest.mark.parametrize(("loss", "classes"), [("ce", 2), ("margin", 2), ("margin", 3)])
+def test_pgd_reaches_the_exact_worst_case_of_a_linear_model(loss, classes, norm):
+    weights = WEIGHTS[:, :classes]
+    x, y = inputs(weights=weights)
+    model = linear_model(weights)
+    expected = exact_robust(x, y, 0.15, norm, weights)
+    assert 0.2 < expected.mean() < 0.8
+    attack = cleverhans.ProjectedGradientDescent(0.15, loss=loss, norm=norm, steps=30, restarts=3)
+    np.testing.assert_array_equal(withstands(model, attack(model, x, y), y), expected)
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_fast_gradient_is_a_valid_attack_no_stronger_than_the_worst_case(linear, norm):
+    x, y = inputs()
+    x_adv = cleverhans.FastGradientMethod(0.15, norm=norm)(linear, x, y)
+    withstood = withstands(linear, x_adv, y)
+    assert np.all(withstood >= exact_robust(x, y, 0.15, norm))
+    assert withstood.mean() < 1
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_perturbations_stay_in_the_ball_and_the_clip_range(linear, norm):
+    x, y = inputs()
+    x[:10], x[10:20] = 0.0, 1.0
+    for attack in (
+        cleverhans.FastGradientMethod(0.3, norm=norm),
+        cleverhans.ProjectedGradientDescent(0.3, norm=norm, steps=10, restarts=2),
+    ):
+        x_adv = attack(linear, x, y)
+        delta = np.abs(x_adv - x)
+        size = delta.max(1) if norm == "inf" else np.sqrt((delta**2).sum(1))
+        assert size.max() <= 0.3 + 1e-6
+        assert size.min() > 0
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+
+
+def test_the_true_label_is_attacked_even_where_the_model_is_wrong(linear):
+    x, y = inputs()
+    wrong = (y + 1) % 3
+    attack = cleverhans.ProjectedGradientDescent(0.01, steps=5)
+    assert not withstands(linear, attack(linear, x, wrong), wrong).any()
+
+
+def test_scaled_logits_blunt_the_cross_entropy_but_not_the_margin(linear):
+    x, y = inputs()
+    huge = linear_model(WEIGHTS * 1e4)
+    expected = exact_robust(x, y, 0.15, "inf")
+    knobs = {"steps": 30, "restarts": 3}
+    on_ce = cleverhans.ProjectedGradientDescent(0.15, loss="ce", **knobs)(huge, x, y)
+    on_margin = cleverhans.ProjectedGradientDescent(0.15, loss="margin", **knobs)(huge, x, y)
+    assert withstands(huge, on_ce, y).mean() > expected.mean() + 0.1
+    np.testing.assert_array_equal(withstands(huge, on_margin, y), expected)
+
+
+def test_label_forms_agree(linear):
+    x, y = inputs(10)
+    attack = cleverhans.FastGradientMethod(0.1)
+    expected = attack(linear, x, y)
+    for labels in (y[:, None], np.eye(3)[y], y.astype("float32")):
+        np.testing.assert_array_equal(attack(linear, x, labels), expected)
+
+
+def test_equal_seeds_give_equal_attacks_and_others_do_not(linear):
+    x, y = inputs(10)
+    knobs = {"steps": 1, "step_size": 1e-6}
+    first, again, other = (
+        cleverhans.ProjectedGradientDescent(0.1, seed=seed, **knobs)(linear, x, y) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_starts_are_random_and_each_restart_has_its_own(linear):
+    x, y = inputs(10)
+    attack = cleverhans.ProjectedGradientDescent(0.1, steps=1, step_size=1e-6)
+    first, second = attack(linear, x, y), attack(linear, x, y)
+    assert np.abs(first - x).max() > 0.05
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_a_model_is_compiled_once_for_all_batches(linear):
+    x, y = inputs()
+    calls = []
+
+    def logits_fn(x):
+        calls.append(1)
+        return linear(x)
+
+    attack = cleverhans.ProjectedGradientDescent(0.1, steps=3)
+    attack(logits_fn, x, y)
+    count = len(calls)
+    attack(logits_fn, x[:7], y[:7])
+    assert len(calls) == count
+
+
+def test_dropout_and_noise_are_off_and_the_model_is_left_as_it_was():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.GaussianNoise(1.0),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.9),
+            keras.layers.Dense(3),
+        ]
+    )
+    before = model.get_weights()
+    x, y = inputs(10)
+    attack = cleverhans.FastGradientMethod(0.1)
+    np.testing.assert_array_equal(attack(model, x, y), attack(model, x, y))
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("eps", [0, -0.1, math.nan, "0.1"])
+    def test_eps_must_be_positive(self, eps):
+        with pytest.raises(ValueError, match="`eps` must be a positive number. Received: eps="):
+            cleverhans.FastGradientMethod(eps)
+
+    @pytest.mark.parametrize(
+        ("knob", "rule"),
+        [
+            ({"loss": "dlr"}, "`loss` must be one of 'ce', 'margin'. Received: loss='dlr'"),
+            ({"norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
+            ({"steps": 0}, "`steps` must be an integer of 1 or more. Received: steps=0"),
+            ({"restarts": 0}, "`restarts` must be an integer of 1 or more. Received: restarts=0"),
+            ({"step_size": 0.2}, r"`step_size` must be a number in \(0, eps\] = \(0, 0.1\]. Received: step_size=0.2"),
+            ({"clip_min": 1.0}, "`clip_min` must be below `clip_max`. Received: clip_min=1.0, clip_max=1.0"),
+        ],
+    )
+    def test_knobs_are_named(self, knob, rule):
+        with pytest.raises(ValueError, match=rule):
+            cleverhans.ProjectedGradientDescent(0.1, **knob)
+
+    def test_inputs_outside_the_clip_range_are_refused(self, linear):
+        x, y = inputs(5)
+        for bad in (x * 255, np.where(x > 0.5, np.nan, x)):
+            with pytest.raises(
+                ValueError, match=r"`x` must lie in \[clip_min, clip_max\] = \[0, 1\]. Received: values"
+            ):
+                cleverhans.FastGradientMethod(0.1)(linear, bad, y)
+
+    def test_probabilities_are_not_taken_for_logits(self, linear):
+        x, y = inputs(5)
+        model = keras.Sequential([linear, keras.layers.Softmax()])
+        with pytest.raises(ValueError, match="`logits_fn` must return logits, but its outputs look like probabilities"):
+            cleverhans.FastGradientMethod(0.1)(model, x, y)
+
+    def test_labels_must_match_the_inputs(self, linear):
+        x, y = inputs(5)
+        with pytest.raises(
+            ValueError, match=r"`y` must hold one label for each of the 5 inputs. Received: y.shape=\(4,\)"
+        ):
+            cleverhans.FastGradientMethod(0.1)(linear, x, y[:4])
+
+    def test_without_the_library_the_extra_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cleverhans.tf2.attacks.fast_gradient_method", None)
+        with pytest.raises(ImportError, match=r'pip install "keras-drsl\[attacks\]"'):
+            cleverhans.FastGradientMethod(0.1)

@@ -1,0 +1,59 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_drsl
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_importing_it_loads_nothing_but_itself_and_keras():
+    # Keras itself imports matplotlib where it is installed.
+    code = """
+import json, sys, keras
+before = set(sys.modules)
+import keras_drsl
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert loaded <= {"keras_drsl"} | set(sys.stdlib_module_names)
+
+
+def test_public_names_are_documented():
+    for name in keras_drsl.__all__:
+        doc = getattr(keras_drsl, name).__doc__
+        for section in ("Args:", "Raises:", "Example:", "Reference:"):
+            assert section in doc, (name, section)
+
+
+def test_the_wheel_works_from_outside_the_tree(tmp_path):
+    pytest.importorskip("build")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (wheel,) = tmp_path.glob("keras_drsl-*.whl")
+    assert keras_drsl.__version__ in wheel.name
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    assert (site / "keras_drsl" / "py.typed").exists()
+    code = "import keras_drsl, keras_drsl.attacks.cleverhans; print(keras_drsl.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.stdout.splitlines()[-1] == str(site / "keras_drsl" / "__init__.py")

@@ -1,0 +1,129 @@
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_drsl.spread import MEASURES, SPACES, SPREADS, class_values, diversity, spread
+from tests import reference
+from tests.backends import gradient, on_tensorflow, values
+
+logits = hnp.arrays("float64", st.tuples(st.integers(1, 3), st.integers(3, 6)), elements=st.floats(-20, 20, width=32))
+
+
+def spread_of(z, y, space="log_softmax", kind="sum_of_squares"):
+    z = np.asarray(z, "float32")
+    return values(spread(class_values(z, from_logits=True, space=space), np.asarray(y, "float32"), kind=kind))
+
+
+def labels_for(z):
+    """The first class of the first sample, the second of the second, ..."""
+    return reference.one_hot(np.arange(len(z)), z.shape[-1])
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("space", SPACES)
+def test_spread_is_the_formula_written_as_a_loop(space, kind):
+    rng = np.random.default_rng(1)
+    z = rng.normal(0, 3, (7, 5))
+    for y in (reference.one_hot(rng.integers(0, 5, 7), 5), rng.dirichlet(np.ones(5), 7)):
+        expected = reference.each(reference.spread, y, z, space=space, kind=kind)
+        np.testing.assert_allclose(spread_of(z, y, space, kind), expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_diversity_is_the_formula_written_as_a_loop(measure, space):
+    rng = np.random.default_rng(2)
+    z = rng.normal(0, 3, (7, 5))
+    for y in (reference.one_hot(rng.integers(0, 5, 7), 5), rng.dirichlet(np.ones(5), 7)):
+        expected = reference.each(reference.diversity, y, z, measure=measure, space=space)
+        v = class_values(z.astype("float32"), from_logits=True, space="log_softmax" if measure == "entropy" else space)
+        got = values(diversity(v, y.astype("float32"), measure=measure))
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_entropy_is_one_when_even_zero_when_one_rival_has_everything_and_one_for_two_classes():
+    y = reference.one_hot([0, 0], 4).astype("float32")
+    v = np.array([[9, 1, 1, 1], [9, 1, -1e4, -1e4]], "float32")
+    np.testing.assert_allclose(values(diversity(v, y, measure="entropy")), [1.0, 0.0], atol=1e-6)
+    two = reference.one_hot([0, 1], 2).astype("float32")
+    np.testing.assert_array_equal(values(diversity(v[:, :2], two, measure="entropy")), [1.0, 1.0])
+
+
+def test_entropy_survives_a_true_class_far_above_its_rivals():
+    z = np.array([[1e4, 0.0, 1.0, 2.0]], "float32")
+    shares = np.exp([0, 1, 2]) / np.exp([0, 1, 2]).sum()
+    expected = -np.sum(shares * np.log(shares)) / np.log(3)
+    got = values(diversity(z, reference.one_hot([0], 4).astype("float32"), measure="entropy"))
+    np.testing.assert_allclose(got, [expected], rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.floats(-50, 50, width=32))
+def test_log_space_does_not_see_a_constant_added_to_all_logits(z, constant):
+    y = labels_for(z)
+    np.testing.assert_allclose(spread_of(z + constant, y), spread_of(z, y), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.randoms(use_true_random=False), st.sampled_from(SPACES), st.sampled_from(SPREADS))
+def test_spread_does_not_see_the_order_of_the_non_true_classes(z, random, space, kind):
+    order = list(range(1, z.shape[-1]))
+    random.shuffle(order)
+    y = reference.one_hot([0] * len(z), z.shape[-1])
+    shuffled = spread_of(z[:, [0, *order]], y, space, kind)
+    np.testing.assert_allclose(shuffled, spread_of(z, y, space, kind), rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.sampled_from(SPACES), st.sampled_from(SPREADS))
+def test_spread_is_never_negative(z, space, kind):
+    assert np.all(spread_of(z, labels_for(z), space, kind) >= 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32), st.integers(2, 12), st.sampled_from(SPREADS))
+def test_spread_of_equal_rivals_is_exactly_zero_with_a_gradient_of_exactly_zero(true, rival, classes, kind):
+    z = np.full((1, classes), rival, "float32")
+    z[0, 0] = true
+    y = reference.one_hot([0], classes).astype("float32")
+    assert spread_of(z, y, kind=kind)[0] == 0
+    np.testing.assert_array_equal(gradient(lambda z: spread(z, y, kind=kind), z), np.zeros((1, classes)))
+
+
+def test_two_classes_and_a_one_hot_label_have_no_spread():
+    z = np.random.default_rng(0).normal(0, 50, (20, 2))
+    y = reference.one_hot([0, 1] * 10, 2)
+    for space in SPACES:
+        for kind in SPREADS:
+            np.testing.assert_array_equal(spread_of(z, y, space, kind), np.zeros(20))
+
+
+def test_sum_of_squares_is_variance_times_the_number_of_rivals():
+    z = np.random.default_rng(0).normal(0, 2, (6, 9))
+    y = labels_for(z)
+    np.testing.assert_allclose(spread_of(z, y), 8 * spread_of(z, y, kind="variance"), rtol=1e-5)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("space", SPACES)
+def test_gradient_is_that_of_central_differences_in_float64(space, kind):
+    rng = np.random.default_rng(3)
+    z = rng.normal(0, 2, (4, 5))
+    for y in (reference.one_hot([0, 3, 4, 1], 5), rng.dirichlet(np.ones(5), 4)):
+        got = gradient(lambda z: spread(class_values(z, from_logits=True, space=space), y, kind=kind), z, "float64")
+        expected = reference.gradient(lambda z: reference.each(reference.spread, y, z, space=space, kind=kind), z)
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_probabilities_and_logits_give_the_same_values_up_to_a_constant():
+    z = np.random.default_rng(4).normal(0, 5, (6, 7))
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    y = labels_for(z)
+    for space in SPACES:
+        v = class_values(p.astype("float32"), from_logits=False, space=space)
+        got = values(spread(v, y.astype("float32")))
+        np.testing.assert_allclose(got, spread_of(z, y, space), rtol=1e-4, atol=1e-7)
