@@ -54,7 +54,7 @@ class _CleverhansAttack:
 
         Returns:
             Inputs of the same shape, within `eps` of `x` and within the clip range: for each the first start's result
-            that is misclassified, or else the last start's.
+            that is misclassified, or else the last start's. What one start broke, the next ones leave alone.
 
         Raises:
             ValueError: for inputs outside the clip range, labels that don't match, or a function that returns
@@ -70,14 +70,14 @@ class _CleverhansAttack:
             _check_logits(_call(logits_fn, x[:100]))
             self._programs[logits_fn] = self._compile(logits_fn, x.shape[1:])
         y = _class_ids(y, len(x))
-        best, broken = self._programs[logits_fn](x, y)
-        for _ in range(self.restarts - 1):
-            if np.all(broken):
+        x_adv, standing = np.empty_like(x), np.arange(len(x))
+        for _ in range(self.restarts):
+            attacked, broken = self._programs[logits_fn](x[standing], y[standing])
+            x_adv[standing] = attacked
+            standing = standing[~broken.numpy()]
+            if len(standing) == 0:
                 break
-            again, broken_again = self._programs[logits_fn](x, y)
-            best = np.where(np.reshape(broken, (-1, *[1] * (x.ndim - 1))), best, again)
-            broken = np.logical_or(broken, broken_again)
-        return np.asarray(best)
+        return x_adv
 
     def _compile(self, logits_fn: Callable, shape: tuple[int, ...]) -> Any:
         import tensorflow as tf
