@@ -53,24 +53,24 @@ def main():
     args = parse_arguments()
     out = prepare_output(args)
     train, test = load_data(args.dataset, args.data_dir)
-    attacked = tuple(values[: args.max_images] for values in test)
+    test = tuple(values[: args.max_images] for values in test)
 
     rows = []
     for noise in dict.fromkeys((0.0, args.noise)):
         for loss in ("ce", "drs") if args.loss == "both" else (args.loss,):
-            runs = [fit_and_attack(loss, noise, seed, train, test, attacked, args, out) for seed in range(args.seeds)]
+            runs = [fit_and_attack(loss, noise, seed, train, test, args, out) for seed in range(args.seeds)]
             rows.append({"loss": loss, "noise": noise, "runs": runs})
 
-    table = make_table(rows, args, len(attacked[0]))
+    table = make_table(rows, args, len(test[0]))
     print(table)
     stem = out / f"fit_{args.dataset}"
     stem.with_suffix(".md").write_text(table)
-    stem.with_suffix(".json").write_text(json.dumps(describe(args, len(attacked[0])) | {"rows": rows}, indent=1))
+    stem.with_suffix(".json").write_text(json.dumps(describe(args, len(test[0])) | {"rows": rows}, indent=1))
     plot(rows, args, stem)
     print(f"Written: {stem}.md, .json, .png, {stem}_rivals.png and the models in {out / 'models'}")
 
 
-def fit_and_attack(loss, noise, seed, train, test, attacked, args, out):
+def fit_and_attack(loss, noise, seed, train, test, args, out):
     """Train one model, save it, attack it; returns its row for one seed."""
     print(f"\n{args.dataset}: loss={loss} noise={noise:g} seed={seed}")
     keras.utils.set_random_seed(seed)
@@ -86,15 +86,16 @@ def fit_and_attack(loss, noise, seed, train, test, attacked, args, out):
 
     logits_model = keras.Model(model.inputs[0], model.get_layer("logits").output)
     clean = model.evaluate(*test, verbose=0, return_dict=True)
+    accuracy, _ = attack(logits_model, *test, args.eps, restarts=RESTARTS, seed=seed)
     row = {
         "seed": seed,
         "clean": clean["accuracy"],
         "diversity": clean["softmax_diversity"],
         "epoch_seconds": float(np.median(timer.seconds)),
-        **attack(logits_model, *attacked, args.eps, restarts=RESTARTS, seed=seed),
+        **accuracy,
     }
     if seed == 0:
-        row["curve"] = robustness_curve(logits_model, *attacked, args.eps, row["worst_case"])
+        row["curve"] = robustness_curve(logits_model, *test, args.eps)
         row["rivals"] = sorted_rivals(logits_model, *test)
     return row
 
@@ -131,7 +132,10 @@ def build_model(shape, noise):
 
 
 def attack(logits_model, x, y, eps, *, restarts, seed=0):
-    """Accuracy under each attack, and where all of them fail: an image wrong without an attack counts as broken."""
+    """Accuracy under each attack and in the worst case, and which images withstand all.
+
+    An image the model gets wrong without an attack counts as broken.
+    """
     knobs = {"steps": STEPS, "restarts": restarts, "seed": seed}
     attacks = {
         "fgm": cleverhans.FastGradientMethod(eps),
@@ -150,21 +154,21 @@ def attack(logits_model, x, y, eps, *, restarts, seed=0):
             withstood[batch] &= is_right(logits_model, x_adv, y[batch])
         accuracy[name] = float(withstood.mean())
         worst_case &= withstood
-    return accuracy | {"worst_case": float(worst_case.mean())}
+    return accuracy | {"worst_case": float(worst_case.mean())}, worst_case
 
 
 def is_right(logits_model, x, y):
     return logits_model.predict(x, batch_size=500, verbose=0).argmax(axis=-1) == y
 
 
-def robustness_curve(logits_model, x, y, eps, at_eps):
-    """Worst-case accuracy against the radius of the attack, fewer starts than in the table."""
-    curve = [[0.0, float(is_right(logits_model, x, y).mean())]]
+def robustness_curve(logits_model, x, y, eps):
+    """Worst-case accuracy against the radius of the attack; what a smaller radius broke stays broken."""
+    standing = is_right(logits_model, x, y)
+    curve = [[0.0, float(standing.mean())]]
     for factor in CURVE:
-        value = (
-            at_eps if factor == 1 else attack(logits_model, x, y, factor * eps, restarts=CURVE_RESTARTS)["worst_case"]
-        )
-        curve.append([factor * eps, value])
+        _, withstood = attack(logits_model, x[standing], y[standing], factor * eps, restarts=CURVE_RESTARTS)
+        standing[standing] = withstood
+        curve.append([factor * eps, float(standing.mean())])
     return curve
 
 
@@ -188,9 +192,9 @@ def load_data(dataset, data_dir):
         x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
         return (x_train, y_train), (x_test, y_test)
 
-    import tensorflow_datasets as tfds
-
     try:
+        import tensorflow_datasets as tfds
+
         parts = tfds.load(
             dataset,
             split=["train", "test"],
@@ -199,6 +203,8 @@ def load_data(dataset, data_dir):
             batch_size=-1,
             as_supervised=True,
         )
+    except ImportError as error:
+        sys.exit(f'{dataset} needs `pip install "keras-drsl[examples]"`: {error}')
     except Exception as error:
         sys.exit(
             f"{dataset} could not be loaded: {type(error).__name__}: {error}\n"
@@ -249,7 +255,7 @@ def plot(rows, args, stem):
             x, y = zip(*points, strict=True) if key == "curve" else (range(1, 10), points)
             style = {"color": "C0" if row["loss"] == "drs" else "C1", "ls": "-" if row["noise"] else "--"}
             axes.plot(x, np.multiply(y, 100) if key == "curve" else y, "o", label=label(row, args), **style)
-        axes.set(xlabel=x_label, ylabel=y_label, title=args.dataset)
+        axes.set(xlabel=x_label, ylabel=y_label, title=f"{args.dataset}, seed 0")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=150)
@@ -261,10 +267,10 @@ def plot(rows, args, stem):
 def describe(args, count):
     """What a reader needs to run it again: the command, the settings, the versions."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "overwrite")}
+    arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
     packages = ("keras-drsl", "keras", "tensorflow", "cleverhans", "numpy")
     return {
-        "command": f"python examples/fit.py --dataset {args.dataset} --loss {args.loss} --lam {args.lam:g} --noise "
-        f"{args.noise:g} --epochs {args.epochs} --eps {args.eps:.6g} --seeds {args.seeds}",
+        "command": f"python examples/fit.py {arguments}",
         "settings": settings
         | {"steps": STEPS, "restarts": RESTARTS, "curve_restarts": CURVE_RESTARTS, "attacked_images": count},
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
@@ -299,12 +305,14 @@ def parse_arguments():
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low, high in (("lam", 0, math.inf), ("noise", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} must lie in [{low}, {high}]. Received: {getattr(args, name)}")
-    for name in ("epochs", "batch_size", "eps", "seeds", "max_images"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive. Received: {getattr(args, name)}")
+    for name, rule, obeys in (
+        ("lam", "not be negative", args.lam >= 0),
+        ("noise", "lie in [0, 1]", 0 <= args.noise <= 1),
+        ("eps", "lie in (0, 1]", 0 < args.eps <= 1),
+        *((name, "be positive", getattr(args, name) > 0) for name in ("epochs", "batch_size", "seeds", "max_images")),
+    ):
+        if not obeys or not math.isfinite(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} must {rule}. Received: {getattr(args, name)}")
     return args
 
 

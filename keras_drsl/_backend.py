@@ -52,7 +52,8 @@ def with_mask(x: Any, mask: Any) -> Any:
 def _mask_layers() -> tuple[keras.layers.Layer, keras.layers.Layer]:
     """One layer that returns the mask of its input and one that sets it.
 
-    JAX's tensors take no attributes. Keras keeps their masks elsewhere and hands them out to layers alone.
+    In a JAX program being traced, tensors take no attributes. Keras keeps their masks elsewhere and hands them out to
+    layers alone.
     """
 
     class ReadMask(keras.layers.Layer):

@@ -1,15 +1,13 @@
 """What a loss or metric does with `y_true` and `y_pred` before its formula: labels, logits, masks, classes last."""
 
 import math
-import numbers
 import warnings
-from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
-from keras_drsl._backend import known_values, mask_of
+from keras_drsl._backend import known_values, mask_of, with_mask
 
 
 class Inputs(NamedTuple):
@@ -79,55 +77,14 @@ def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | Non
 
 
 def cast_keeping_attributes(y_pred: Any, dtype: str) -> Any:
-    """Cast `y_pred` without losing its Keras mask or the logits behind its softmax, as a plain cast does.
-
-    A tensor without either is returned as it is, for Keras to cast: JAX's tensors take no attributes, and Keras keeps
-    what it knows of them elsewhere.
-    """
-    mask, logits = getattr(y_pred, "_keras_mask", None), getattr(y_pred, "_keras_logits", None)
-    if mask is None and logits is None:
-        return y_pred
+    """Cast `y_pred` without losing its Keras mask or the logits behind its softmax, as a plain cast does."""
+    mask, logits = mask_of(y_pred), getattr(y_pred, "_keras_logits", None)
     y_cast = ops.convert_to_tensor(y_pred, dtype=dtype)
-    if y_cast is not y_pred:
-        y_cast._keras_mask = mask
-        if logits is not None:
-            y_cast._keras_logits = ops.cast(logits, dtype)
-    return y_cast
-
-
-def check_number(name: str, value: Any, rule: str, obeys: Callable[[float], bool]) -> float:
-    """`value` as a float if it is a finite number that obeys the rule, or `ValueError`."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and obeys(float(value))):
-        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
-    return float(value)
-
-
-def check_non_negative(name: str, value: Any) -> float:
-    """`value` as a float >= 0, or `ValueError`."""
-    return check_number(name, value, "a non-negative number", lambda number: number >= 0)
-
-
-def check_positive(name: str, value: Any) -> float:
-    """`value` as a float > 0, or `ValueError`."""
-    return check_number(name, value, "a positive number", lambda number: number > 0)
-
-
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
-    """`value` if it is one of `choices`, or `ValueError`."""
-    if value not in choices:
-        allowed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")
-    return value
-
-
-def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """`value` as an int, or `ValueError`."""
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or (at_least is not None and value < at_least):
-        rule = "an integer" if at_least is None else f"an integer of {at_least} or more"
-        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
-    return int(value)
+    if y_cast is y_pred:
+        return y_pred
+    if logits is not None:
+        y_cast._keras_logits = ops.cast(logits, dtype)
+    return y_cast if mask is None else with_mask(y_cast, mask)
 
 
 def _logits_behind(y_pred: Any, from_logits: bool, axis: int) -> tuple[Any, bool]:
@@ -179,6 +136,9 @@ def _classes_last(labels: Any, scores: Any, axis: int) -> tuple[Any, Any]:
         scores = ops.moveaxis(scores, axis, -1)
         if len(labels_shape) == rank:
             labels = ops.moveaxis(labels, axis, -1)
+    if None in labels_shape:
+        # Lengths that turn out not to match are an error then, and not broadcast.
+        labels = ops.reshape(labels, ops.shape(scores)[: len(labels_shape)])
     if len(labels_shape) == rank:
         labels = ops.cast(labels, scores.dtype)
     return labels, scores
@@ -192,8 +152,10 @@ def _can_match(shape: tuple, other: tuple) -> bool:
 def _differs_from(labels: Any, scores: Any, ignore_class: int) -> Any:
     """Where the label is not `ignore_class`, shape `(...)`."""
     if len(labels.shape) < len(scores.shape):
-        return ops.not_equal(ops.cast(labels, "int32"), ignore_class)
-    ignored = ops.one_hot(ignore_class, scores.shape[-1], dtype=labels.dtype)
+        if "int" in keras.backend.standardize_dtype(labels.dtype):
+            labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
+        return ops.not_equal(labels, ignore_class)
+    ignored = ops.cast(ops.equal(ops.arange(scores.shape[-1]), ignore_class), labels.dtype)
     return ops.any(ops.not_equal(labels, ignored), axis=-1)
 
 

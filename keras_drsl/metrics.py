@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_drsl import _inputs
+from keras_drsl import _arguments, _inputs
 from keras_drsl.spread import MEASURES, SPACES, class_values, diversity
 
 
@@ -47,14 +47,14 @@ def softmax_diversity(
 
     Reference: arXiv:2303.12363.
     """
-    _inputs.check_choice("measure", measure, MEASURES)
-    _inputs.check_choice("space", space, SPACES)
+    _arguments.check_choice("measure", measure, MEASURES)
+    _arguments.check_choice("space", space, SPACES)
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
     return _diversity(inputs, measure, space)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
-class SoftmaxDiversity(keras.metrics.Mean):
+class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which passes masks of values over
     """How much the softmax values of the non-true classes differ, averaged over the samples.
 
     Use it beside any classification loss to watch what `keras_drsl.DRSLoss` restrains: the value in the logs is the
@@ -116,11 +116,11 @@ class SoftmaxDiversity(keras.metrics.Mean):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.measure = _inputs.check_choice("measure", measure, MEASURES)
-        self.space = _inputs.check_choice("space", space, SPACES)
+        self.measure = _arguments.check_choice("measure", measure, MEASURES)
+        self.space = _arguments.check_choice("space", space, SPACES)
         self.from_logits = bool(from_logits)
-        self.ignore_class = None if ignore_class is None else _inputs.check_integer("ignore_class", ignore_class)
-        self.axis = _inputs.check_integer("axis", axis)
+        self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
+        self.axis = _arguments.check_integer("axis", axis)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Add a batch to the mean.

@@ -11,7 +11,7 @@ import pytest
 from tests.backends import on_tensorflow
 
 ROOT = Path(__file__).parents[1]
-DATA = os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds"
+DATA = os.environ.get("TFDS_DATA_DIR", "")
 
 pytestmark = [on_tensorflow]
 pytest.importorskip("cleverhans")
@@ -43,11 +43,16 @@ def test_fit_records_what_is_needed_to_run_it_again_and_keeps_its_own_rules(smal
     record = json.loads((small_run[0] / "fit_digits.json").read_text())
     assert record["settings"]["seeds"] == 1
     assert record["settings"]["attacked_images"] == 40
+    assert "--seeds 1" in record["command"]
+    assert "--max-images 40" in record["command"]
     assert {"keras", "tensorflow", "cleverhans", "numpy", "python"} <= set(record["versions"])
     for row in record["rows"]:
         (run,) = row["runs"]
         assert 0 <= run["worst_case"] <= min(run["fgm"], run["pgd_ce"], run["pgd_margin"])
-        assert [point[0] for point in run["curve"]] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+        radii, accuracy = zip(*run["curve"], strict=True)
+        assert radii == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+        assert list(accuracy) == sorted(accuracy, reverse=True)
+        assert accuracy[0] == pytest.approx(run["clean"])
 
 
 def test_a_model_it_saved_evaluates_to_the_same_loss_in_a_fresh_process(small_run, tmp_path):
@@ -80,7 +85,9 @@ def test_a_data_set_that_is_not_there_is_explained(tmp_path):
     assert "--data-dir DIR" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--eps", "0"), ("--lam", "-1"), ("--seeds", "0"), ("--noise", "2")])
+@pytest.mark.parametrize(
+    "arguments", [("--eps", "0"), ("--lam", "-1"), ("--seeds", "0"), ("--noise", "2"), ("--lam", "inf")]
+)
 def test_bad_arguments_are_named_before_anything_is_trained(arguments, tmp_path):
     done = run(*arguments, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
@@ -88,12 +95,12 @@ def test_bad_arguments_are_named_before_anything_is_trained(arguments, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not (Path(DATA) / "mnist").exists(), reason="MNIST is not prepared: set TFDS_DATA_DIR")
+@pytest.mark.skipif(not Path(DATA, "mnist").exists(), reason="needs MNIST under the folder TFDS_DATA_DIR names")
 def test_mnist_loads_through_tensorflow_datasets(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import fit
 
-    (x_train, y_train), (x_test, y_test) = fit.load_data("mnist", str(DATA))
+    (x_train, y_train), (x_test, y_test) = fit.load_data("mnist", DATA)
     assert x_train.shape == (60000, 28, 28, 1)
     assert x_test.shape == (10000, 28, 28, 1)
     assert (x_train.min(), x_train.max(), x_train.dtype) == (0, 1, "float32")

@@ -1,10 +1,10 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import keras_drsl
 
@@ -31,22 +31,23 @@ def test_public_names_are_documented():
             assert section in doc, (name, section)
 
 
-def test_the_wheel_works_from_outside_the_tree(tmp_path):
-    pytest.importorskip("build")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+def test_the_wheel_runs_the_readmes_five_lines_from_outside_the_tree(tmp_path):
+    source = tmp_path / "source"
+    for path in ("keras_drsl", "pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / path, source / path)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("keras_drsl-*.whl")
     assert keras_drsl.__version__ in wheel.name
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(pip, check=True, capture_output=True, timeout=300)
     assert (site / "keras_drsl" / "py.typed").exists()
-    code = "import keras_drsl, keras_drsl.attacks.cleverhans; print(keras_drsl.__file__)"
-    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    (five_lines,) = re.findall(r"## Five lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = f"{five_lines}\nimport keras_drsl.attacks.cleverhans; print(keras_drsl.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -54,6 +55,7 @@ def test_the_wheel_works_from_outside_the_tree(tmp_path):
         timeout=300,
         check=True,
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(site)},
     )
+    assert "softmax_diversity" in done.stdout
     assert done.stdout.splitlines()[-1] == str(site / "keras_drsl" / "__init__.py")

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras import ops
 
 from keras_drsl.spread import MEASURES, SPACES, SPREADS, class_values, diversity, spread
 from tests import reference
@@ -11,9 +12,16 @@ from tests.backends import gradient, on_tensorflow, values
 logits = hnp.arrays("float64", st.tuples(st.integers(1, 3), st.integers(3, 6)), elements=st.floats(-20, 20, width=32))
 
 
+def tensor(x):
+    return ops.convert_to_tensor(np.asarray(x), dtype="float32")
+
+
 def spread_of(z, y, space="log_softmax", kind="sum_of_squares"):
-    z = np.asarray(z, "float32")
-    return values(spread(class_values(z, from_logits=True, space=space), np.asarray(y, "float32"), kind=kind))
+    return values(spread(class_values(tensor(z), from_logits=True, space=space), tensor(y), kind=kind))
+
+
+def diversity_of(v, y, measure):
+    return values(diversity(tensor(v), tensor(y), measure=measure))
 
 
 def labels_for(z):
@@ -38,24 +46,21 @@ def test_diversity_is_the_formula_written_as_a_loop(measure, space):
     z = rng.normal(0, 3, (7, 5))
     for y in (reference.one_hot(rng.integers(0, 5, 7), 5), rng.dirichlet(np.ones(5), 7)):
         expected = reference.each(reference.diversity, y, z, measure=measure, space=space)
-        v = class_values(z.astype("float32"), from_logits=True, space="log_softmax" if measure == "entropy" else space)
-        got = values(diversity(v, y.astype("float32"), measure=measure))
+        v = class_values(tensor(z), from_logits=True, space="log_softmax" if measure == "entropy" else space)
+        got = values(diversity(v, tensor(y), measure=measure))
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_entropy_is_one_when_even_zero_when_one_rival_has_everything_and_one_for_two_classes():
-    y = reference.one_hot([0, 0], 4).astype("float32")
-    v = np.array([[9, 1, 1, 1], [9, 1, -1e4, -1e4]], "float32")
-    np.testing.assert_allclose(values(diversity(v, y, measure="entropy")), [1.0, 0.0], atol=1e-6)
-    two = reference.one_hot([0, 1], 2).astype("float32")
-    np.testing.assert_array_equal(values(diversity(v[:, :2], two, measure="entropy")), [1.0, 1.0])
+    v = np.array([[9, 1, 1, 1], [9, 1, -1e4, -1e4]])
+    np.testing.assert_allclose(diversity_of(v, reference.one_hot([0, 0], 4), "entropy"), [1.0, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(diversity_of(v[:, :2], reference.one_hot([0, 1], 2), "entropy"), [1.0, 1.0])
 
 
 def test_entropy_survives_a_true_class_far_above_its_rivals():
-    z = np.array([[1e4, 0.0, 1.0, 2.0]], "float32")
     shares = np.exp([0, 1, 2]) / np.exp([0, 1, 2]).sum()
     expected = -np.sum(shares * np.log(shares)) / np.log(3)
-    got = values(diversity(z, reference.one_hot([0], 4).astype("float32"), measure="entropy"))
+    got = diversity_of([[1e4, 0.0, 1.0, 2.0]], reference.one_hot([0], 4), "entropy")
     np.testing.assert_allclose(got, [expected], rtol=1e-5)
 
 
@@ -87,7 +92,7 @@ def test_spread_is_never_negative(z, space, kind):
 def test_spread_of_equal_rivals_is_exactly_zero_with_a_gradient_of_exactly_zero(true, rival, classes, kind):
     z = np.full((1, classes), rival, "float32")
     z[0, 0] = true
-    y = reference.one_hot([0], classes).astype("float32")
+    y = tensor(reference.one_hot([0], classes))
     assert spread_of(z, y, kind=kind)[0] == 0
     np.testing.assert_array_equal(gradient(lambda z: spread(z, y, kind=kind), z), np.zeros((1, classes)))
 
@@ -124,6 +129,6 @@ def test_probabilities_and_logits_give_the_same_values_up_to_a_constant():
     p /= p.sum(1, keepdims=True)
     y = labels_for(z)
     for space in SPACES:
-        v = class_values(p.astype("float32"), from_logits=False, space=space)
-        got = values(spread(v, y.astype("float32")))
+        v = class_values(tensor(p), from_logits=False, space=space)
+        got = values(spread(v, tensor(y)))
         np.testing.assert_allclose(got, spread_of(z, y, space), rtol=1e-4, atol=1e-7)

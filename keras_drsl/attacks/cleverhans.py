@@ -6,8 +6,8 @@ every new callable. The classes here see to all that and compile the whole attac
 
 They need TensorFlow as the Keras backend, and `pip install "keras-drsl[attacks]"`.
 
-cleverhans 4.0.0 does not offer more that works with Keras 3: its Carlini-Wagner and SPSA attacks call optimizers in
-ways Keras 3 does not know.
+The Carlini-Wagner and SPSA attacks of cleverhans 4.0.0 call optimizers in ways Keras 3 does not know, and are not
+offered.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _inputs
+from keras_drsl import _arguments
 
 LOSSES = ("ce", "margin")
 
@@ -33,14 +33,14 @@ class _CleverhansAttack:
                 f"cleverhans needs `KERAS_BACKEND=tensorflow`. Received: KERAS_BACKEND={keras.config.backend()}"
             )
         _import_attacks()  # A missing library is reported before hours of training, not after.
-        self.eps = _inputs.check_positive("eps", eps)
-        self.loss = _inputs.check_choice("loss", loss, LOSSES)
-        self.norm = _inputs.check_choice("norm", norm, ("inf", 2))
+        self.eps = _arguments.check_positive("eps", eps)
+        self.loss = _arguments.check_choice("loss", loss, LOSSES)
+        self.norm = _arguments.check_choice("norm", "inf" if norm == math.inf else norm, ("inf", 2))
         self.clip_min, self.clip_max = float(clip_min), float(clip_max)
         if not self.clip_min < self.clip_max:
             raise ValueError(f"`clip_min` must be below `clip_max`. Received: clip_min={clip_min}, clip_max={clip_max}")
-        self.restarts = _inputs.check_integer("restarts", restarts, at_least=1)
-        self.seed = _inputs.check_integer("seed", seed)
+        self.restarts = _arguments.check_integer("restarts", restarts, at_least=1)
+        self.seed = _arguments.check_integer("seed", seed)
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, logits_fn: Callable, x: Any, y: Any) -> np.ndarray:
@@ -48,7 +48,7 @@ class _CleverhansAttack:
 
         Args:
             logits_fn: a `keras.Model` or any function that maps `x` to **logits**, shape `(batch, C)`. Keep one and
-                pass it again: a new one is compiled anew.
+                pass it again: a new one is compiled anew. The attack keeps it as long as it lives itself.
             x: inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
             y: the true labels, class ids `(batch,)` or `(batch, 1)` or one-hot `(batch, C)`.
 
@@ -57,22 +57,26 @@ class _CleverhansAttack:
             that is misclassified, or else the last start's. What one start broke, the next ones leave alone.
 
         Raises:
-            ValueError: for inputs outside the clip range, labels that don't match, or a function that returns
-                probabilities.
+            ValueError: for inputs outside the clip range, labels that don't match or are no classes, or a function
+                that returns probabilities.
         """
         x = np.asarray(x, dtype="float32")
+        if len(x) == 0:
+            return x
         if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
             raise ValueError(
                 f"`x` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
                 f"Received: values from {x.min():g} to {x.max():g}"
             )
-        if logits_fn not in self._programs:
-            _check_logits(_call(logits_fn, x[:100]))
-            self._programs[logits_fn] = self._compile(logits_fn, x.shape[1:])
-        y = _class_ids(y, len(x))
+        key = (logits_fn, x.shape[1:])
+        if key not in self._programs:
+            classes = _count_classes(_logits(logits_fn, x[:100]))
+            self._programs[key] = self._compile(*key), classes
+        program, classes = self._programs[key]
+        y = _class_ids(y, len(x), classes)
         x_adv, standing = np.empty_like(x), np.arange(len(x))
         for _ in range(self.restarts):
-            attacked, broken = self._programs[logits_fn](x[standing], y[standing])
+            attacked, broken = program(x[standing], y[standing])
             x_adv[standing] = attacked
             standing = standing[~broken.numpy()]
             if len(standing) == 0:
@@ -84,7 +88,7 @@ class _CleverhansAttack:
 
         # cleverhans traces its gradient once for each callable, so there must be one.
         def model_fn(x: Any) -> Any:
-            return _call(logits_fn, x)
+            return _logits(logits_fn, x)
 
         loss_fn = _margin if self.loss == "margin" else tf.nn.sparse_softmax_cross_entropy_with_logits
 
@@ -210,10 +214,10 @@ class ProjectedGradientDescent(_CleverhansAttack):
         seed: int = 0,
     ) -> None:
         super().__init__(eps, loss=loss, norm=norm, clip_min=clip_min, clip_max=clip_max, restarts=restarts, seed=seed)
-        self.steps = _inputs.check_integer("steps", steps, at_least=1)
+        self.steps = _arguments.check_integer("steps", steps, at_least=1)
         if step_size is None:
             step_size = min(2.5 * self.eps / self.steps, self.eps)
-        self.step_size = _inputs.check_number(
+        self.step_size = _arguments.check_number(
             "step_size", step_size, f"a number in (0, eps] = (0, {self.eps:g}]", lambda size: 0 < size <= self.eps
         )
 
@@ -240,24 +244,30 @@ def _margin(labels: Any, logits: Any) -> Any:
     return tf.reduce_max(logits - 1e9 * is_true, axis=-1) - tf.reduce_sum(logits * is_true, axis=-1)
 
 
-def _call(logits_fn: Callable, x: Any) -> Any:
-    """Logits as at inference: no dropout, no input noise, BatchNormalization's own statistics."""
-    return logits_fn(x, training=False) if isinstance(logits_fn, keras.Layer) else logits_fn(x)
+def _logits(logits_fn: Callable, x: Any) -> Any:
+    """Logits in float32, as at inference: no dropout, no input noise, BatchNormalization's own statistics."""
+    logits = logits_fn(x, training=False) if isinstance(logits_fn, keras.Layer) else logits_fn(x)
+    return keras.ops.cast(logits, "float32")
 
 
-def _check_logits(outputs: Any) -> None:
+def _count_classes(outputs: Any) -> int:
+    """The number of classes, if the outputs can be logits."""
     outputs = keras.ops.convert_to_numpy(outputs)
     if outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-3):
         raise ValueError(
             "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and sum to "
             "1. Give the model before its softmax."
         )
+    return outputs.shape[-1]
 
 
-def _class_ids(y: Any, count: int) -> np.ndarray:
+def _class_ids(y: Any, count: int, classes: int) -> np.ndarray:
     y = np.asarray(y)
     if y.ndim == 2:
         y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
     if y.shape != (count,):
         raise ValueError(f"`y` must hold one label for each of the {count} inputs. Received: y.shape={y.shape}")
+    if not np.isin(y, np.arange(classes)).all():
+        wrong = y[~np.isin(y, np.arange(classes))][0]
+        raise ValueError(f"`y` must hold class ids in [0, {classes}). Received: {wrong}")
     return y.astype("int64")

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_drsl import _inputs
+from keras_drsl import _arguments, _inputs
 from keras_drsl._backend import with_mask
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
@@ -26,7 +26,8 @@ def drs_loss(
     """Cross-entropy plus a restraint on how much the non-true softmax values differ, one value a sample.
 
     The function behind `DRSLoss`, which explains the formula and the arguments. Use it where unreduced values are
-    wanted: a custom training step, a look at single images.
+    wanted: a custom training step, a look at single images. In `model.compile` prefer the class: under mixed precision
+    Keras casts what it gives to a function, and the mask and the logits behind a softmax are lost on the way.
 
     Args:
         y_true: labels in any form `DRSLoss` takes.
@@ -59,10 +60,10 @@ def drs_loss(
 
     Reference: arXiv:2303.12363.
     """
-    lam = _inputs.check_non_negative("lam", lam)
+    lam = _arguments.check_non_negative("lam", lam)
     label_smoothing = _check_smoothing(label_smoothing)
-    _inputs.check_choice("space", space, SPACES)
-    _inputs.check_choice("spread", spread, SPREADS)
+    _arguments.check_choice("space", space, SPACES)
+    _arguments.check_choice("spread", spread, SPREADS)
 
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
     values = _cross_entropy(inputs, label_smoothing)
@@ -99,7 +100,11 @@ class DRSLoss(keras.losses.Loss):
     probabilities are clipped, by Keras's `epsilon` in the cross-entropy and at 1e-30 in the restraint, and have no
     gradient below. Positions under a Keras mask or of `ignore_class` don't count, may hold anything, and the mean is
     taken over the others. Sample weights are applied to the finished values: a position of weight 0 is not known to
-    the loss and must hold a valid label and finite predictions. Half-precision predictions are computed in float32.
+    the loss and must hold a valid label and finite predictions. So must the logits of a position that counts: a rival
+    at minus infinity is infinitely far from the others, and the loss is NaN. Half-precision predictions are computed in
+    float32. Where the logits behind a float16 softmax cannot be found, its gradient, up to 1 / p, overflows: on JAX and
+    torch end a model of mixed precision in logits or in a softmax of float32. The softmax space takes probabilities as
+    they are and does not make them sum to 1.
 
     Args:
         lam: the strength of the restraint, a number >= 0. Good values lie between 0.03 and 3.
@@ -157,13 +162,13 @@ class DRSLoss(keras.losses.Loss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.lam = _inputs.check_non_negative("lam", lam)
+        self.lam = _arguments.check_non_negative("lam", lam)
         self.from_logits = bool(from_logits)
-        self.space = _inputs.check_choice("space", space, SPACES)
-        self.spread = _inputs.check_choice("spread", spread, SPREADS)
+        self.space = _arguments.check_choice("space", space, SPACES)
+        self.spread = _arguments.check_choice("spread", spread, SPREADS)
         self.label_smoothing = _check_smoothing(label_smoothing)
-        self.ignore_class = None if ignore_class is None else _inputs.check_integer("ignore_class", ignore_class)
-        self.axis = _inputs.check_integer("axis", axis)
+        self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
+        self.axis = _arguments.check_integer("axis", axis)
         self._own_dtype = None if dtype is None else self.dtype
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
@@ -203,4 +208,4 @@ def _cross_entropy(inputs: _inputs.Inputs, label_smoothing: float) -> Any:
 
 
 def _check_smoothing(value: Any) -> float:
-    return _inputs.check_number("label_smoothing", value, "a number in [0, 1)", lambda number: 0 <= number < 1)
+    return _arguments.check_number("label_smoothing", value, "a number in [0, 1)", lambda number: 0 <= number < 1)

@@ -144,11 +144,16 @@ def test_a_model_is_compiled_once_for_all_batches(linear):
     assert len(calls) == count
 
 
-def test_dropout_and_noise_are_off_and_the_model_is_left_as_it_was():
+class NoisyByDefault(keras.layers.Layer):
+    def call(self, x, training=True):
+        return x + keras.random.normal(keras.ops.shape(x)) if training else x
+
+
+def test_a_model_is_attacked_as_it_predicts_and_left_as_it_was():
     model = keras.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.GaussianNoise(1.0),
+            NoisyByDefault(),
             keras.layers.BatchNormalization(),
             keras.layers.Dropout(0.9),
             keras.layers.Dense(3),
@@ -162,7 +167,31 @@ def test_dropout_and_noise_are_off_and_the_model_is_left_as_it_was():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_a_model_of_mixed_precision_can_be_attacked(loss, policy):
+    x, y = inputs()
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype=policy)])
+    model.layers[0].set_weights([WEIGHTS, np.zeros(3)])
+    x_adv = cleverhans.ProjectedGradientDescent(0.15, loss=loss, steps=10)(model, x, y)
+    assert withstands(model, x_adv, y).mean() < withstands(model, x, y).mean() - 0.2
+
+
+def test_inputs_of_another_shape_and_none_at_all_are_taken():
+    model = keras.Sequential([keras.layers.Conv2D(3, 3), keras.layers.GlobalAveragePooling2D()])
+    attack = cleverhans.FastGradientMethod(0.1, norm=math.inf)
+    for size in (4, 6):
+        assert attack(model, np.full((2, size, size, 1), 0.5), [0, 1]).shape == (2, size, size, 1)
+    assert attack(model, np.zeros((0, 4, 4, 1)), []).shape == (0, 4, 4, 1)
+
+
 class TestBadInput:
+    @pytest.mark.parametrize("label", [-1, 3, 1.5])
+    def test_labels_that_are_no_classes_are_named(self, linear, label):
+        x, y = inputs(5)
+        with pytest.raises(ValueError, match=r"`y` must hold class ids in \[0, 3\). Received: " + str(label)):
+            cleverhans.FastGradientMethod(0.1, loss="margin")(linear, x, np.where(np.arange(5) == 2, label, y))
+
     @pytest.mark.parametrize("eps", [0, -0.1, math.nan, "0.1"])
     def test_eps_must_be_positive(self, eps):
         with pytest.raises(ValueError, match="`eps` must be a positive number. Received: eps="):
