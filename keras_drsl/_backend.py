@@ -1,5 +1,7 @@
 """The only file that knows which backend runs."""
 
+import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -46,6 +48,87 @@ def with_mask(x: Any, mask: Any) -> Any:
     except AttributeError:
         x = _mask_layers()[1]([x, mask])
     return x
+
+
+def compiles() -> bool:
+    """Whether the backend has a compiler of its own to hand a program to: XLA, on TensorFlow and JAX."""
+    return keras.config.backend() in ("tensorflow", "jax")
+
+
+def cpu_cores() -> int | None:
+    """How many processor cores compute, or None where an accelerator does."""
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        on_cpu = not (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
+    else:
+        import jax
+
+        on_cpu = jax.default_backend() == "cpu"
+    return (os.cpu_count() or 1) if on_cpu else None
+
+
+def compiled(program: Callable, *arguments: tuple[tuple, str]) -> Callable:
+    """The program compiled by XLA, called from anywhere: eagerly, in a graph, in a program compiled itself.
+
+    Args:
+        program: takes and returns tensors.
+        *arguments: the shape and dtype of each of its arguments, with None for lengths that differ from call to call.
+    """
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        signature = [tf.TensorSpec(shape, dtype) for shape, dtype in arguments]
+        return tf.function(program, input_signature=signature, jit_compile=True, autograph=False)
+
+    import jax
+
+    return jax.jit(program)
+
+
+def with_gradient(value_and_gradient: Callable, hessian_product: Callable, x: Any, *constants: Any) -> Any:
+    """One value a row of `x`, differentiable although its gradient is computed with it rather than derived from it.
+
+    Args:
+        value_and_gradient: maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
+        hessian_product: maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
+            shape of `x`.
+        x: shape `(rows, columns)`.
+        *constants: tensors no gradient is asked for.
+
+    Returns:
+        Shape `(rows,)`.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        function = jax.custom_vjp(lambda x, *constants: value_and_gradient(x, *constants)[0])
+        function.defvjp(
+            value_and_gradient,
+            lambda gradient, upstream: (gradient * upstream[:, None], *[None] * len(constants)),
+        )
+        return function(x, *constants)
+
+    import tensorflow as tf
+
+    # TensorFlow does not look into `value_and_gradient` for a second derivative: without `hessian_product` it would
+    # silently be zero.
+    @tf.custom_gradient
+    def differentiable(x: Any) -> Any:
+        # Nor may it try to: not all that XLA compiles has a derivative there.
+        values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *constants)))
+
+        @tf.custom_gradient
+        def scaled(x: Any, upstream: Any) -> Any:
+            def backward(vector: Any) -> Any:
+                product = hessian_product(x, *constants, vector * upstream[:, None])
+                return product, tf.reduce_sum(vector * gradient, axis=-1)
+
+            return gradient * upstream[:, None], backward
+
+        return values, lambda upstream: scaled(x, upstream)
+
+    return differentiable(x)
 
 
 @cache

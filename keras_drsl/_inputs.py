@@ -15,8 +15,8 @@ class Inputs(NamedTuple):
 
     Attributes:
         labels: class ids, int32, shape `(...)`, all within `[0, C)`; or a label distribution, shape `(..., C)`.
-        scores: logits or probabilities, float32 or float64, shape `(..., C)`. Positions that don't count hold equal
-            scores.
+        scores: logits or probabilities, float32 or float64, shape `(..., C)`. They may be anything, NaN included, at
+            positions that don't count.
         from_logits: whether `scores` are logits.
         valid: bool, shape `(...)`, False where a mask or `ignore_class` rules the position out; None if nothing does.
         in_range: bool, shape `(...)`, False where a class id is none; None if that is impossible or known not to be.
@@ -38,6 +38,18 @@ class Inputs(NamedTuple):
         if self.sparse:
             return ops.one_hot(self.labels, self.scores.shape[-1], dtype=self.scores.dtype)
         return self.labels
+
+    @property
+    def safe_scores(self) -> Any:
+        """The scores, equal at positions that don't count: what stands there reaches neither value nor gradient."""
+        if self.valid is None:
+            return self.scores
+        return ops.where(ops.expand_dims(self.valid, -1), self.scores, ops.ones_like(self.scores))
+
+    @property
+    def scale(self) -> Any:
+        """What a value counts, shape `(...)`: 1, 0 where the position doesn't, NaN where its label is no class."""
+        return self.finish(ops.ones_like(self.scores[..., 0]))
 
     def finish(self, values: Any) -> Any:
         """One value a position: 0 where the position doesn't count, NaN where its label is no class."""
@@ -64,9 +76,6 @@ def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | Non
     if ignore_class is not None:
         counts = _differs_from(labels, scores, ignore_class)
         valid = counts if valid is None else ops.logical_and(valid, counts)
-    if valid is not None:
-        # Whatever stands there, NaN included, must reach neither the value nor the gradient.
-        scores = ops.where(ops.expand_dims(valid, -1), scores, ops.ones_like(scores))
 
     in_range = None
     if len(labels.shape) < len(scores.shape):

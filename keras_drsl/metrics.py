@@ -153,7 +153,7 @@ class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which pass
 def _diversity(inputs: _inputs.Inputs, measure: str, space: str) -> Any:
     # Entropy is a property of the distribution, whatever space its values are given in.
     space = "log_softmax" if measure == "entropy" else space
-    values = class_values(inputs.scores, from_logits=inputs.from_logits, space=space)
+    values = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
     return inputs.finish(diversity(values, inputs.distribution, measure=measure))
 
 

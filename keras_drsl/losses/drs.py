@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl import _arguments, _inputs, one_pass
 from keras_drsl._backend import with_mask
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
@@ -66,11 +66,12 @@ def drs_loss(
     _arguments.check_choice("spread", spread, SPREADS)
 
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    values = _cross_entropy(inputs, label_smoothing)
-    if lam > 0:
-        v = class_values(inputs.scores, from_logits=inputs.from_logits, space=space)
-        values = values + lam * spread_of(v, inputs.distribution, kind=spread)
-    values = inputs.finish(values)
+    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and one_pass.helps(inputs.scores):
+        values = one_pass.drs_loss(
+            inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
+        )
+    else:
+        values = inputs.finish(_by_formula(inputs, lam, space, spread, label_smoothing))
     return values if ignore_class is None else with_mask(values, inputs.valid)
 
 
@@ -196,14 +197,22 @@ class DRSLoss(keras.losses.Loss):
         }
 
 
+def _by_formula(inputs: _inputs.Inputs, lam: float, space: str, spread: str, label_smoothing: float) -> Any:
+    """The formula as it is written, for every form of labels and predictions; `lam=0` is Keras's cross-entropy."""
+    values = _cross_entropy(inputs, label_smoothing)
+    if lam > 0:
+        v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
+        values = values + lam * spread_of(v, inputs.distribution, kind=spread)
+    return values
+
+
 def _cross_entropy(inputs: _inputs.Inputs, label_smoothing: float) -> Any:
-    """Keras's own cross-entropy, so that `lam=0` is nothing else."""
     if inputs.sparse and not label_smoothing:
         return keras.losses.sparse_categorical_crossentropy(
-            inputs.labels, inputs.scores, from_logits=inputs.from_logits
+            inputs.labels, inputs.safe_scores, from_logits=inputs.from_logits
         )
     return keras.losses.categorical_crossentropy(
-        inputs.distribution, inputs.scores, from_logits=inputs.from_logits, label_smoothing=label_smoothing
+        inputs.distribution, inputs.safe_scores, from_logits=inputs.from_logits, label_smoothing=label_smoothing
     )
 
 

@@ -1,0 +1,127 @@
+"""Cross-entropy plus the restraint, value and gradient together, in one pass over the logits.
+
+Automatic differentiation of the formula keeps the softmax, its logarithm, a one-hot and a mask, each as large as the
+logits. Here the closed forms of value and gradient are computed together, a block of rows at a time, while the block
+lies in the processor's cache: nothing of that size is kept but the gradient itself.
+
+For class ids, in log space. With `p = softmax(z)`, `t = 1` on the true class and 0 elsewhere, `w = 1 - t`,
+`m` the mean and `d = w (z - m)` the deviation of the rivals' logits, smoothing `a`, and `c = lam` for the sum of
+squares or `lam / (C - 1)` for the variance:
+
+- `value = log(sum exp z) - (1 - a) z_true - a mean(z) + c sum d^2`
+- `gradient = p - (1 - a) t - a / C + 2 c d`
+- `Hessian u = p (u - sum(p u)) + 2 c w (u - sum(w u) / (C - 1))`, for whoever differentiates twice.
+
+Reference: arXiv:2303.12363 for the loss; the block-wise form is ours.
+"""
+
+from functools import cache
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_drsl import _backend
+
+# How many logits of a block a processor core works on: 256 KiB in float32, to stay in its cache with what is made of
+# them.
+LOGITS_PER_CORE = 2**16
+
+
+def drs_loss(class_ids: Any, logits: Any, scale: Any, *, lam: float, spread: str, label_smoothing: float) -> Any:
+    """The loss of each position, differentiable with respect to `logits` as often as needed.
+
+    Args:
+        class_ids: int32, shape `(...)`, all within `[0, C)`.
+        logits: shape `(..., C)`.
+        scale: what to multiply each value and its gradient by, shape `(...)`; where it is 0 both are 0 whatever the
+            logits are.
+        lam: the strength of the restraint.
+        spread: `"sum_of_squares"` or `"variance"`.
+        label_smoothing: a number in [0, 1).
+
+    Returns:
+        Shape `(...)`, the dtype of `logits`.
+    """
+    classes = logits.shape[-1]
+    strength = lam / (classes - 1) if spread == "variance" else lam
+    dtype = keras.backend.standardize_dtype(logits.dtype)
+    value_and_gradient, hessian_product = _programs(strength, label_smoothing, classes, dtype)
+    rows = ops.reshape(logits, (-1, classes))
+    values = _backend.with_gradient(
+        value_and_gradient, hessian_product, rows, ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,))
+    )
+    return ops.reshape(values, ops.shape(logits)[:-1])
+
+
+def helps(logits: Any) -> bool:
+    """Whether the one pass is faster than the formula here."""
+    return _backend.compiles()
+
+
+@cache
+def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tuple[Any, Any]:
+    """The two programs for one setting; made once, so that they are traced once."""
+
+    def block(logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
+        scale = ops.expand_dims(scale, -1)
+        is_true = ops.arange(classes, dtype="int32") == ops.expand_dims(class_ids, -1)
+        top = ops.max(logits, axis=-1, keepdims=True)
+        # Logits that don't count, NaN perhaps, are left behind here, and `scale` makes 0 of what follows.
+        z = ops.where(scale == 0, 0.0, logits - top)
+        z_true = ops.take_along_axis(z, ops.expand_dims(class_ids, -1), axis=-1)
+        exp_z = ops.exp(z)
+        total_exp = ops.sum(exp_z, axis=-1, keepdims=True)
+        total = ops.sum(z, axis=-1, keepdims=True)
+        deviation = ops.where(is_true, 0.0, z - (total - z_true) / (classes - 1))
+        values = (
+            ops.log(total_exp)
+            - (1 - smoothing) * z_true
+            - (smoothing / classes) * total
+            + strength * ops.sum(ops.square(deviation), axis=-1, keepdims=True)
+        )
+        gradient = exp_z * (scale / total_exp) + ops.where(
+            is_true, (smoothing - 1) * scale, (2 * strength * scale) * deviation
+        )
+        if smoothing:
+            gradient = gradient - smoothing / classes * scale
+        return ops.squeeze(values * scale, -1), gradient
+
+    def value_and_gradient(logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
+        return _by_blocks(block, logits, class_ids, scale)
+
+    def hessian_product(logits: Any, class_ids: Any, scale: Any, vector: Any) -> Any:
+        p = ops.softmax(logits, axis=-1)
+        w = 1.0 - ops.one_hot(class_ids, classes, dtype=logits.dtype)
+        product = p * (vector - ops.sum(p * vector, axis=-1, keepdims=True)) + 2 * strength * w * (
+            vector - ops.sum(w * vector, axis=-1, keepdims=True) / (classes - 1)
+        )
+        scale = ops.expand_dims(scale, -1)
+        return ops.where(scale == 0, 0.0, product * scale)
+
+    program = _backend.compiled(value_and_gradient, ((None, classes), dtype), ((None,), "int32"), ((None,), dtype))
+    return program, hessian_product
+
+
+def _by_blocks(block: Any, logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
+    """`block` of all rows, a few at a time; the last block overlaps the one before it rather than being shorter."""
+    count, classes = ops.shape(logits)[0], logits.shape[-1]
+    cores = _backend.cpu_cores()
+    if cores is None:
+        # An accelerator's compiler fuses all of it and keeps nothing.
+        return block(logits, class_ids, scale)
+    size = cores * max(1, LOGITS_PER_CORE // classes)
+    if isinstance(count, int):
+        if count <= size:
+            return block(logits, class_ids, scale)
+    else:
+        size = ops.maximum(ops.minimum(size, count), 1)
+
+    def step(i: Any, results: tuple[Any, Any]) -> tuple[Any, Any]:
+        start = ops.minimum(i * size, count - size)
+        rows = (ops.slice(x, (start,), (size,)) for x in (class_ids, scale))
+        values, gradient = block(ops.slice(logits, (start, 0), (size, classes)), *rows)
+        return ops.slice_update(results[0], (start,), values), ops.slice_update(results[1], (start, 0), gradient)
+
+    empty = (ops.zeros((count,), dtype=logits.dtype), ops.zeros((count, classes), dtype=logits.dtype))
+    return ops.fori_loop(0, (count + size - 1) // size, step, empty)
