@@ -68,17 +68,23 @@ def cpu_cores() -> int | None:
     return (os.cpu_count() or 1) if on_cpu else None
 
 
-def compiled(program: Callable, *arguments: tuple[tuple, str]) -> Callable:
+def compiled(program: Callable, *arguments: Any) -> Callable:
     """The program compiled by XLA, called from anywhere: eagerly, in a graph, in a program compiled itself.
 
     Args:
         program: takes and returns tensors.
-        *arguments: the shape and dtype of each of its arguments, with None for lengths that differ from call to call.
+        *arguments: the shape and dtype of each of its arguments, or a tuple of such pairs for a tuple of tensors, with
+            None for lengths that differ from call to call.
     """
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        signature = [tf.TensorSpec(shape, dtype) for shape, dtype in arguments]
+        def specification(argument: Any) -> Any:
+            if isinstance(argument[1], str):
+                return tf.TensorSpec(*argument)
+            return tuple(map(specification, argument))
+
+        signature = list(map(specification, arguments))
         return tf.function(program, input_signature=signature, jit_compile=True, autograph=False)
 
     import jax
@@ -129,6 +135,43 @@ def with_gradient(value_and_gradient: Callable, hessian_product: Callable, x: An
         return values, lambda upstream: scaled(x, upstream)
 
     return differentiable(x)
+
+
+def with_backward(forward: Callable, backward: Callable, inputs: tuple, constants: tuple) -> Any:
+    """Values whose gradient another program computes from statistics of the first.
+
+    Args:
+        forward: maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
+        backward: maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
+        inputs: tensors to differentiate with respect to.
+        constants: tensors no gradient is asked for.
+
+    Returns:
+        Shape `(rows,)`.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        def kept(*arguments: Any) -> Any:
+            values, statistics = forward(*arguments)
+            return values, (arguments, statistics)
+
+        def pull_back(residuals: Any, upstream: Any) -> Any:
+            arguments, statistics = residuals
+            return *backward(*arguments, statistics, upstream), *[None] * len(constants)
+
+        function = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        function.defvjp(kept, pull_back)
+        return function(*inputs, *constants)
+
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def differentiable(*inputs: Any) -> Any:
+        values, statistics = forward(*map(tf.stop_gradient, (*inputs, *constants)))
+        return values, lambda upstream: backward(*inputs, *constants, statistics, upstream)
+
+    return differentiable(*inputs)
 
 
 @cache

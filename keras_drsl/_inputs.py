@@ -53,12 +53,7 @@ class Inputs(NamedTuple):
 
     def finish(self, values: Any) -> Any:
         """One value a position: 0 where the position doesn't count, NaN where its label is no class."""
-        if self.in_range is not None:
-            # A product, so that the gradient is NaN too.
-            values = values * ops.where(self.in_range, ops.ones_like(values), math.nan)
-        if self.valid is not None:
-            values = ops.where(self.valid, values, ops.zeros_like(values))
-        return values
+        return _finish(values, self.valid, self.in_range)
 
 
 def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | None, axis: int) -> Inputs:
@@ -83,6 +78,42 @@ def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | Non
     elif valid is not None:
         labels = ops.where(ops.expand_dims(valid, -1), labels, 1.0 / scores.shape[-1])
     return Inputs(labels, scores, from_logits, valid, in_range)
+
+
+class ClassIds(NamedTuple):
+    """Class ids in the one form the formulas take.
+
+    Attributes:
+        ids: int32, shape `(...)`, all within `[0, C)`.
+        valid: bool, shape `(...)`, as in `Inputs`.
+        in_range: bool, shape `(...)`, as in `Inputs`.
+    """
+
+    ids: Any
+    valid: Any
+    in_range: Any
+
+    def scale(self, dtype: str) -> Any:
+        """What a value counts, shape `(...)`: 1, 0 where the position doesn't, NaN where its label is no class."""
+        return _finish(ops.ones_like(self.ids, dtype=dtype), self.valid, self.in_range)
+
+
+def read_class_ids(y_true: Any, positions: tuple, classes: int, *, mask: Any, ignore_class: int | None) -> ClassIds:
+    """Bring class ids of shape `(...)` or `(..., 1)` into one form, or raise `ValueError` if they are none."""
+    labels = ops.convert_to_tensor(y_true)
+    if len(labels.shape) == len(positions) + 1 and labels.shape[-1] == 1:
+        labels = ops.squeeze(labels, axis=-1)
+    if not _can_match(tuple(labels.shape), positions):
+        raise ValueError(
+            "`y_true` must hold a class id for each position. "
+            f"Received: y_true.shape={tuple(labels.shape)}, positions of shape {positions}"
+        )
+    valid = ops.cast(mask, "bool") if mask is not None and len(mask.shape) == len(positions) else None
+    if ignore_class is not None:
+        counts = _differs_from_id(labels, ignore_class)
+        valid = counts if valid is None else ops.logical_and(valid, counts)
+    ids, in_range = _class_ids(labels, valid, classes)
+    return ClassIds(ids, valid, in_range)
 
 
 def cast_keeping_attributes(y_pred: Any, dtype: str) -> Any:
@@ -153,6 +184,15 @@ def _classes_last(labels: Any, scores: Any, axis: int) -> tuple[Any, Any]:
     return labels, scores
 
 
+def _finish(values: Any, valid: Any, in_range: Any) -> Any:
+    if in_range is not None:
+        # A product, so that the gradient is NaN too.
+        values = values * ops.where(in_range, ops.ones_like(values), math.nan)
+    if valid is not None:
+        values = ops.where(valid, values, ops.zeros_like(values))
+    return values
+
+
 def _can_match(shape: tuple, other: tuple) -> bool:
     """Whether two shapes, with None for a length not yet known, can be the same."""
     return len(shape) == len(other) and all(a == b or a is None or b is None for a, b in zip(shape, other, strict=True))
@@ -161,11 +201,15 @@ def _can_match(shape: tuple, other: tuple) -> bool:
 def _differs_from(labels: Any, scores: Any, ignore_class: int) -> Any:
     """Where the label is not `ignore_class`, shape `(...)`."""
     if len(labels.shape) < len(scores.shape):
-        if "int" in keras.backend.standardize_dtype(labels.dtype):
-            labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
-        return ops.not_equal(labels, ignore_class)
+        return _differs_from_id(labels, ignore_class)
     ignored = ops.cast(ops.equal(ops.arange(scores.shape[-1]), ignore_class), labels.dtype)
     return ops.any(ops.not_equal(labels, ignored), axis=-1)
+
+
+def _differs_from_id(labels: Any, ignore_class: int) -> Any:
+    if "int" in keras.backend.standardize_dtype(labels.dtype):
+        labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
+    return ops.not_equal(labels, ignore_class)
 
 
 def _class_ids(labels: Any, valid: Any, num_classes: int) -> tuple[Any, Any]:

@@ -61,7 +61,7 @@ def drs_loss(
     Reference: arXiv:2303.12363.
     """
     lam = _arguments.check_non_negative("lam", lam)
-    label_smoothing = _check_smoothing(label_smoothing)
+    label_smoothing = check_smoothing(label_smoothing)
     _arguments.check_choice("space", space, SPACES)
     _arguments.check_choice("spread", spread, SPREADS)
 
@@ -167,7 +167,7 @@ class DRSLoss(keras.losses.Loss):
         self.from_logits = bool(from_logits)
         self.space = _arguments.check_choice("space", space, SPACES)
         self.spread = _arguments.check_choice("spread", spread, SPREADS)
-        self.label_smoothing = _check_smoothing(label_smoothing)
+        self.label_smoothing = check_smoothing(label_smoothing)
         self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
         self.axis = _arguments.check_integer("axis", axis)
         self._own_dtype = None if dtype is None else self.dtype
@@ -216,5 +216,6 @@ def _cross_entropy(inputs: _inputs.Inputs, label_smoothing: float) -> Any:
     )
 
 
-def _check_smoothing(value: Any) -> float:
+def check_smoothing(value: Any) -> float:
+    """`label_smoothing` as a float, or `ValueError`."""
     return _arguments.check_number("label_smoothing", value, "a number in [0, 1)", lambda number: 0 <= number < 1)

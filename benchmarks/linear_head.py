@@ -1,0 +1,83 @@
+"""The loss of a vocabulary-sized linear head: dense logits against `linear_drs_loss`.
+
+It prints seconds and the memory gained beyond the gradients for value and gradients with respect to features and
+kernel, and the targets. About three minutes on two cores.
+
+    python benchmarks/linear_head.py --out results
+"""
+
+import measure
+
+if __name__ == "__main__":
+    ARGS = measure.arguments(__doc__)
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_drsl
+
+SIZES = [(256, 128, 8_192), (512, 256, 32_768), (1_024, 256, 131_072)]
+
+
+def dense(features, kernel, labels):
+    return ops.mean(keras_drsl.drs_loss(labels, ops.matmul(features, kernel), from_logits=True))
+
+
+def linear(features, kernel, labels):
+    return ops.mean(keras_drsl.linear_drs_loss(labels, features, kernel))
+
+
+def compiled(function, features, kernel, labels):
+    """A function without arguments that computes value and gradients in a compiled program, and waits for them."""
+    features, kernel, labels = (ops.convert_to_tensor(x) for x in (features, kernel, labels))
+    if keras.config.backend() == "jax":
+        import jax
+
+        program = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
+        return lambda: jax.block_until_ready(program(features, kernel, labels))
+
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def program(features, kernel, labels):
+        with tf.GradientTape() as tape:
+            tape.watch([features, kernel])
+            value = function(features, kernel, labels)
+        return value, tape.gradient(value, [features, kernel])
+
+    return lambda: program(features, kernel, labels)[1][1][0, 0].numpy()
+
+
+def run_size(tokens, size, classes, quick):
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1, (tokens, size)).astype("float32")
+    kernel = rng.normal(0, size**-0.5, (size, classes)).astype("float32")
+    labels = rng.integers(0, classes, tokens)
+    calls = {function.__name__: compiled(function, features, kernel, labels) for function in (dense, linear)}
+    seconds = measure.interleave(calls, 2 if quick else 7)
+    row = {"tokens": tokens, "features": size, "classes": classes, "seconds": seconds}
+    if ARGS.device == "cpu":
+        gradients = features.nbytes + kernel.nbytes
+        row["memory_bytes"] = {name: measure.peak_bytes(call) - gradients for name, call in calls.items()}
+    for name, values in seconds.items():
+        memory = f", {row['memory_bytes'][name] / 2**20:.0f} MiB" if "memory_bytes" in row else ""
+        print(f"{tokens} x {size} x {classes}, {name}: {measure.quartiles(values)[1]:.3f} s{memory}", flush=True)
+    return row
+
+
+def main():
+    if ARGS.backend == "torch":
+        raise SystemExit("linear_drs_loss needs TensorFlow or JAX. Received: --backend torch")
+    rows = [run_size(*size, ARGS.quick) for size in (SIZES[:1] if ARGS.quick else SIZES)]
+    last = rows[-1]
+    time = measure.ratio(last["seconds"]["linear"], last["seconds"]["dense"])
+    targets = [{"name": "linear / dense, time", "value": time["ratio"], "spread": time["spread"], "target": 1.4}]
+    if "memory_bytes" in last:
+        share = last["memory_bytes"]["linear"] / last["memory_bytes"]["dense"]
+        targets.append({"name": "linear / dense, temporary memory", "value": share, "target": 0.1})
+    measure.write(ARGS, "linear_head", {"rows": rows, "targets": measure.verdict(targets)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The time and memory of a loss's value and gradient: DRSLoss against Keras's cross-entropy.
+
+It prints milliseconds a call (medians of interleaved turns), the memory the process gains beyond the gradient, and
+whether the targets are met; it writes JSON and a figure. About eight minutes on two cores.
+
+`xla` is the whole computation compiled, as under `jit_compile=True`; the others are what a user gets by default on
+TensorFlow without a GPU. `formula` is DRSLoss without its one-pass form, `copy` reads the logits and writes as many
+numbers: nothing that makes a gradient can be faster. With torch installed, `authors_torch` is the computation of the
+paper's published code.
+
+    python benchmarks/loss_speed.py --backend tensorflow --out results
+"""
+
+import measure
+
+if __name__ == "__main__":
+    ARGS = measure.arguments(__doc__)
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_drsl
+from keras_drsl import one_pass
+
+SIZES = [(128, 10), (256, 100), (256, 1_000), (1_024, 1_000), (512, 32_000), (128, 262_144), (32_768, 1_000)]
+OVER_CLASSES = [(256, classes) for classes in (10, 100, 1_000, 10_000, 32_000)]
+OVER_BATCH = [(batch, 1_000) for batch in (16, 64, 256, 1_024, 4_096)]
+SMALL = 256 * 1_000  # the batch x C below which a call's own cost weighs more than its work
+LAM = 0.3
+
+
+class Formula(keras_drsl.DRSLoss):
+    """DRSLoss by automatic differentiation of the formula."""
+
+    def call(self, y_true, y_pred):
+        helps, one_pass.helps = one_pass.helps, lambda logits: False
+        try:
+            return super().call(y_true, y_pred)
+        finally:
+            one_pass.helps = helps
+
+
+def contestants(batch, classes):
+    """Functions without arguments that compute value and gradient, by name."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 3, (batch, classes)).astype("float32")
+    ids = rng.integers(0, classes, batch)
+    losses = {
+        "cross_entropy": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), ids),
+        "drs": (keras_drsl.DRSLoss(LAM, from_logits=True), ids),
+        "formula": (Formula(LAM, from_logits=True), ids),
+    }
+    if batch * classes <= 512 * 32_000:
+        one_hot = np.eye(classes, dtype="float32")[ids] if classes <= 1_000 else ops.one_hot(ids, classes)
+        losses["cross_entropy_one_hot"] = (keras.losses.CategoricalCrossentropy(from_logits=True), one_hot)
+        losses["drs_one_hot"] = (keras_drsl.DRSLoss(LAM, from_logits=True), one_hot)
+    return {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[keras.config.backend()](losses, z, ids)
+
+
+def _on_tensorflow(losses, z, ids):
+    import tensorflow as tf
+
+    z = tf.constant(z)
+    calls = {}
+    for name, (loss, labels) in losses.items():
+        labels = tf.constant(labels)
+
+        def both(labels, z, loss=loss):
+            with tf.GradientTape() as tape:
+                tape.watch(z)
+                value = loss(labels, z)
+            return value, tape.gradient(value, z)
+
+        for suffix, options in (("", {}), ("_xla", {"jit_compile": True})):
+            program = tf.function(both, **options)
+            calls[name + suffix] = lambda program=program, labels=labels: _finish(program(labels, z))
+    copy = tf.function(lambda z: (z[0, 0], z * 1.0001), jit_compile=True)
+    calls["copy_xla"] = lambda: _finish(copy(z))
+    try:
+        import torch
+    except ImportError:
+        return calls
+    torch.set_num_threads(2)
+    return calls | {"authors_torch": _authors(torch.tensor(z.numpy()), torch.tensor(ids))}
+
+
+def _finish(outputs):
+    """Wait for the gradient, without copying it."""
+    outputs[0].numpy()
+    return outputs[1][0, 0].numpy()
+
+
+def _on_jax(losses, z, ids):
+    import jax
+
+    z = jax.numpy.asarray(z)
+    calls = {}
+    for name, (loss, labels) in losses.items():
+        program = jax.jit(jax.value_and_grad(lambda z, labels, loss=loss: loss(labels, z)))
+        labels = jax.numpy.asarray(labels)
+        calls[name + "_xla"] = lambda program=program, labels=labels: jax.block_until_ready(program(z, labels))
+    copy = jax.jit(lambda z: (z[0, 0], z * 1.0001))
+    calls["copy_xla"] = lambda: jax.block_until_ready(copy(z))
+    return calls
+
+
+def _on_torch(losses, z, ids):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and ARGS.device == "gpu" else "cpu"
+    z = torch.tensor(z, device=device, requires_grad=True)
+    calls = {}
+    for name, (loss, labels) in losses.items():
+        labels = torch.as_tensor(ops.convert_to_numpy(labels), device=device)
+        calls[name] = lambda loss=loss, labels=labels: _torch_gradient(loss(labels, z), z)
+    return calls | {"authors_torch": _authors(z.detach(), torch.as_tensor(ids, device=device))}
+
+
+def _torch_gradient(value, z):
+    import torch
+
+    (gradient,) = torch.autograd.grad(value, z)
+    return gradient[0, 0].item()
+
+
+def _authors(z, ids):
+    """Mean cross-entropy plus b times the sum, over batch and classes, of the squared centred non-true logits."""
+    import torch
+
+    z = z.requires_grad_(True)
+    strength = LAM / len(ids)
+
+    def call():
+        rivals = 1 - torch.nn.functional.one_hot(ids, z.shape[1]).to(z.dtype)
+        mean = (z * rivals).sum(1, keepdim=True) / (z.shape[1] - 1)
+        penalty = (((z - mean) * rivals) ** 2).sum()
+        return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + strength * penalty, z)
+
+    return call
+
+
+def run_size(batch, classes, quick):
+    """The times of one size, and beyond a million logits the memory."""
+    calls = contestants(batch, classes)
+    rounds = 3 if quick else int(np.clip(3e7 / (batch * classes), 9, 200))
+    seconds = measure.interleave(calls, rounds)
+    row = {"batch": batch, "classes": classes, "rounds": rounds, "seconds": seconds}
+    if batch * classes > 1_000_000 and ARGS.device == "cpu":
+        gradient = batch * classes * 4
+        row["memory_over_logits"] = {
+            name: (measure.peak_bytes(call) - gradient) / gradient for name, call in calls.items()
+        }
+    medians = {name: measure.quartiles(values)[1] * 1e3 for name, values in seconds.items()}
+    print(f"{batch} x {classes}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in medians.items()), flush=True)
+    return row
+
+
+def compare(rows):
+    """The targets, as ratios of medians in this run."""
+    by_size = {(row["batch"], row["classes"]): row for row in rows}
+    targets = []
+
+    def add(name, size, a, b, target):
+        seconds = by_size.get(size, {}).get("seconds", {})
+        if a in seconds and b in seconds:
+            measured = measure.ratio(seconds[a], seconds[b])
+            name = f"{name} {size[0]} x {size[1]}"
+            targets.append({"name": name, "value": measured["ratio"], "spread": measured["spread"], "target": target})
+
+    for size in SIZES:
+        small = size[0] * size[1] < SMALL
+        add("DRSLoss / cross-entropy, XLA,", size, "drs_xla", "cross_entropy_xla", 1.05 if small else 1.0)
+        if not small:
+            add("DRSLoss / cross-entropy, default,", size, "drs", "cross_entropy", 1.0)
+        if size[0] * size[1] >= 512 * 32_000:
+            add("DRSLoss XLA / copy,", size, "drs_xla", "copy_xla", 2.2)
+    add(
+        "DRSLoss on TensorFlow, XLA / the authors' computation in torch,",
+        (512, 32_000),
+        "drs_xla",
+        "authors_torch",
+        0.5,
+    )
+    memory = by_size.get((512, 32_000), {}).get("memory_over_logits", {})
+    for name in ("drs_xla", "drs"):
+        if name in memory:
+            targets.append({"name": f"memory / logits, {name}, 512 x 32000", "value": memory[name], "target": 0.02})
+    if {(32_768, 1_000), (128, 262_144)} <= set(by_size):
+        narrow, wide = (
+            measure.quartiles(by_size[size]["seconds"].get("drs_xla", [1.0]))[1] / (size[0] * size[1])
+            for size in ((32_768, 1_000), (128, 262_144))
+        )
+        targets.append({"name": "time a logit, 128 x 262144 / 32768 x 1000", "value": wide / narrow, "target": 1.3})
+    return targets
+
+
+def plot(path, rows):
+    """Time against the number of classes and against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, sizes, key in ((both[0], OVER_CLASSES, "classes"), (both[1], OVER_BATCH, "batch")):
+        chosen = [row for row in rows if (row["batch"], row["classes"]) in sizes]
+        for name in ("cross_entropy", "drs", "formula", "cross_entropy_xla", "drs_xla", "formula_xla", "copy_xla"):
+            if all(name in row["seconds"] for row in chosen):
+                medians = [measure.quartiles(row["seconds"][name])[1] * 1e3 for row in chosen]
+                style = "-" if name.endswith("xla") else "--"
+                axes.plot([row[key] for row in chosen], medians, style, marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel=key, ylabel="ms, value and gradient")
+        axes.grid(alpha=0.3)
+    both[0].set_title("batch 256")
+    both[1].set_title("1,000 classes")
+    both[0].legend()
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main():
+    sizes = [(8, 10), (4, 1_000)] if ARGS.quick else list(dict.fromkeys(SIZES + OVER_CLASSES + OVER_BATCH))
+    rows = [run_size(*size, ARGS.quick) for size in sizes]
+    targets = measure.verdict(compare(rows))
+    path = measure.write(ARGS, "loss_speed", {"rows": rows, "targets": targets})
+    if not ARGS.quick:
+        plot(path, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What the benchmarks share: arguments, interleaved timing, peak memory, and the record they write."""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def arguments(doc):
+    """Parse the arguments; sets the backend and the device, so it must run before Keras is imported."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
+    parser.add_argument("--out", default="runs", help="folder for the JSON and the figure")
+    args = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = args.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if args.backend == "jax":
+        os.environ["JAX_PLATFORMS"] = "cuda" if args.device == "gpu" else "cpu"
+    elif args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    try:
+        args.device_name = _device_name(args)
+    except (ImportError, RuntimeError, IndexError) as error:
+        parser.error(f"--backend {args.backend} --device {args.device} is not at hand: {error}")
+    return args
+
+
+def _device_name(args):
+    if args.device == "cpu":
+        __import__(args.backend)
+        return f"{platform.machine()}, {os.cpu_count()} cores"
+    if args.backend == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    if args.backend == "torch":
+        import torch
+
+        return torch.cuda.get_device_name(0)
+    import tensorflow as tf
+
+    return tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])["device_name"]
+
+
+def interleave(contestants, rounds):
+    """Seconds of each call, `rounds` a contestant, the contestants taking turns; a first call each is not counted.
+
+    Args:
+        contestants: a dict from name to a function without arguments that returns when its work is done.
+        rounds: how many turns each has.
+
+    Returns:
+        A dict from name to a list of seconds.
+    """
+    for call in contestants.values():
+        call()
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(values):
+    """The first quartile, the median and the third."""
+    ordered = sorted(values)
+    return [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75)]
+
+
+def ratio(seconds, over):
+    """The ratio of two contestants' medians, and the quartiles of the ratios turn by turn."""
+    by_turn = quartiles([a / b for a, b in zip(seconds, over, strict=True)])
+    return {"ratio": quartiles(seconds)[1] / quartiles(over)[1], "spread": [by_turn[0], by_turn[2]]}
+
+
+def peak_bytes(call):
+    """How far the memory of this process rises while `call` runs, its result included; None where Linux can't tell."""
+    if not Path("/proc/self/statm").exists():
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    call()
+    gc.collect()
+    before = highest = resident()
+    done = threading.Event()
+
+    def watch():
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(5):
+            call()
+    finally:
+        done.set()
+        watcher.join()
+    return highest - before
+
+
+def verdict(rows):
+    """Print one line a target and return them with `met` filled in."""
+    for row in rows:
+        row["met"] = row["value"] <= row["target"]
+        print(f"{'pass' if row['met'] else 'MISS'}  {row['name']}: {row['value']:.3f} (target <= {row['target']:g})")
+    return rows
+
+
+def write(args, name, record):
+    """Write the record with what is needed to run it again, and say where."""
+    packages = ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    command = ["python", f"benchmarks/{name}.py", "--backend", args.backend, "--device", args.device]
+    path = Path(args.out) / f"{name}_{args.backend}_{args.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        "command": " ".join(command + ["--quick"] * args.quick),
+        "device": args.device_name,
+        "versions": versions,
+    }
+    path.write_text(json.dumps(head | record, indent=1))
+    print(f"Written: {path}", file=sys.stderr)
+    return path

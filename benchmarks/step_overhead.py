@@ -1,0 +1,74 @@
+"""What DRSLoss and SoftmaxDiversity add to a whole training step.
+
+A small CNN on images of 28 x 28 and a wide softmax head of 10,000 classes, trained by `fit` as a user gets it by
+default, the losses taking turns. It prints milliseconds a step and the targets. About four minutes on two cores.
+
+    python benchmarks/step_overhead.py --out results
+"""
+
+import measure
+
+if __name__ == "__main__":
+    ARGS = measure.arguments(__doc__)
+
+import keras
+import numpy as np
+
+import keras_drsl
+
+LOSSES = {"cross_entropy": "sparse_categorical_crossentropy", "drs": keras_drsl.DRSLoss(0.3)}
+
+
+def cnn():
+    """A model and a batch for it."""
+    layers = [keras.Input((28, 28, 1))]
+    for filters in (32, 64):
+        layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu"), keras.layers.MaxPooling2D()]
+    layers += [keras.layers.Flatten(), keras.layers.Dense(128, activation="relu")]
+    return keras.Sequential([*layers, keras.layers.Dense(10, activation="softmax")]), 128, (28, 28, 1), 10
+
+
+def wide_head():
+    """A model whose loss is a good part of its step."""
+    layers = [keras.Input((256,)), keras.layers.Dense(256, activation="relu")]
+    return keras.Sequential([*layers, keras.layers.Dense(10_000, activation="softmax")]), 256, (256,), 10_000
+
+
+def run_model(make, steps, rounds):
+    """Seconds a step of each combination of loss and metric."""
+    calls = {}
+    for name, loss in LOSSES.items():
+        for suffix, metrics in (("", []), ("_with_diversity", [keras_drsl.SoftmaxDiversity()])):
+            keras.utils.set_random_seed(0)
+            model, batch, shape, classes = make()
+            model.compile(optimizer="sgd", loss=loss, metrics=metrics)
+            rng = np.random.default_rng(0)
+            x = rng.random((steps * batch, *shape), "float32")
+            y = rng.integers(0, classes, steps * batch)
+            calls[name + suffix] = lambda model=model, x=x, y=y, batch=batch: model.fit(
+                x, y, batch_size=batch, shuffle=False, verbose=0
+            )
+    seconds = measure.interleave(calls, rounds)
+    seconds = {name: [one / steps for one in values] for name, values in seconds.items()}
+    medians = {name: measure.quartiles(values)[1] * 1e3 for name, values in seconds.items()}
+    print(f"{make.__name__}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in medians.items()), flush=True)
+    over = seconds["cross_entropy"]
+    ratios = {name: measure.ratio(values, over) for name, values in seconds.items() if values is not over}
+    return {"model": make.__name__, "steps": steps, "rounds": rounds, "seconds_a_step": seconds, "ratios": ratios}
+
+
+def main():
+    steps, rounds = (2, 2) if ARGS.quick else (20, 21)
+    rows = [run_model(make, steps, rounds) for make in (cnn, wide_head)]
+    for row in rows:
+        for name, found in row["ratios"].items():
+            low, high = found["spread"]
+            print(f"{row['model']}: {name} / cross_entropy {found['ratio']:.3f}, turns {low:.3f} to {high:.3f}")
+    step = rows[0]["ratios"]["drs"]
+    target = {"name": "a whole step of the CNN, DRSLoss / cross-entropy", "value": step["ratio"], "target": 1.01}
+    targets = measure.verdict([target | {"spread": step["spread"]}])
+    measure.write(ARGS, "step_overhead", {"rows": rows, "targets": targets})
+
+
+if __name__ == "__main__":
+    main()
