@@ -1,0 +1,131 @@
+import re
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_drsl import linear_drs_loss
+from tests import reference
+from tests.backends import BACKEND, compiled, gradient, values
+
+needs_compiler = pytest.mark.skipif(BACKEND == "torch", reason="is for TensorFlow and JAX")
+
+
+def draw(shape=(6,), size=5, classes=23):
+    rng = np.random.default_rng(0)
+    features, kernel, bias = (
+        rng.normal(size=s).astype("float32") for s in ((*shape, size), (size, classes), (classes,))
+    )
+    return features, kernel, bias, rng.integers(0, classes, shape)
+
+
+def expected_loss(ids, features, kernel, bias, **options):
+    logits = np.asarray(features, "float64") @ np.asarray(kernel, "float64") + bias
+    return reference.each(reference.drs_loss, reference.one_hot(ids, kernel.shape[1]), logits, **options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunk_size", [1, 4, 22, 23, 1000])
+@pytest.mark.parametrize(("kind", "label_smoothing"), [("sum_of_squares", 0.0), ("variance", 0.1)])
+def test_value_and_gradients_are_those_of_the_dense_logits(chunk_size, kind, label_smoothing):
+    features, kernel, bias, ids = draw()
+    options = {"kind": kind, "label_smoothing": label_smoothing}
+    loss = lambda *head: linear_drs_loss(
+        ids, *head, chunk_size=chunk_size, spread=kind, label_smoothing=label_smoothing
+    )
+    got = values(loss(features, kernel, bias))
+    np.testing.assert_allclose(got, expected_loss(ids, features, kernel, bias, **options), rtol=1e-5)
+    inputs = [features, kernel, bias]
+    for i in range(3):
+        one = lambda x: [*inputs[:i], x, *inputs[i + 1 :]]
+        slope = gradient(lambda x: loss(*map(ops.convert_to_tensor, one(x))), inputs[i])
+        loop = reference.gradient(lambda x: expected_loss(ids, *one(x), **options), inputs[i])
+        np.testing.assert_allclose(slope, loop, rtol=1e-3, atol=1e-4)
+
+
+@needs_compiler
+def test_without_a_bias_and_with_positions_in_several_axes():
+    features, kernel, _, ids = draw((2, 3))
+    expected = expected_loss(ids, features, kernel, 0)
+    for labels in (ids, ids[..., None]):
+        np.testing.assert_allclose(values(linear_drs_loss(labels, features, kernel, chunk_size=4)), expected, rtol=1e-5)
+
+
+@needs_compiler
+def test_logits_that_cancel_in_a_plain_sum_of_squares_do_not_here():
+    features, kernel, bias, ids = draw()
+    features *= 1e-2
+    bias = 1e-2 * bias + 1e3
+    expected = reference.each(reference.spread, reference.one_hot(ids, 23), features.astype("float64") @ kernel + bias)
+    with_spread, without = (values(linear_drs_loss(ids, features, kernel, bias, lam, chunk_size=4)) for lam in (100, 0))
+    # The logits themselves are rounded to 6e-5, one part in 200 of their deviations.
+    np.testing.assert_allclose((with_spread - without) / 100, expected, rtol=3e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_inputs_are_accumulated_in_float32(dtype):
+    features, kernel, bias, ids = draw(size=400)
+    half = [ops.cast(x, dtype) for x in (features, kernel, bias)]
+    rounded = [values(ops.cast(x, "float32")) for x in half]
+    expected = expected_loss(ids, *rounded)
+    np.testing.assert_allclose(values(linear_drs_loss(ids, *half, chunk_size=4)), expected, rtol=1e-5)
+    slope = gradient(lambda x: linear_drs_loss(ids, x, *half[1:], chunk_size=4), half[0], dtype)
+    loop = gradient(lambda x: linear_drs_loss(ids, x, *rounded[1:], chunk_size=4), rounded[0])
+    np.testing.assert_allclose(slope.astype("float32"), loop, rtol=2e-2, atol=1e-1)
+
+
+@needs_compiler
+def test_ignored_positions_are_zero_whatever_they_hold():
+    features, kernel, bias, ids = draw()
+    ids[[1, 4]] = -1
+    features[1] = np.nan
+    kept = ids >= 0
+    loss = lambda x: linear_drs_loss(ids, x, kernel, bias, chunk_size=4, ignore_class=-1)
+    got, slope = values(loss(features)), gradient(loss, features)
+    np.testing.assert_allclose(got[kept], expected_loss(ids[kept], features[kept], kernel, bias), rtol=1e-5)
+    assert np.all(got[~kept] == 0)
+    assert np.all(slope[~kept] == 0)
+    slope_of_kernel = gradient(lambda x: linear_drs_loss(ids, features, x, bias, chunk_size=4, ignore_class=-1), kernel)
+    assert np.all(np.isfinite(slope_of_kernel))
+
+
+@needs_compiler
+def test_a_label_outside_the_classes_is_an_error_or_nan():
+    features, kernel, bias, ids = draw()
+    ids[2] = 23
+    with pytest.raises(ValueError, match=r"`y_true` must hold class ids in \[0, 23\).*Received: 23"):
+        linear_drs_loss(ids, features, kernel, bias)
+    program = compiled(lambda ids: linear_drs_loss(ids, features, kernel, bias))
+    assert np.array_equal(np.isnan(values(program(ops.convert_to_tensor(ids)))), np.arange(6) == 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lam": -1}, "`lam` must be a non-negative number. Received: lam=-1"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of 1 or more. Received: chunk_size=0"),
+        ({"spread": "std"}, "`spread` must be one of"),
+        ({"label_smoothing": 1}, "`label_smoothing` must be a number in [0, 1)"),
+        (
+            {"features": np.zeros((6, 4))},
+            "`features` and `kernel` must have the shapes (..., D) and (D, C).",
+        ),
+        ({"kernel": np.zeros((5, 1)), "bias": None}, "`kernel` must have two classes or more."),
+        ({"bias": np.zeros(22)}, "`bias` must have the shape (C,)."),
+        ({"y_true": np.zeros(5, int)}, "`y_true` must hold a class id for each position. Received: y_true.shape=(5,)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    features, kernel, bias, ids = draw()
+    arguments = {"y_true": ids, "features": features, "kernel": kernel, "bias": bias} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_drs_loss(**arguments)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="is about torch")
+def test_on_torch_it_says_what_it_needs():
+    features, kernel, bias, ids = draw()
+    with pytest.raises(RuntimeError, match="needs TensorFlow or JAX. Received: KERAS_BACKEND=torch"):
+        linear_drs_loss(ids, features, kernel, bias)
