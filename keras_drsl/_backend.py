@@ -68,6 +68,16 @@ def cpu_cores() -> int | None:
     return (os.cpu_count() or 1) if on_cpu else None
 
 
+def pick(x: Any, columns: Any) -> Any:
+    """One element of each row: `x[i, columns[i]]`, shape `(rows,)`."""
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Older versions of `ops.take_along_axis` cannot be compiled for a number of rows not known while tracing.
+        return tf.gather(x, columns, batch_dims=1)
+    return keras.ops.take_along_axis(x, columns[:, None], axis=1)[:, 0]
+
+
 def compiled(program: Callable, *arguments: Any) -> Callable:
     """The program compiled by XLA, called from anywhere: eagerly, in a graph, in a program compiled itself.
 

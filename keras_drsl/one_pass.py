@@ -63,13 +63,13 @@ def helps(logits: Any) -> bool:
 def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tuple[Any, Any]:
     """The two programs for one setting; made once, so that they are traced once."""
 
-    def block(logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
+    def block(logits: Any, class_ids: Any, scale: Any, true_logits: Any) -> tuple[Any, Any]:
         scale = ops.expand_dims(scale, -1)
         is_true = ops.arange(classes, dtype="int32") == ops.expand_dims(class_ids, -1)
         top = ops.max(logits, axis=-1, keepdims=True)
         # Logits that don't count, NaN perhaps, are left behind here, and `scale` makes 0 of what follows.
         z = ops.where(scale == 0, 0.0, logits - top)
-        z_true = ops.take_along_axis(z, ops.expand_dims(class_ids, -1), axis=-1)
+        z_true = ops.where(scale == 0, 0.0, ops.expand_dims(true_logits, -1) - top)
         exp_z = ops.exp(z)
         total_exp = ops.sum(exp_z, axis=-1, keepdims=True)
         total = ops.sum(z, axis=-1, keepdims=True)
@@ -88,7 +88,7 @@ def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tu
         return ops.squeeze(values * scale, -1), gradient
 
     def value_and_gradient(logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
-        return _by_blocks(block, logits, class_ids, scale)
+        return _by_blocks(block, logits, class_ids, scale, _backend.pick(logits, class_ids))
 
     def hessian_product(logits: Any, class_ids: Any, scale: Any, vector: Any) -> Any:
         p = ops.softmax(logits, axis=-1)
@@ -103,24 +103,24 @@ def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tu
     return program, hessian_product
 
 
-def _by_blocks(block: Any, logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
+def _by_blocks(block: Any, logits: Any, *rows: Any) -> tuple[Any, Any]:
     """`block` of all rows, a few at a time; the last block overlaps the one before it rather than being shorter."""
     count, classes = ops.shape(logits)[0], logits.shape[-1]
     cores = _backend.cpu_cores()
     if cores is None:
         # An accelerator's compiler fuses all of it and keeps nothing.
-        return block(logits, class_ids, scale)
+        return block(logits, *rows)
     size = cores * max(1, LOGITS_PER_CORE // classes)
     if isinstance(count, int):
         if count <= size:
-            return block(logits, class_ids, scale)
+            return block(logits, *rows)
     else:
         size = ops.maximum(ops.minimum(size, count), 1)
 
     def step(i: Any, results: tuple[Any, Any]) -> tuple[Any, Any]:
         start = ops.minimum(i * size, count - size)
-        rows = (ops.slice(x, (start,), (size,)) for x in (class_ids, scale))
-        values, gradient = block(ops.slice(logits, (start, 0), (size, classes)), *rows)
+        part = (ops.slice(x, (start,), (size,)) for x in rows)
+        values, gradient = block(ops.slice(logits, (start, 0), (size, classes)), *part)
         return ops.slice_update(results[0], (start,), values), ops.slice_update(results[1], (start, 0), gradient)
 
     empty = (ops.zeros((count,), dtype=logits.dtype), ops.zeros((count, classes), dtype=logits.dtype))

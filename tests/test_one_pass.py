@@ -154,6 +154,10 @@ def test_the_compiled_program_keeps_no_second_array_of_the_size_of_the_logits(ba
         shapes += [jax.ShapeDtypeStruct((batch,), dtype) for dtype in ("int32", "float32")]
         temporary = jax.jit(program).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     else:
+        import tensorflow as tf
+
+        if tuple(map(int, tf.__version__.split(".")[:2])) < (2, 21):
+            pytest.skip("older versions of XLA copy the gradient's buffer once more")
         z, ids, scale = np.zeros((batch, classes), "float32"), np.zeros(batch, "int32"), np.ones(batch, "float32")
         inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale)]
         temporary = peak_of_temporaries(program.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo"))

@@ -354,6 +354,8 @@ class TestWeightsAndMasks:
     @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
     @pytest.mark.parametrize("eager", [True, False])
     def test_masked_sequences_may_have_padding_labels_outside_the_classes(self, policy, eager):
+        if policy != "float32" and keras.__version__.startswith("3.8."):
+            pytest.skip("Keras 3.8 casts half-precision predictions, and loses their mask, before it calls the loss")
         ids = np.array([[1, 2, 3, 0], [2, 0, 0, 0]])
         labels = np.where(ids > 0, ids % 4, -1)
         model = keras.Sequential(
