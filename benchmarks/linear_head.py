@@ -1,10 +1,12 @@
 """The loss of a vocabulary-sized linear head: dense logits against `linear_drs_loss`.
 
-It prints seconds and the memory gained beyond the gradients for value and gradients with respect to features and
+It prints seconds and the memory needed beyond the gradients for value and gradients with respect to features and
 kernel, and the targets. About three minutes on two cores.
 
     python benchmarks/linear_head.py --out results
 """
+
+import json
 
 import measure
 
@@ -49,34 +51,43 @@ def compiled(function, features, kernel, labels):
     return lambda: program(features, kernel, labels)[1][1][0, 0].numpy()
 
 
-def run_size(tokens, size, classes, quick):
+def contestants(tokens, size, classes):
+    """Both ways to compute value and gradients, and the size of the gradients."""
     rng = np.random.default_rng(0)
     features = rng.normal(0, 1, (tokens, size)).astype("float32")
     kernel = rng.normal(0, size**-0.5, (size, classes)).astype("float32")
     labels = rng.integers(0, classes, tokens)
     calls = {function.__name__: compiled(function, features, kernel, labels) for function in (dense, linear)}
+    return calls, features.nbytes + kernel.nbytes
+
+
+def run_size(tokens, size, classes, quick):
+    calls, _ = contestants(tokens, size, classes)
     seconds = measure.interleave(calls, 2 if quick else 7)
-    row = {"tokens": tokens, "features": size, "classes": classes, "seconds": seconds}
-    if ARGS.device == "cpu":
-        gradients = features.nbytes + kernel.nbytes
-        row["memory_bytes"] = {name: measure.peak_bytes(call) - gradients for name, call in calls.items()}
     for name, values in seconds.items():
-        memory = f", {row['memory_bytes'][name] / 2**20:.0f} MiB" if "memory_bytes" in row else ""
-        print(f"{tokens} x {size} x {classes}, {name}: {measure.quartiles(values)[1]:.3f} s{memory}", flush=True)
-    return row
+        print(f"{tokens} x {size} x {classes}, {name}: {measure.quartiles(values)[1]:.3f} s", flush=True)
+    return {"tokens": tokens, "features": size, "classes": classes, "seconds": seconds}
 
 
 def main():
     if ARGS.backend == "torch":
         raise SystemExit("linear_drs_loss needs TensorFlow or JAX. Received: --backend torch")
-    rows = [run_size(*size, ARGS.quick) for size in (SIZES[:1] if ARGS.quick else SIZES)]
-    last = rows[-1]
-    time = measure.ratio(last["seconds"]["linear"], last["seconds"]["dense"])
+    sizes = SIZES[:1] if ARGS.quick else SIZES
+    if ARGS.memory:
+        calls, gradients = contestants(*sizes[-1])
+        print(json.dumps({name: measure.peak_bytes(call) - gradients for name, call in calls.items()}))
+        return
+    rows = [run_size(*size, ARGS.quick) for size in sizes]
+    seconds = rows[-1]["seconds"]
+    time = measure.ratio(seconds["linear"], seconds["dense"])
     targets = [{"name": "linear / dense, time", "value": time["ratio"], "spread": time["spread"], "target": 1.4}]
-    if "memory_bytes" in last:
-        share = last["memory_bytes"]["linear"] / last["memory_bytes"]["dense"]
+    needed = measure.memory_in_fresh_process(ARGS)
+    if needed:
+        print("memory beyond the gradients:", {name: f"{value / 2**20:.0f} MiB" for name, value in needed.items()})
+        share = needed["linear"] / needed["dense"]
         targets.append({"name": "linear / dense, temporary memory", "value": share, "target": 0.1})
-    measure.write(ARGS, "linear_head", {"rows": rows, "targets": measure.verdict(targets)})
+    targets = measure.verdict(targets)
+    measure.write(ARGS, "linear_head", {"rows": rows, "memory_bytes": needed, "targets": targets})
 
 
 if __name__ == "__main__":

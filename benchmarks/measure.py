@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ def arguments(doc):
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
     parser.add_argument("--out", default="runs", help="folder for the JSON and the figure")
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, and print it")
     args = parser.parse_args()
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -84,9 +86,7 @@ def ratio(seconds, over):
 
 
 def peak_bytes(call):
-    """How far the memory of this process rises while `call` runs, its result included; None where Linux can't tell."""
-    if not Path("/proc/self/statm").exists():
-        return None
+    """How far the memory of this process rises while `call` runs, its result included. On Linux."""
     page = os.sysconf("SC_PAGE_SIZE")
 
     def resident():
@@ -112,6 +112,17 @@ def peak_bytes(call):
         done.set()
         watcher.join()
     return highest - before
+
+
+def memory_in_fresh_process(args):
+    """What this script prints when it is started anew with `--memory`, or None where memory can't be measured."""
+    if args.device != "cpu" or not Path("/proc/self/statm").exists():
+        return None
+    # TensorFlow's oneDNN keeps the memory that is freed for later, and peaks after the first would not be seen.
+    environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    command = [sys.executable, sys.argv[0], "--backend", args.backend, "--memory", *["--quick"] * args.quick]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def verdict(rows):
