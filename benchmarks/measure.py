@@ -86,32 +86,34 @@ def ratio(seconds, over):
 
 
 def peak_bytes(call):
-    """How far the memory of this process rises while `call` runs, its result included. On Linux."""
+    """How far the memory of this process rises while `call` runs, its result included: the median of five. On Linux."""
     page = os.sysconf("SC_PAGE_SIZE")
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * page
 
-    call()
-    gc.collect()
-    before = highest = resident()
-    done = threading.Event()
+    def one_peak():
+        gc.collect()
+        before = highest = resident()
+        done = threading.Event()
 
-    def watch():
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, resident())
-            time.sleep(0.0005)
+        def watch():
+            nonlocal highest
+            while not done.is_set():
+                highest = max(highest, resident())
+                time.sleep(0.0005)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for _ in range(5):
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
             call()
-    finally:
-        done.set()
-        watcher.join()
-    return highest - before
+        finally:
+            done.set()
+            watcher.join()
+        return highest - before
+
+    call()
+    return quartiles([one_peak() for _ in range(5)])[1]
 
 
 def memory_in_fresh_process(args):
