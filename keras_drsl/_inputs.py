@@ -65,13 +65,7 @@ def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | Non
     labels = ops.convert_to_tensor(y_true)
     labels, scores = _classes_last(labels, scores, axis)
 
-    valid = None
-    if mask is not None and len(mask.shape) == len(scores.shape) - 1:
-        valid = ops.cast(mask, "bool")
-    if ignore_class is not None:
-        counts = _differs_from(labels, scores, ignore_class)
-        valid = counts if valid is None else ops.logical_and(valid, counts)
-
+    valid = _valid(mask, len(scores.shape) - 1, labels, ignore_class)
     in_range = None
     if len(labels.shape) < len(scores.shape):
         labels, in_range = _class_ids(labels, valid, scores.shape[-1])
@@ -108,10 +102,7 @@ def read_class_ids(y_true: Any, positions: tuple, classes: int, *, mask: Any, ig
             "`y_true` must hold a class id for each position. "
             f"Received: y_true.shape={tuple(labels.shape)}, positions of shape {positions}"
         )
-    valid = ops.cast(mask, "bool") if mask is not None and len(mask.shape) == len(positions) else None
-    if ignore_class is not None:
-        counts = _differs_from_id(labels, ignore_class)
-        valid = counts if valid is None else ops.logical_and(valid, counts)
+    valid = _valid(mask, len(positions), labels, ignore_class)
     ids, in_range = _class_ids(labels, valid, classes)
     return ClassIds(ids, valid, in_range)
 
@@ -198,18 +189,19 @@ def _can_match(shape: tuple, other: tuple) -> bool:
     return len(shape) == len(other) and all(a == b or a is None or b is None for a, b in zip(shape, other, strict=True))
 
 
-def _differs_from(labels: Any, scores: Any, ignore_class: int) -> Any:
-    """Where the label is not `ignore_class`, shape `(...)`."""
-    if len(labels.shape) < len(scores.shape):
-        return _differs_from_id(labels, ignore_class)
-    ignored = ops.cast(ops.equal(ops.arange(scores.shape[-1]), ignore_class), labels.dtype)
-    return ops.any(ops.not_equal(labels, ignored), axis=-1)
-
-
-def _differs_from_id(labels: Any, ignore_class: int) -> Any:
-    if "int" in keras.backend.standardize_dtype(labels.dtype):
-        labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
-    return ops.not_equal(labels, ignore_class)
+def _valid(mask: Any, rank: int, labels: Any, ignore_class: int | None) -> Any:
+    """Where a position counts, bool of rank `rank`, or None where nothing rules any out."""
+    valid = ops.cast(mask, "bool") if mask is not None and len(mask.shape) == rank else None
+    if ignore_class is None:
+        return valid
+    if len(labels.shape) > rank:
+        ignored = ops.cast(ops.equal(ops.arange(labels.shape[-1]), ignore_class), labels.dtype)
+        counts = ops.any(ops.not_equal(labels, ignored), axis=-1)
+    else:
+        if "int" in keras.backend.standardize_dtype(labels.dtype):
+            labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
+        counts = ops.not_equal(labels, ignore_class)
+    return counts if valid is None else ops.logical_and(valid, counts)
 
 
 def _class_ids(labels: Any, valid: Any, num_classes: int) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_drsl import DRSLoss, drs_loss, one_pass
 from tests import reference
-from tests.backends import BACKEND, gradient, on_tensorflow, values
+from tests.backends import BACKEND, compiled, gradient, on_tensorflow, values
 
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="torch computes the formula")
 
@@ -111,18 +111,37 @@ def test_it_can_be_differentiated_twice(small_blocks, kind):
     np.testing.assert_allclose(values(got), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_drs_loss_takes_it_for_class_ids_and_logits_and_the_formula_otherwise(monkeypatch):
+def test_drs_loss_takes_it_for_class_ids_and_logits_of_many_classes_and_the_formula_otherwise(monkeypatch):
     calls = []
     real = one_pass.drs_loss
     monkeypatch.setattr(one_pass, "drs_loss", lambda *args, **options: calls.append(1) or real(*args, **options))
-    z, ids = draw()
-    drs_loss(ids, z, from_logits=True)
+    z, ids = draw((7, one_pass.MIN_CLASSES))
+    y = reference.one_hot(ids, one_pass.MIN_CLASSES)
+    got = drs_loss(ids, z, from_logits=True)
     assert len(calls) == 1
+    np.testing.assert_allclose(values(got), reference.each(reference.drs_loss, y, z), rtol=1e-5)
     drs_loss(ids, z, 0, from_logits=True)
     drs_loss(ids, z, from_logits=True, space="softmax")
-    drs_loss(reference.one_hot(ids, 6), z, from_logits=True)
-    drs_loss(ids, values(ops.softmax(z)))
+    drs_loss(y, z, from_logits=True)
+    drs_loss(ids, np.exp(z) / np.exp(z).sum(1, keepdims=True))
+    drs_loss(ids % 63, z[:, :-1], from_logits=True)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("ignore_class", [None, 3])
+def test_masks_ignored_classes_and_bad_labels_are_those_of_the_formula(monkeypatch, ignore_class):
+    z, ids = draw((4, 6, 64))
+    z[:, 4:] = 0.0
+    ids[:, 4:] = 99
+    ids[0, 0] = 3
+    kept = np.broadcast_to(np.arange(6) < 4, (4, 6)) & (ids != ignore_class)
+    expected = reference.each(reference.drs_loss, reference.one_hot(ids[kept], 64), z[kept]).mean()
+    masked = keras.layers.Masking()(z)
+    fit = DRSLoss(from_logits=True, ignore_class=ignore_class)
+    np.testing.assert_allclose(values(fit(ids, masked)), expected, rtol=1e-5)
+    program = compiled(lambda ids, z: drs_loss(ids, z, from_logits=True))
+    got = values(program(ops.convert_to_tensor(ids), ops.convert_to_tensor(z)))
+    assert np.array_equal(np.isnan(got), ids == 99)
 
 
 @on_tensorflow

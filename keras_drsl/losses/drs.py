@@ -66,7 +66,8 @@ def drs_loss(
     _arguments.check_choice("spread", spread, SPREADS)
 
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and one_pass.helps(inputs.scores):
+    classes = inputs.scores.shape[-1]
+    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and one_pass.helps(classes):
         values = one_pass.drs_loss(
             inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
         )
