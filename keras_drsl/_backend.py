@@ -181,7 +181,8 @@ def with_backward(forward: Callable, backward: Callable, inputs: tuple, constant
         values, statistics = forward(*map(tf.stop_gradient, (*inputs, *constants)))
         return values, lambda upstream: backward(*inputs, *constants, statistics, upstream)
 
-    return differentiable(*inputs)
+    # A variable's value, for the gradient to reach the variable by way of it.
+    return differentiable(*map(tf.convert_to_tensor, inputs))
 
 
 @cache

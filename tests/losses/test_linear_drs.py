@@ -1,12 +1,13 @@
 import re
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_drsl import linear_drs_loss
+from keras_drsl import drs_loss, linear_drs_loss
 from tests import reference
-from tests.backends import BACKEND, compiled, gradient, values
+from tests.backends import BACKEND, compiled, gradient, on_tensorflow, values
 
 needs_compiler = pytest.mark.skipif(BACKEND == "torch", reason="is for TensorFlow and JAX")
 
@@ -49,6 +50,29 @@ def test_without_a_bias_and_with_positions_in_several_axes():
     expected = expected_loss(ids, features, kernel, 0)
     for labels in (ids, ids[..., None]):
         np.testing.assert_allclose(values(linear_drs_loss(labels, features, kernel, chunk_size=4)), expected, rtol=1e-5)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_variables_of_a_layer_are_trained(eager):
+    import tensorflow as tf
+
+    features, _, _, ids = draw()
+    head = keras.layers.Dense(23)
+    head.build(features.shape)
+
+    def gradients(loss):
+        def compute():
+            with tf.GradientTape() as tape:
+                total = ops.sum(loss())
+            return tape.gradient(total, [head.kernel.value, head.bias.value])
+
+        return compute() if eager else tf.function(compute)()
+
+    got = gradients(lambda: linear_drs_loss(ids, features, head.kernel, head.bias, chunk_size=4))
+    expected = gradients(lambda: drs_loss(ids, head(features), from_logits=True))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(values(one), values(other), rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler
