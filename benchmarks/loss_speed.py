@@ -212,8 +212,9 @@ def plot(path, rows):
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axes, sizes, key in ((both[0], OVER_CLASSES, "classes"), (both[1], OVER_BATCH, "batch")):
         chosen = [row for row in rows if (row["batch"], row["classes"]) in sizes]
+        chosen.sort(key=lambda row: (row["batch"], row["classes"]))
         for name in ("cross_entropy", "drs", "formula", "cross_entropy_xla", "drs_xla", "formula_xla", "copy_xla"):
-            if all(name in row["seconds"] for row in chosen):
+            if chosen and all(name in row["seconds"] for row in chosen):
                 medians = [measure.quartiles(row["seconds"][name])[1] * 1e3 for row in chosen]
                 style = "-" if name.endswith("xla") else "--"
                 axes.plot([row[key] for row in chosen], medians, style, marker="o", label=name)
