@@ -30,7 +30,7 @@ def arguments(doc):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     try:
         args.device_name = _device_name(args)
-    except (ImportError, RuntimeError, IndexError) as error:
+    except (ImportError, RuntimeError, IndexError, AssertionError) as error:
         parser.error(f"--backend {args.backend} --device {args.device} is not at hand: {error}")
     return args
 
