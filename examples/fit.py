@@ -142,10 +142,11 @@ def attack(logits_model, x, y, eps, *, restarts, seed=0):
         "pgd_ce": cleverhans.ProjectedGradientDescent(eps, loss="ce", **knobs),
         "pgd_margin": cleverhans.ProjectedGradientDescent(eps, loss="margin", **knobs),
     }
-    worst_case = is_right(logits_model, x, y)
+    right = is_right(logits_model, x, y)
+    worst_case = right.copy()
     accuracy = {}
     for name, one in attacks.items():
-        withstood = is_right(logits_model, x, y)
+        withstood = right.copy()
         for start in range(0, len(x), 500):
             batch = slice(start, start + 500)
             x_adv = one(logits_model, x[batch], y[batch])
