@@ -193,11 +193,10 @@ def compare(rows, memory):
             targets.append(
                 {"name": f"{what}, less that of {other}", "value": memory[name] - memory[other], "target": 0}
             )
-    if {(32_768, 1_000), (128, 262_144)} <= set(by_size):
-        narrow, wide = (
-            measure.quartiles(by_size[size]["seconds"].get("drs_xla", [1.0]))[1] / (size[0] * size[1])
-            for size in ((32_768, 1_000), (128, 262_144))
-        )
+    growth = [by_size.get(size, {}).get("seconds", {}).get("drs_xla") for size in ((32_768, 1_000), (128, 262_144))]
+    if all(growth):
+        # Both have as many logits.
+        narrow, wide = (measure.quartiles(seconds)[1] for seconds in growth)
         targets.append({"name": "time a logit, 128 x 262144 / 32768 x 1000", "value": wide / narrow, "target": 1.3})
     return targets
 

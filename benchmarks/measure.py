@@ -122,6 +122,8 @@ def memory_in_fresh_process(args):
         return None
     # TensorFlow's oneDNN keeps the memory that is freed for later, and peaks after the first would not be seen.
     environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    # Nor those of memory that the C library keeps.
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, sys.argv[0], "--backend", args.backend, "--memory", *["--quick"] * args.quick]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

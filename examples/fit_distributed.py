@@ -18,6 +18,7 @@ under this strategy, where it builds the model symbolically, so the loop is writ
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import socket
@@ -35,7 +36,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="of all workers together")
     parser.add_argument("--lam", type=float, default=0.3)
     parser.add_argument("--out", help="a .npz file for the trained weights, written by the first worker")
-    parser.add_argument("--time-limit", type=float, default=240, help="seconds until the workers are stopped")
+    parser.add_argument(
+        "--time-limit", type=float, default=240, help="seconds until a worker, or this command, gives up"
+    )
     args = parser.parse_args()
     if args.workers < 1 or args.steps < 1:
         parser.error(f"--workers and --steps must be positive. Received: {args.workers}, {args.steps}")
@@ -46,7 +49,7 @@ def main():
 
 
 def start_workers(args):
-    """Start the workers here and wait for them; the exit status of the first that failed, or 0."""
+    """Start the workers here and wait for them; 1 if one failed, or else 0."""
     addresses = free_addresses(args.workers)
     workers = []
     for index in range(args.workers):
@@ -55,16 +58,18 @@ def start_workers(args):
         workers.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
     end = time.monotonic() + args.time_limit
     try:
-        while any(worker.poll() is None for worker in workers):
-            for index, worker in enumerate(workers):
-                if worker.poll():
-                    print(f"Worker {index} ended with status {worker.returncode}; stopping.", file=sys.stderr)
+        while True:
+            statuses = [worker.poll() for worker in workers]
+            for index, status in enumerate(statuses):
+                if status:
+                    print(f"Worker {index} ended with status {status}; stopping.", file=sys.stderr)
                     return 1
+            if None not in statuses:
+                return 0
             if time.monotonic() > end:
                 print(f"No end after {args.time_limit:g} s; stopping the workers.", file=sys.stderr)
                 return 1
             time.sleep(0.1)
-        return max(abs(worker.returncode) for worker in workers)
     finally:
         # A worker whose partner died waits for it forever.
         for worker in workers:
@@ -83,6 +88,14 @@ def free_addresses(count):
 
 def work(args):
     """One worker: its part of every batch, the gradients added up over all workers."""
+    config = json.loads(os.environ["TF_CONFIG"])
+    index, workers = config["task"]["index"], len(config["cluster"]["worker"])
+    if args.batch_size % workers:
+        sys.exit(f"--batch-size must be a multiple of the {workers} workers. Received: --batch-size {args.batch_size}")
+
+    print(f"worker {index} waits for all {workers} of TF_CONFIG, no longer than {args.time_limit:g} s", flush=True)
+    # A worker whose partner is missing waits for it in native code, which no exception reaches.
+    faulthandler.dump_traceback_later(args.time_limit, exit=True)
     import tensorflow as tf
 
     # Before anything else of TensorFlow runs.
@@ -93,18 +106,14 @@ def work(args):
 
     import keras_drsl
 
-    config = json.loads(os.environ["TF_CONFIG"])
-    index, workers = config["task"]["index"], len(config["cluster"]["worker"])
-    if args.batch_size % workers:
-        sys.exit(f"--batch-size must be a multiple of the {workers} workers. Received: --batch-size {args.batch_size}")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(args.steps, workers, args.batch_size // workers, 20)).astype("float32")
-    y = (x @ rng.normal(size=(20, 5))).argmax(-1)
+    y = (x @ rng.normal(size=(20, 80))).argmax(-1)
     mine = tf.data.Dataset.from_tensor_slices((x[:, index], y[:, index]))
 
     with strategy.scope():
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(5)])
+        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(80)])
         optimizer = keras.optimizers.SGD(0.1)
         optimizer.build(model.trainable_variables)
     loss_fn = keras_drsl.DRSLoss(args.lam, from_logits=True)
@@ -128,6 +137,7 @@ def work(args):
             print(f"step {number}: loss {loss:.6f}", flush=True)
     if index == 0 and args.out:
         np.savez(args.out, *model.get_weights())
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

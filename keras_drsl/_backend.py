@@ -56,7 +56,7 @@ def compiles() -> bool:
 
 
 def cpu_cores() -> int | None:
-    """How many processor cores compute, or None where an accelerator does."""
+    """How many processor cores compute a program, or None where an accelerator does, or several devices on JAX."""
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -64,8 +64,11 @@ def cpu_cores() -> int | None:
     else:
         import jax
 
-        on_cpu = jax.default_backend() == "cpu"
-    return (os.cpu_count() or 1) if on_cpu else None
+        # What several devices share, JAX divides among them, unless a program cuts it into blocks itself.
+        on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    # Those this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if on_cpu else None
 
 
 def pick(x: Any, columns: Any) -> Any:
@@ -102,6 +105,85 @@ def compiled(program: Callable, *arguments: Any) -> Callable:
     return jax.jit(program)
 
 
+def graph(function: Callable, variables: list) -> Callable:
+    """The function as a program for tensors of any number of rows.
+
+    It is not handed to XLA on TensorFlow, whose own convolutions are several times faster on a processor.
+
+    Args:
+        function: takes and returns nested structures of tensors, each with the same number of rows or a scalar.
+        variables: the Keras variables it reads, looked up anew in each call.
+    """
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def specification(x: Any) -> Any:
+            x = tf.convert_to_tensor(x)
+            return tf.TensorSpec((None, *x.shape[1:]) if x.shape.rank else (), x.dtype)
+
+        program = None
+
+        def call(*arguments: Any) -> Any:
+            nonlocal program
+            if program is None:
+                signature = tf.nest.map_structure(specification, list(arguments))
+                program = tf.function(function, input_signature=signature, autograph=False)
+            return program(*arguments)
+
+        return call
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        @jax.jit
+        def stateless(values: list, *arguments: Any) -> Any:
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function(*arguments)
+
+        return lambda *arguments: stateless([variable.value for variable in variables], *arguments)
+
+    import torch
+
+    def without_gradient(*arguments: Any) -> Any:
+        with torch.no_grad():
+            return function(*keras.tree.map_structure(keras.ops.convert_to_tensor, arguments))
+
+    return without_gradient
+
+
+def padded(rows: int) -> int:
+    """How many rows to hand to a program of `graph` for so many: few different numbers where each is compiled anew."""
+    return max(16, 1 << (rows - 1).bit_length()) if keras.config.backend() == "jax" else rows
+
+
+def input_gradient(function: Callable, x: Any) -> tuple[Any, Any, Any]:
+    """Both results of a function, one value a row and anything else, and the gradient of the values' sum."""
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            values, rest = function(x)
+        gradient = tape.gradient(values, x, unconnected_gradients="zero")
+    elif keras.config.backend() == "jax":
+        import jax
+
+        def total(x: Any) -> Any:
+            values, rest = function(x)
+            return keras.ops.sum(values), (values, rest)
+
+        gradient, (values, rest) = jax.grad(total, has_aux=True)(x)
+    else:
+        import torch
+
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            values, rest = function(x)
+            gradient = torch.autograd.grad(values.sum(), x, allow_unused=True, materialize_grads=True)[0]
+        values, rest = keras.tree.map_structure(lambda tensor: tensor.detach(), (values, rest))
+    return values, rest, gradient
+
+
 def with_gradient(value_and_gradient: Callable, hessian_product: Callable, x: Any, *constants: Any) -> Any:
     """One value a row of `x`, differentiable although its gradient is computed with it rather than derived from it.
 
@@ -118,12 +200,27 @@ def with_gradient(value_and_gradient: Callable, hessian_product: Callable, x: An
     if keras.config.backend() == "jax":
         import jax
 
-        function = jax.custom_vjp(lambda x, *constants: value_and_gradient(x, *constants)[0])
-        function.defvjp(
-            value_and_gradient,
-            lambda gradient, upstream: (gradient * upstream[:, None], *[None] * len(constants)),
-        )
-        return function(x, *constants)
+        @jax.custom_jvp
+        def both(x: Any, *constants: Any) -> Any:
+            return value_and_gradient(x, *constants)
+
+        @both.defjvp
+        def both_forward(primals: Any, tangents: Any) -> Any:
+            values, gradient = both(*primals)
+            along = keras.ops.sum(gradient * tangents[0], axis=-1)
+            return (values, gradient), (along, hessian_product(*primals, tangents[0]))
+
+        # The first derivative needs nothing of the second.
+        @jax.custom_jvp
+        def value(x: Any, *constants: Any) -> Any:
+            return value_and_gradient(x, *constants)[0]
+
+        @value.defjvp
+        def value_forward(primals: Any, tangents: Any) -> Any:
+            values, gradient = both(*primals)
+            return values, keras.ops.sum(gradient * tangents[0], axis=-1)
+
+        return value(x, *constants)
 
     import tensorflow as tf
 
@@ -138,7 +235,8 @@ def with_gradient(value_and_gradient: Callable, hessian_product: Callable, x: An
         def scaled(x: Any, upstream: Any) -> Any:
             def backward(vector: Any) -> Any:
                 product = hessian_product(x, *constants, vector * upstream[:, None])
-                return product, tf.reduce_sum(vector * gradient, axis=-1)
+                # For a third derivative, the gradient must still depend on `x`.
+                return product, tf.reduce_sum(vector * scaled(x, tf.ones_like(upstream)), axis=-1)
 
             return gradient * upstream[:, None], backward
 

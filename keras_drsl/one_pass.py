@@ -15,7 +15,7 @@ squares or `lam / (C - 1)` for the variance:
 Reference: arXiv:2303.12363 for the loss; the block-wise form is ours.
 """
 
-from functools import cache
+from functools import lru_cache, partial
 from typing import Any
 
 import keras
@@ -26,6 +26,9 @@ from keras_drsl import _backend
 # How many logits of a block a processor core works on: 256 KiB in float32, to stay in its cache with what is made of
 # them.
 LOGITS_PER_CORE = 2**16
+
+# However many the cores, a block of many logits holds no more than this share of them all: memory is its price.
+LARGEST_SHARE = 1 / 128
 
 # Below, rows are too short to be worked on several at a time: at 10 classes the formula is as fast for small batches,
 # needs no compilation of its own, and is faster for large batches in a training step that XLA compiles as a whole.
@@ -50,11 +53,10 @@ def drs_loss(class_ids: Any, logits: Any, scale: Any, *, lam: float, spread: str
     classes = logits.shape[-1]
     strength = lam / (classes - 1) if spread == "variance" else lam
     dtype = keras.backend.standardize_dtype(logits.dtype)
-    value_and_gradient, hessian_product = _programs(strength, label_smoothing, classes, dtype)
+    value_and_gradient, hessian_product = _programs(label_smoothing, classes, dtype)
     rows = ops.reshape(logits, (-1, classes))
-    values = _backend.with_gradient(
-        value_and_gradient, hessian_product, rows, ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,))
-    )
+    constants = ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,)), ops.cast(strength, dtype)
+    values = _backend.with_gradient(value_and_gradient, hessian_product, rows, *constants)
     return ops.reshape(values, ops.shape(logits)[:-1])
 
 
@@ -63,11 +65,11 @@ def helps(classes: int) -> bool:
     return _backend.compiles() and classes >= MIN_CLASSES
 
 
-@cache
-def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tuple[Any, Any]:
+@lru_cache(maxsize=64)
+def _programs(smoothing: float, classes: int, dtype: str) -> tuple[Any, Any]:
     """The two programs for one setting; made once, so that they are traced once."""
 
-    def block(logits: Any, class_ids: Any, scale: Any, true_logits: Any) -> tuple[Any, Any]:
+    def block(strength: Any, logits: Any, class_ids: Any, scale: Any, true_logits: Any) -> tuple[Any, Any]:
         scale = ops.expand_dims(scale, -1)
         is_true = ops.arange(classes, dtype="int32") == ops.expand_dims(class_ids, -1)
         top = ops.max(logits, axis=-1, keepdims=True)
@@ -77,7 +79,11 @@ def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tu
         exp_z = ops.exp(z)
         total_exp = ops.sum(exp_z, axis=-1, keepdims=True)
         total = ops.sum(z, axis=-1, keepdims=True)
-        deviation = ops.where(is_true, 0.0, z - (total - z_true) / (classes - 1))
+        # The mean of many numbers far from 0 is a little off, and for all rivals in the same direction: that of their
+        # distances from it says by how much.
+        distance = z - (total - z_true) / (classes - 1)
+        rest = ops.sum(ops.where(is_true, 0.0, distance), axis=-1, keepdims=True) / (classes - 1)
+        deviation = ops.where(is_true, 0.0, distance - rest)
         values = (
             ops.log(total_exp)
             - (1 - smoothing) * z_true
@@ -91,19 +97,21 @@ def _programs(strength: float, smoothing: float, classes: int, dtype: str) -> tu
             gradient = gradient - smoothing / classes * scale
         return ops.squeeze(values * scale, -1), gradient
 
-    def value_and_gradient(logits: Any, class_ids: Any, scale: Any) -> tuple[Any, Any]:
-        return _by_blocks(block, logits, class_ids, scale, _backend.pick(logits, class_ids))
+    def value_and_gradient(logits: Any, class_ids: Any, scale: Any, strength: Any) -> tuple[Any, Any]:
+        return _by_blocks(partial(block, strength), logits, class_ids, scale, _backend.pick(logits, class_ids))
 
-    def hessian_product(logits: Any, class_ids: Any, scale: Any, vector: Any) -> Any:
-        p = ops.softmax(logits, axis=-1)
+    def hessian_product(logits: Any, class_ids: Any, scale: Any, strength: Any, vector: Any) -> Any:
+        scale = ops.expand_dims(scale, -1)
+        p = ops.softmax(ops.where(scale == 0, 0.0, logits), axis=-1)
         w = 1.0 - ops.one_hot(class_ids, classes, dtype=logits.dtype)
         product = p * (vector - ops.sum(p * vector, axis=-1, keepdims=True)) + 2 * strength * w * (
             vector - ops.sum(w * vector, axis=-1, keepdims=True) / (classes - 1)
         )
-        scale = ops.expand_dims(scale, -1)
-        return ops.where(scale == 0, 0.0, product * scale)
+        return product * scale
 
-    program = _backend.compiled(value_and_gradient, ((None, classes), dtype), ((None,), "int32"), ((None,), dtype))
+    program = _backend.compiled(
+        value_and_gradient, ((None, classes), dtype), ((None,), "int32"), ((None,), dtype), ((), dtype)
+    )
     return program, hessian_product
 
 
@@ -112,14 +120,17 @@ def _by_blocks(block: Any, logits: Any, *rows: Any) -> tuple[Any, Any]:
     count, classes = ops.shape(logits)[0], logits.shape[-1]
     cores = _backend.cpu_cores()
     if cores is None:
-        # An accelerator's compiler fuses all of it and keeps nothing.
+        # An accelerator's compiler fuses all of it and keeps nothing; several devices have their own rows each.
         return block(logits, *rows)
     size = cores * max(1, LOGITS_PER_CORE // classes)
+    floor = 2 * max(1, LOGITS_PER_CORE // classes)
     if isinstance(count, int):
+        size = min(size, max(floor, int(count * LARGEST_SHARE)))
         if count <= size:
             return block(logits, *rows)
     else:
-        size = ops.maximum(ops.minimum(size, count), 1)
+        share = ops.cast(ops.cast(count, "float32") * LARGEST_SHARE, "int32")
+        size = ops.minimum(ops.minimum(size, ops.maximum(floor, share)), count)
 
     def step(i: Any, results: tuple[Any, Any]) -> tuple[Any, Any]:
         start = ops.minimum(i * size, count - size)
@@ -128,4 +139,5 @@ def _by_blocks(block: Any, logits: Any, *rows: Any) -> tuple[Any, Any]:
         return ops.slice_update(results[0], (start,), values), ops.slice_update(results[1], (start, 0), gradient)
 
     empty = (ops.zeros((count,), dtype=logits.dtype), ops.zeros((count, classes), dtype=logits.dtype))
-    return ops.fori_loop(0, (count + size - 1) // size, step, empty)
+    blocks = (count + size - 1) // (size if isinstance(size, int) else ops.maximum(size, 1))
+    return ops.fori_loop(0, blocks, step, empty)

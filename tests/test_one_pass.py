@@ -111,6 +111,80 @@ def test_it_can_be_differentiated_twice(small_blocks, kind):
     np.testing.assert_allclose(values(got), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [1_000, 32_000, 262_144])
+def test_level_rivals_far_below_the_true_class_are_not_pulled_together(classes):
+    z = np.full((2, classes), -0.7, "float32")
+    z[:, 5] = 19.6
+    ids = np.array([5, 5], "int32")
+    exact = classes * np.exp(-20.3)  # the cross-entropy, and what it pulls the rivals by together
+    np.testing.assert_allclose(values(loss(ids, z)), exact, rtol=0.1, atol=1e-5)
+    pull = np.delete(gradient(lambda z: loss(ids, z), z)[0].astype("float64"), 5)
+    np.testing.assert_allclose(pull.sum(), exact, rtol=0.1, atol=1e-4)
+
+
+def test_no_positions_have_no_values():
+    z = np.zeros((0, 70), "float32")
+    program = compiled(
+        lambda z: one_pass.drs_loss(
+            ops.zeros((0,), "int32"), z, ops.ones((0,)), lam=0.3, spread="variance", label_smoothing=0.0
+        )
+    )
+    assert values(program(ops.convert_to_tensor(z))).shape == (0,)
+    assert gradient(lambda z: loss(np.zeros(0, "int32"), z), z).shape == (0, 70)
+
+
+def nested_gradients(function, z, vector):
+    """The first, second and third derivative of a function along a vector, the last as a gradient."""
+    if BACKEND == "jax":
+        import jax
+
+        first = lambda z: ops.sum(jax.grad(function)(z) * vector)
+        second = lambda z: ops.sum(jax.grad(first)(z) * vector)
+        return first(z), second(z), jax.grad(second)(z)
+    import tensorflow as tf
+
+    z = tf.constant(z)
+    with tf.GradientTape() as outer:
+        outer.watch(z)
+        with tf.GradientTape() as middle:
+            middle.watch(z)
+            with tf.GradientTape() as inner:
+                inner.watch(z)
+                value = function(z)
+            first = tf.reduce_sum(inner.gradient(value, z) * vector)
+        second = tf.reduce_sum(middle.gradient(first, z) * vector)
+    return first, second, outer.gradient(second, z)
+
+
+def test_a_third_derivative_is_that_of_the_formula(monkeypatch):
+    z, ids = draw((2, 64), scale=1.0)
+    vector = np.random.default_rng(1).normal(size=z.shape).astype("float32")
+    function = lambda z: ops.sum(ops.exp(0.3 * drs_loss(ids, z, 0.01, from_logits=True)))
+    one = nested_gradients(function, z, vector)
+    monkeypatch.setattr(one_pass, "helps", lambda classes: False)
+    for got, expected in zip(one, nested_gradients(function, z, vector), strict=True):
+        np.testing.assert_allclose(values(got), values(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_derivative_is_zero_where_what_stands_there_does_not_count():
+    z, ids = draw()
+    z[2] = np.nan
+    scale = np.array([1, 1, 0, 1, 1, 1, 1], "float32")
+    _, _, third = nested_gradients(lambda z: ops.sum(loss(ids, z, scale)), z, np.ones_like(z))
+    assert np.all(values(third)[2] == 0)
+    assert np.all(np.isfinite(values(third)))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="is about JAX's forward mode")
+def test_it_can_be_differentiated_forwards():
+    import jax
+
+    z, ids = draw()
+    vector = np.random.default_rng(1).normal(size=z.shape).astype("float32")
+    _, along = jax.jvp(lambda z: ops.sum(loss(ids, z)), (z,), (vector,))
+    np.testing.assert_allclose(along, np.sum(gradient(lambda z: loss(ids, z), z) * vector), rtol=1e-4)
+
+
 def test_drs_loss_takes_it_for_class_ids_and_logits_of_many_classes_and_the_formula_otherwise(monkeypatch):
     calls = []
     real = one_pass.drs_loss
@@ -162,15 +236,19 @@ def test_on_tensorflow_the_loss_is_compiled_by_xla_without_being_asked_to():
     )
 
 
+@pytest.mark.parametrize("cores", [2, 64])
 @pytest.mark.parametrize("batch", [512, 509])
-def test_the_compiled_program_keeps_no_second_array_of_the_size_of_the_logits(batch):
+def test_the_compiled_program_keeps_no_second_array_of_the_size_of_the_logits(batch, cores, monkeypatch):
+    monkeypatch.setattr(one_pass._backend, "cpu_cores", lambda: cores)
+    one_pass._programs.cache_clear()
     classes = 32_000
-    program, _ = one_pass._programs(0.3, 0.0, classes, "float32")
+    program, _ = one_pass._programs(0.0, classes, "float32")
     if BACKEND == "jax":
         import jax
 
         shapes = [jax.ShapeDtypeStruct((batch, classes), "float32")]
         shapes += [jax.ShapeDtypeStruct((batch,), dtype) for dtype in ("int32", "float32")]
+        shapes += [jax.ShapeDtypeStruct((), "float32")]
         temporary = jax.jit(program).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     else:
         import tensorflow as tf
@@ -178,10 +256,10 @@ def test_the_compiled_program_keeps_no_second_array_of_the_size_of_the_logits(ba
         if tuple(map(int, tf.__version__.split(".")[:2])) < (2, 21):
             pytest.skip("older versions of XLA copy the gradient's buffer once more")
         z, ids, scale = np.zeros((batch, classes), "float32"), np.zeros(batch, "int32"), np.ones(batch, "float32")
-        inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale)]
+        inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale, np.float32(0.3))]
         temporary = peak_of_temporaries(program.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo"))
-    # Each core has its rows in work.
-    assert temporary <= 0.01 * one_pass._backend.cpu_cores() * batch * classes * 4
+    one_pass._programs.cache_clear()
+    assert temporary <= 0.02 * batch * classes * 4
 
 
 def peak_of_temporaries(hlo):

@@ -436,23 +436,31 @@ class TestInKeras:
         assert len(traces) == 1
 
     @on_tensorflow
-    def test_two_replicas_end_with_the_weights_of_one(self):
+    @pytest.mark.parametrize(("classes", "activation"), [(4, "softmax"), (80, None)])
+    def test_two_replicas_end_with_the_weights_of_one(self, classes, activation):
         run_python(
-            """
+            f"""
             import keras, numpy as np, tensorflow as tf, keras_drsl
             cpu = tf.config.list_physical_devices("CPU")[0]
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
             rng = np.random.default_rng(0)
-            x, y = rng.normal(size=(24, 3)).astype("float32"), rng.integers(0, 4, 24)
+            x, y = rng.normal(size=(24, 3)).astype("float32"), rng.integers(0, 80, 24)
             w = rng.random(24).astype("float32")
+
+            classes, activation = {classes}, {activation!r}
 
             def train(devices):
                 with tf.distribute.MirroredStrategy(devices).scope():
                     keras.utils.set_random_seed(0)
-                    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="softmax")])
-                    model.compile(optimizer=keras.optimizers.SGD(0.5), loss=keras_drsl.DRSLoss())
-                model.fit(x, y, sample_weight=w, batch_size=8, epochs=2, shuffle=False, verbose=0)
-                return model.get_weights()
+                    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(classes, activation)])
+                    loss = keras_drsl.DRSLoss(from_logits=activation is None)
+                    model.compile(optimizer=keras.optimizers.SGD(0.5), loss=loss)
+                model.fit(x, y % classes, sample_weight=w, batch_size=8, epochs=2, shuffle=False, verbose=0)
+                weights = model.get_weights()
+                # The last batch holds a single sample: one of two replicas has none.
+                last = model.fit(x[:9], y[:9] % classes, batch_size=8, verbose=0).history["loss"]
+                assert np.isfinite(last).all()
+                return weights
 
             for one, two in zip(train(["CPU:0"]), train(["CPU:0", "CPU:1"])):
                 np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
