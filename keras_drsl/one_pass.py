@@ -27,6 +27,9 @@ from keras_drsl import _backend
 # them.
 LOGITS_PER_CORE = 2**16
 
+# How many classes are asked where the rivals' logits lie.
+FIRST = 64
+
 # However many the cores, a block of many logits holds no more than this share of them all: memory is its price.
 LARGEST_SHARE = 1 / 128
 
@@ -78,12 +81,15 @@ def _programs(smoothing: float, classes: int, dtype: str) -> tuple[Any, Any]:
         z_true = ops.where(scale == 0, 0.0, ops.expand_dims(true_logits, -1) - top)
         exp_z = ops.exp(z)
         total_exp = ops.sum(exp_z, axis=-1, keepdims=True)
-        total = ops.sum(z, axis=-1, keepdims=True)
-        # The mean of many numbers far from 0 is a little off, and for all rivals in the same direction: that of their
-        # distances from it says by how much.
-        distance = z - (total - z_true) / (classes - 1)
-        rest = ops.sum(ops.where(is_true, 0.0, distance), axis=-1, keepdims=True) / (classes - 1)
-        deviation = ops.where(is_true, 0.0, distance - rest)
+        # Sums of many numbers far from 0 are a little off, and where the rivals are level for all of them in the same
+        # direction. Some rivals' mean is a place near them all to measure from.
+        first = min(FIRST, classes)
+        among = ops.cast(class_ids < first, z.dtype)[:, None]
+        near = ops.sum(ops.where(is_true[:, :first], 0.0, z[:, :first]), axis=-1, keepdims=True) / (first - among)
+        distance = z - near
+        mean = ops.sum(ops.where(is_true, 0.0, distance), axis=-1, keepdims=True) / (classes - 1)
+        deviation = ops.where(is_true, 0.0, distance - mean)
+        total = (near + mean) * (classes - 1) + z_true
         values = (
             ops.log(total_exp)
             - (1 - smoothing) * z_true
