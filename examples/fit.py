@@ -28,6 +28,7 @@ import numpy as np
 
 import keras_drsl
 from keras_drsl.attacks import cleverhans
+from keras_drsl.evaluation import datasets
 
 # What the arguments default to: the noise's standard deviation and the attack's radius are in units of the input range.
 DEFAULTS = {
@@ -52,7 +53,10 @@ COLUMNS = {
 def main():
     args = parse_arguments()
     out = prepare_output(args)
-    train, test = load_data(args.dataset, args.data_dir)
+    try:
+        train, test = datasets.load(args.dataset, args.data_dir)
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
     test = tuple(values[: args.max_images] for values in test)
 
     rows = []
@@ -182,40 +186,6 @@ def sorted_rivals(logits_model, x, y):
     log_p -= logits.max(1, keepdims=True)
     rivals = log_p[np.arange(10) != y[:, None]].reshape(len(y), 9)
     return (-np.sort(-rivals, axis=1)).mean(axis=0).tolist()
-
-
-def load_data(dataset, data_dir):
-    """Images scaled to [0, 1] and class ids: (x_train, y_train), (x_test, y_test)."""
-    if dataset == "digits":
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        x, y = load_digits(return_X_y=True)
-        x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
-        x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
-        return (x_train, y_train), (x_test, y_test)
-
-    try:
-        import tensorflow_datasets as tfds
-
-        parts = tfds.load(
-            dataset,
-            split=["train", "test"],
-            data_dir=data_dir,
-            download=data_dir is None,
-            batch_size=-1,
-            as_supervised=True,
-        )
-    except ImportError as error:
-        sys.exit(f'{dataset} needs `pip install "keras-drsl[examples]"`: {error}')
-    except Exception as error:
-        sys.exit(
-            f"{dataset} could not be loaded: {type(error).__name__}: {error}\n"
-            f"With a network, leave out --data-dir to download it. Without one, prepare it elsewhere by "
-            f"`python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}', data_dir='DIR')\"`, "
-            "copy DIR here and give --data-dir DIR. `--dataset digits` needs neither."
-        )
-    return tuple(((x / 255).astype("float32"), y) for x, y in tfds.as_numpy(parts))
 
 
 def make_table(rows, args, count):

@@ -1,8 +1,19 @@
-"""Classifiers that withstand attack, for Keras 3: losses, metrics, attacks."""
+"""Classifiers that withstand attack, for Keras 3: losses, metrics, attacks, and an honest evaluation."""
 
+from keras_drsl.evaluation import RobustnessCurve, RobustnessReport, evaluate_robustness, robustness_curve
 from keras_drsl.losses import DRSLoss, drs_loss, linear_drs_loss
 from keras_drsl.metrics import SoftmaxDiversity, softmax_diversity
 
 __version__ = "0.1.0"
 
-__all__ = ["DRSLoss", "SoftmaxDiversity", "drs_loss", "linear_drs_loss", "softmax_diversity"]
+__all__ = [
+    "DRSLoss",
+    "RobustnessCurve",
+    "RobustnessReport",
+    "SoftmaxDiversity",
+    "drs_loss",
+    "evaluate_robustness",
+    "linear_drs_loss",
+    "robustness_curve",
+    "softmax_diversity",
+]

@@ -71,6 +71,23 @@ def cpu_cores() -> int | None:
     return cores if on_cpu else None
 
 
+def device_name() -> str:
+    """What computes: the graphics card's name, or "cpu"."""
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        cards = tf.config.list_physical_devices("GPU")
+        return tf.config.experimental.get_device_details(cards[0]).get("device_name", "gpu") if cards else "cpu"
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def pick(x: Any, columns: Any) -> Any:
     """One element of each row: `x[i, columns[i]]`, shape `(rows,)`."""
     if keras.config.backend() == "tensorflow":
@@ -118,17 +135,16 @@ def graph(function: Callable, variables: list) -> Callable:
         import tensorflow as tf
 
         def specification(x: Any) -> Any:
-            x = tf.convert_to_tensor(x)
-            return tf.TensorSpec((None, *x.shape[1:]) if x.shape.rank else (), x.dtype)
+            return tf.TensorSpec((None, *x.shape[1:]) if len(x.shape) else (), x.dtype)
 
-        program = None
+        programs: dict[tuple, Callable] = {}
 
         def call(*arguments: Any) -> Any:
-            nonlocal program
-            if program is None:
-                signature = tf.nest.map_structure(specification, list(arguments))
-                program = tf.function(function, input_signature=signature, autograph=False)
-            return program(*arguments)
+            signature = tf.nest.map_structure(specification, list(arguments))
+            key = tuple(tf.nest.flatten(signature))
+            if key not in programs:
+                programs[key] = tf.function(function, input_signature=signature, autograph=False)
+            return programs[key](*arguments)
 
         return call
 

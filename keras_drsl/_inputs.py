@@ -60,7 +60,7 @@ def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | Non
     """Bring labels and predictions into one form, or raise `ValueError` if they are none."""
     y_pred = ops.convert_to_tensor(y_pred)
     mask = mask_of(y_pred)
-    scores, from_logits = _logits_behind(y_pred, from_logits, axis)
+    scores, from_logits = logits_behind(y_pred, from_logits, axis)
     scores = _as_float(scores)
     labels = ops.convert_to_tensor(y_true)
     labels, scores = _classes_last(labels, scores, axis)
@@ -118,7 +118,7 @@ def cast_keeping_attributes(y_pred: Any, dtype: str) -> Any:
     return y_cast if mask is None else with_mask(y_cast, mask)
 
 
-def _logits_behind(y_pred: Any, from_logits: bool, axis: int) -> tuple[Any, bool]:
+def logits_behind(y_pred: Any, from_logits: bool, axis: int) -> tuple[Any, bool]:
     """The logits a softmax output was computed from where they can be found, as Keras's own losses do."""
     logits = getattr(y_pred, "_keras_logits", None)
     if logits is None and (axis == -1 or axis == len(y_pred.shape) - 1):

@@ -1,8 +1,9 @@
 """Attacks of the cleverhans library, set up so that a Keras 3 classifier is really attacked.
 
 Left alone, cleverhans attacks the model's own prediction instead of the true label, starts PGD at the clean image,
-checks neither that it was given logits nor that the image lies in the clip range, and traces the model again for
-every new callable. The classes here see to all that and compile the whole attack, once for each model.
+starts Madry's attack in a ball of radius 0.3 whatever `eps` is, checks neither that it was given logits nor that the
+image lies in the clip range, and traces the model again for every new callable. The classes here see to all that,
+compile the whole attack, once for each model, and make its random starts depend on the seed and the example alone.
 
 They need TensorFlow as the Keras backend, and `pip install "keras-drsl[attacks]"`.
 
@@ -10,20 +11,33 @@ The Carlini-Wagner and SPSA attacks of cleverhans 4.0.0 call optimizers in ways 
 offered.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
 
 from keras_drsl import _arguments
+from keras_drsl.attacks import balls
+from keras_drsl.attacks.attack import Attack, Batch
+from keras_drsl.attacks.classifier import Classifier
 
-LOSSES = ("ce", "margin")
+NOT_OFFERED = {
+    "CarliniWagnerL2": "it stops with an error on Keras 3's optimizers and, patched to run, reports 100 % robust",
+    "SPSA": "it stops with an error on Keras 3's optimizers and takes one image at a time",
+}
 
 
-class _CleverhansAttack:
-    """What the attacks share: the checks, one compiled program a model, the best of several starts."""
+class _CleverhansAttack(Attack):
+    """What the attacks share: the checks and one compiled program a model."""
+
+    _function = ""
+    _short = ""
+    _random_start = False
+    _losses: tuple[str, ...] = ("ce", "margin")  # what the library's function can be made to follow
 
     def __init__(
         self, eps: float, *, loss: str, norm: str | int, clip_min: float, clip_max: float, restarts: int, seed: int
@@ -32,86 +46,34 @@ class _CleverhansAttack:
             raise RuntimeError(
                 f"cleverhans needs `KERAS_BACKEND=tensorflow`. Received: KERAS_BACKEND={keras.config.backend()}"
             )
-        _import_attacks()  # A missing library is reported before hours of training, not after.
-        self.eps = _arguments.check_positive("eps", eps)
-        self.loss = _arguments.check_choice("loss", loss, LOSSES)
-        self.norm = _arguments.check_choice("norm", "inf" if norm == math.inf else norm, ("inf", 2))
-        self.clip_min, self.clip_max = float(clip_min), float(clip_max)
-        if not self.clip_min < self.clip_max:
-            raise ValueError(f"`clip_min` must be below `clip_max`. Received: clip_min={clip_min}, clip_max={clip_max}")
+        _module(self._function)  # A missing library is reported before hours of training, not after.
+        super().__init__(eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
+        self.loss = _arguments.check_choice("loss", loss, self._losses)
         self.restarts = _arguments.check_integer("restarts", restarts, at_least=1)
-        self.seed = _arguments.check_integer("seed", seed)
-        self._programs: dict[Any, Any] = {}
 
-    def __call__(self, logits_fn: Callable, x: Any, y: Any) -> np.ndarray:
-        """Attack a batch.
+    @property
+    def name(self) -> str:
+        """What reports call the attack."""
+        return f"cleverhans_{self._short}" + ("_margin" if self.loss == "margin" else "")
 
-        Args:
-            logits_fn: a `keras.Model` or any function that maps `x` to **logits**, shape `(batch, C)`. Keep one and
-                pass it again: a new one is compiled anew. The attack keeps it as long as it lives itself.
-            x: inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
-            y: the true labels, class ids `(batch,)` or `(batch, 1)` or one-hot `(batch, C)`.
-
-        Returns:
-            Inputs of the same shape, within `eps` of `x` and within the clip range: for each the first start's result
-            that is misclassified, or else the last start's. What one start broke, the next ones leave alone.
-
-        Raises:
-            ValueError: for inputs outside the clip range, labels that don't match or are no classes, or a function
-                that returns probabilities.
-        """
-        x = np.asarray(x, dtype="float32")
-        if len(x) == 0:
-            return x
-        if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
-            raise ValueError(
-                f"`x` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
-                f"Received: values from {x.min():g} to {x.max():g}"
-            )
-        key = (logits_fn, x.shape[1:])
-        if key not in self._programs:
-            classes = _count_classes(_logits(logits_fn, x[:100]))
-            self._programs[key] = self._compile(*key), classes
-        program, classes = self._programs[key]
-        y = _class_ids(y, len(x), classes)
-        x_adv, standing = np.empty_like(x), np.arange(len(x))
-        for _ in range(self.restarts):
-            attacked, broken = program(x[standing], y[standing])
-            x_adv[standing] = attacked
-            standing = standing[~broken.numpy()]
-            if len(standing) == 0:
-                break
-        return x_adv
-
-    def _compile(self, logits_fn: Callable, shape: tuple[int, ...]) -> Any:
-        import tensorflow as tf
-
-        # cleverhans traces its gradient once for each callable, so there must be one.
-        def model_fn(x: Any) -> Any:
-            return _logits(logits_fn, x)
-
-        loss_fn = _margin if self.loss == "margin" else tf.nn.sparse_softmax_cross_entropy_with_logits
-
-        @tf.function(autograph=False)
-        def program(x: Any, y: Any) -> Any:
-            # Inside a trace this seeds the traced program alone.
-            tf.random.set_seed(self.seed)
-            x_adv = self._attack(
-                model_fn,
-                x,
-                y=y,
-                norm=math.inf if self.norm == "inf" else self.norm,
-                loss_fn=loss_fn,
-                clip_min=self.clip_min,
-                clip_max=self.clip_max,
-                sanity_checks=False,
-            )
-            return x_adv, tf.argmax(model_fn(x_adv), axis=-1) != y
-
-        return program.get_concrete_function(tf.TensorSpec((None, *shape)), tf.TensorSpec((None,), "int64"))
-
-    def _attack(self, model_fn: Callable, x: Any, **knobs: Any) -> Any:
+    def _knobs(self) -> dict[str, Any]:
+        """Arguments of the library's function beside those that all of them take."""
         raise NotImplementedError
+
+    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+        delta = np.zeros_like(batch.x)
+        if self._random_start:
+            delta = balls.random_points(self._generators(batch, run), batch.x.shape[1:], self.eps, self.norm)
+        program = classifier.program(
+            _whole_attack,
+            attack=self._function,
+            loss=self.loss,
+            norm=self.norm,
+            clip_min=self.clip_min,
+            clip_max=self.clip_max,
+            **self._knobs(),
+        )
+        return keras.ops.convert_to_numpy(program(batch.x, batch.y.astype("int64"), delta))
 
 
 class FastGradientMethod(_CleverhansAttack):
@@ -147,6 +109,9 @@ class FastGradientMethod(_CleverhansAttack):
     Reference: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", arXiv:1412.6572.
     """
 
+    _function = "fast_gradient_method"
+    _short = "fgm"
+
     def __init__(
         self,
         eps: float,
@@ -158,30 +123,26 @@ class FastGradientMethod(_CleverhansAttack):
     ) -> None:
         super().__init__(eps, loss=loss, norm=norm, clip_min=clip_min, clip_max=clip_max, restarts=1, seed=0)
 
-    def _attack(self, model_fn: Callable, x: Any, **knobs: Any) -> Any:
-        fast_gradient_method, _ = _import_attacks()
-        return fast_gradient_method(model_fn, x, self.eps, **knobs)
+    def _knobs(self) -> dict[str, Any]:
+        return {"eps": self.eps}
 
 
-class ProjectedGradientDescent(_CleverhansAttack):
-    """Many small gradient steps, each projected back into the ball around `x`, from random starts.
+class BasicIterativeMethod(_CleverhansAttack):
+    """Many small gradient steps from the input itself, each projected back into the ball around it.
 
-    Use it with both losses and take the worst case of the two: a model whose logits are large or whose rivals are
-    alike blunts the gradient of the cross-entropy without being harder to break.
+    Use `ProjectedGradientDescent` instead, which is stronger by its random starts; this one is for comparison with
+    published numbers.
 
-    Formula: `x <- project(x + step_size * sign(g))`, or `g / ||g||` in L2, `steps` times, starting anywhere in the
-    ball; `g` as in `FastGradientMethod`. cleverhans keeps the last iterate, not the best.
+    Formula: `x <- project(x + step_size * sign(g))`, or `g / ||g||` in L2, `steps` times; `g` as in
+    `FastGradientMethod`. cleverhans keeps the last iterate, not the best.
 
     Args:
         eps: the radius of the ball, > 0, in units of the input.
-        loss: `"ce"` or `"margin"`, as in `FastGradientMethod`.
-        steps: how many steps, >= 1.
+        steps: how many steps, >= 1. The program, and the time to compile it, grow with them.
         step_size: the size of one, in (0, eps]; by default `2.5 * eps / steps`, at most `eps`.
-        restarts: how many random starts, >= 1.
         norm: `"inf"` or 2.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
-        seed: the seed of the starts. A new attack with the same seed makes the same starts.
 
     Raises:
         ValueError: for arguments out of their range.
@@ -193,12 +154,16 @@ class ProjectedGradientDescent(_CleverhansAttack):
     >>> from keras_drsl.attacks import cleverhans
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)])
     >>> x, y = np.full((4, 8), 0.5), np.arange(4)
-    >>> x_adv = cleverhans.ProjectedGradientDescent(eps=0.1, loss="margin", steps=5)(model, x, y)
+    >>> x_adv = cleverhans.BasicIterativeMethod(eps=0.1, steps=5)(model, x, y)
     >>> bool(np.abs(x_adv - x).max() <= 0.1 + 1e-6)
     True
 
-    Reference: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv:1706.06083.
+    Reference: Kurakin et al., "Adversarial examples in the physical world", arXiv:1607.02533.
     """
+
+    _function = "basic_iterative_method"
+    _short = "bim"
+    _losses: tuple[str, ...] = ("ce",)
 
     def __init__(
         self,
@@ -221,18 +186,142 @@ class ProjectedGradientDescent(_CleverhansAttack):
             "step_size", step_size, f"a number in (0, eps] = (0, {self.eps:g}]", lambda size: 0 < size <= self.eps
         )
 
-    def _attack(self, model_fn: Callable, x: Any, **knobs: Any) -> Any:
-        _, projected_gradient_descent = _import_attacks()
-        return projected_gradient_descent(model_fn, x, self.eps, self.step_size, self.steps, rand_init=True, **knobs)
+    def _knobs(self) -> dict[str, Any]:
+        return {"eps": self.eps, "eps_iter": self.step_size, "nb_iter": self.steps}
 
 
-def _import_attacks() -> tuple[Callable, Callable]:
+class ProjectedGradientDescent(BasicIterativeMethod):
+    """Many small gradient steps, each projected back into the ball around the input, from random starts.
+
+    Use it with both losses and take the worst case of the two: a model whose logits are large or whose rivals are
+    alike blunts the gradient of the cross-entropy without being harder to break.
+
+    Formula: as `BasicIterativeMethod`, starting anywhere in the ball.
+
+    Args:
+        eps: the radius of the ball, > 0, in units of the input.
+        loss: `"ce"` or `"margin"`, as in `FastGradientMethod`.
+        steps: how many steps, >= 1. The program, and the time to compile it, grow with them.
+        step_size: the size of one, in (0, eps]; by default `2.5 * eps / steps`, at most `eps`.
+        restarts: how many random starts, >= 1.
+        norm: `"inf"` or 2.
+        clip_min: the smallest valid input value.
+        clip_max: the largest valid input value.
+        seed: the seed of the starts, >= 0.
+
+    Raises:
+        ValueError: for arguments out of their range.
+        ImportError: without cleverhans.
+        RuntimeError: on a backend other than TensorFlow.
+
+    Example:
+
+    >>> from keras_drsl.attacks import cleverhans
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)])
+    >>> x, y = np.full((4, 8), 0.5), np.arange(4)
+    >>> x_adv = cleverhans.ProjectedGradientDescent(eps=0.1, loss="margin", steps=5)(model, x, y)
+    >>> bool(np.abs(x_adv - x).max() <= 0.1 + 1e-6)
+    True
+
+    Reference: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv:1706.06083.
+    """
+
+    _function = "projected_gradient_descent"
+    _short = "pgd"
+    _random_start = True
+    _losses = ("ce", "margin")
+
+    def _knobs(self) -> dict[str, Any]:
+        return super()._knobs() | {"rand_init": True}
+
+
+class MadryEtAl(ProjectedGradientDescent):
+    """`ProjectedGradientDescent` by cleverhans's other name, with starts in the ball of radius `eps`.
+
+    See there for arguments, errors and reference; the loss is the cross-entropy.
+    """
+
+    _function = "madry_et_al"
+    _short = "madry"
+    _losses = ("ce",)
+
+    def _knobs(self) -> dict[str, Any]:
+        return BasicIterativeMethod._knobs(self)
+
+
+class MomentumIterativeMethod(BasicIterativeMethod):
+    """`BasicIterativeMethod` with steps along an accumulated gradient, on the cross-entropy.
+
+    Formula: `v <- v + g / mean|g|`, `x <- project(x + step_size * sign(v))`, or `v / ||v||` in L2.
+
+    Args:
+        eps: the radius of the ball, > 0, in units of the input.
+        steps: how many steps, >= 1. The program, and the time to compile it, grow with them.
+        step_size: the size of one, in (0, eps]; by default `2.5 * eps / steps`, at most `eps`.
+        norm: `"inf"` or 2.
+        clip_min: the smallest valid input value.
+        clip_max: the largest valid input value.
+
+    Raises:
+        ValueError: for arguments out of their range.
+        ImportError: without cleverhans.
+        RuntimeError: on a backend other than TensorFlow.
+
+    Reference: Dong et al., "Boosting Adversarial Attacks with Momentum", arXiv:1710.06081.
+    """
+
+    _function = "momentum_iterative_method"
+    _short = "mim"
+
+    def __init__(
+        self,
+        eps: float,
+        *,
+        steps: int = 40,
+        step_size: float | None = None,
+        norm: str | int = "inf",
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+    ) -> None:
+        super().__init__(eps, steps=steps, step_size=step_size, norm=norm, clip_min=clip_min, clip_max=clip_max)
+
+
+def __getattr__(name: str) -> Any:
+    if name in NOT_OFFERED:
+        raise ImportError(f"{name} of cleverhans is not offered: {NOT_OFFERED[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _module(function: str) -> Any:
     try:
-        from cleverhans.tf2.attacks.fast_gradient_method import fast_gradient_method
-        from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
+        return importlib.import_module(f"cleverhans.tf2.attacks.{function}")
     except ImportError as error:
         raise ImportError('cleverhans attacks need `pip install "keras-drsl[attacks]"`') from error
-    return fast_gradient_method, projected_gradient_descent
+
+
+def _whole_attack(
+    classifier: Classifier, x: Any, y: Any, delta: Any, *, attack: str, loss: str, norm: str | int, **knobs: Any
+) -> Any:
+    """All steps of an attack of the library, from `x + delta` where it starts at random."""
+    import tensorflow as tf
+
+    def model_fn(x: Any) -> Any:
+        return classifier(x)
+
+    # cleverhans seeds nothing: the starts are drawn outside, and handed to it here while it is traced.
+    descent = _module("projected_gradient_descent")
+    margin = {"loss_fn": _margin} if loss == "margin" else {}
+    with mock.patch.object(descent, "random_lp_vector", lambda *arguments, **options: delta):
+        x_adv = getattr(_module(attack), attack)(
+            model_fn,
+            x,
+            y=y,
+            norm=math.inf if norm == "inf" else norm,
+            sanity_checks=False,
+            **margin,
+            **knobs,
+        )
+    return tf.convert_to_tensor(x_adv)
 
 
 def _margin(labels: Any, logits: Any) -> Any:
@@ -244,30 +333,10 @@ def _margin(labels: Any, logits: Any) -> Any:
     return tf.reduce_max(logits - 1e9 * is_true, axis=-1) - tf.reduce_sum(logits * is_true, axis=-1)
 
 
-def _logits(logits_fn: Callable, x: Any) -> Any:
-    """Logits in float32, as at inference: no dropout, no input noise, BatchNormalization's own statistics."""
-    logits = logits_fn(x, training=False) if isinstance(logits_fn, keras.Layer) else logits_fn(x)
-    return keras.ops.cast(logits, "float32")
-
-
-def _count_classes(outputs: Any) -> int:
-    """The number of classes, if the outputs can be logits."""
-    outputs = keras.ops.convert_to_numpy(outputs)
-    if outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-3):
-        raise ValueError(
-            "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and sum to "
-            "1. Give the model before its softmax."
-        )
-    return outputs.shape[-1]
-
-
-def _class_ids(y: Any, count: int, classes: int) -> np.ndarray:
-    y = np.asarray(y)
-    if y.ndim == 2:
-        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
-    if y.shape != (count,):
-        raise ValueError(f"`y` must hold one label for each of the {count} inputs. Received: y.shape={y.shape}")
-    if not np.isin(y, np.arange(classes)).all():
-        wrong = y[~np.isin(y, np.arange(classes))][0]
-        raise ValueError(f"`y` must hold class ids in [0, {classes}). Received: {wrong}")
-    return y.astype("int64")
+BY_NAME: dict[str, Callable[..., Attack]] = {
+    "fgm": FastGradientMethod,
+    "pgd": ProjectedGradientDescent,
+    "bim": BasicIterativeMethod,
+    "madry": MadryEtAl,
+    "mim": MomentumIterativeMethod,
+}

@@ -1,0 +1,190 @@
+"""What attacks share: the checks, the starts, the loop over steps that the broken examples leave."""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_drsl import _arguments, _backend
+from keras_drsl.attacks import balls
+from keras_drsl.attacks.classifier import Classifier, class_ids, is_wrong, looks_like_probabilities, margins
+
+CHECK_EVERY = 5  # steps between two looks at which examples are broken
+
+
+class Batch(NamedTuple):
+    """Examples under attack, all classified correctly without one.
+
+    Attributes:
+        x: float32, shape `(batch, ...)`.
+        y: class ids, int32, shape `(batch,)`.
+        ids: integers that tell the examples of a data set apart, shape `(batch,)`.
+        logits: of the clean inputs, shape `(batch, C)`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    ids: np.ndarray
+    logits: np.ndarray
+
+
+class Attack:
+    """The base of all attacks: a search for a misclassified point near each input.
+
+    A subclass says in `_run` how one run searches, and in `runs` how many there are.
+
+    Args:
+        eps: the radius of the ball, > 0, in units of the input.
+        norm: `"inf"` or 2.
+        clip_min: the smallest valid input value.
+        clip_max: the largest valid input value.
+        seed: the seed of all randomness, an integer of 0 or more. What is drawn for an example depends on it, the
+            attack's name, the run and the example's id, and not on the batch.
+
+    Raises:
+        ValueError: for arguments out of their range.
+    """
+
+    restarts = 1
+
+    def __init__(
+        self, eps: float, *, norm: str | int = "inf", clip_min: float = 0.0, clip_max: float = 1.0, seed: int = 0
+    ) -> None:
+        self.eps = _arguments.check_positive("eps", eps)
+        self.norm = _arguments.check_choice("norm", "inf" if norm == math.inf else norm, balls.NORMS)
+        self.clip_min = _arguments.check_number("clip_min", clip_min, "a finite number", lambda number: True)
+        self.clip_max = _arguments.check_number("clip_max", clip_max, "a finite number", lambda number: True)
+        if not self.clip_min < self.clip_max:
+            raise ValueError(f"`clip_min` must be below `clip_max`. Received: clip_min={clip_min}, clip_max={clip_max}")
+        self.seed = _arguments.check_integer("seed", seed, at_least=0)
+        self._last: Classifier | None = None
+
+    @property
+    def name(self) -> str:
+        """What reports call the attack."""
+        return type(self).__name__.lower()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting, by name, as JSON takes it."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def runs(self, classes: int) -> int:
+        """How many runs an example that withstands them all goes through."""
+        return self.restarts
+
+    def __call__(self, logits_fn: Callable, x: Any, y: Any, *, ids: Any = None) -> np.ndarray:
+        """Attack a batch.
+
+        Args:
+            logits_fn: a `keras.Model` or any function that maps inputs to **logits**, shape `(batch, C)`. It is
+                compiled once as long as it is the same one call after call. For several attacks, or a lambda, make a
+                `Classifier` of it and pass that.
+            x: inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
+            y: the true labels, class ids `(batch,)` or `(batch, 1)` or one-hot `(batch, C)`.
+            ids: integers that tell the examples apart, by default their place in the batch. Equal ids get equal random
+                numbers.
+
+        Returns:
+            Inputs of the same shape, float32, within `eps` of `x` and within the clip range: of the points that the
+            attack kept, the one with the largest margin of a rival over the true class. A run stops where it
+            misclassifies, and what is misclassified without an attack is left as it is.
+
+        Raises:
+            ValueError: for inputs outside the clip range, labels that don't match or are no classes, or a function
+                that returns probabilities.
+        """
+        x = np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x, dtype="float32")
+        if len(x) == 0:
+            return x
+        if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
+            raise ValueError(
+                f"`x` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
+                f"Received: values from {x.min():g} to {x.max():g}"
+            )
+        if self._last is None or logits_fn not in (self._last, self._last.logits_fn):
+            self._last = Classifier.of(logits_fn)
+        classifier = self._last
+        logits = classifier.logits(x)
+        if looks_like_probabilities(logits):
+            raise ValueError(
+                "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and "
+                "sum to 1. Give the model before its softmax."
+            )
+        y = class_ids(y, len(x), logits.shape[1])
+        ids = np.arange(len(x)) if ids is None else np.asarray(ids)
+
+        x_adv, reached = x.copy(), margins(logits, y)
+        standing = np.flatnonzero(~is_wrong(logits, y))
+        for run in range(self.runs(logits.shape[1])):
+            if len(standing) == 0:
+                break
+            batch = Batch(x[standing], y[standing], ids[standing], logits[standing])
+            found = self._run(classifier, batch, run)
+            outputs = classifier.logits(found)
+            margin, broken = margins(outputs, batch.y), is_wrong(outputs, batch.y)
+            better = broken | (margin > reached[standing])
+            x_adv[standing[better]], reached[standing[better]] = found[better], margin[better]
+            standing = standing[~broken]
+        return x_adv
+
+    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+        """The best points that one run finds, of the shape of `batch.x`."""
+        raise NotImplementedError
+
+    def _generators(self, batch: Batch, run: int) -> list[np.random.Generator]:
+        """A source of random numbers for each example."""
+        name = zlib.crc32(self.name.encode())
+        return [np.random.default_rng((self.seed, name, run, int(one))) for one in batch.ids]
+
+    def _ball(self) -> dict[str, np.float32]:
+        ball = {"eps": self.eps, "clip_min": self.clip_min, "clip_max": self.clip_max}
+        return {name: np.float32(value) for name, value in ball.items()}
+
+
+def search(program: Callable, rows: dict[str, Any], steps: int, arguments: Callable) -> np.ndarray:
+    """Repeat a program on the examples that are not broken yet.
+
+    Args:
+        program: maps `(rows, *arguments(step, alive))` to the next rows.
+        rows: arrays with one row an example. `"best"` is the point to return, `"broken"` whether it is misclassified,
+            which ends the search for it.
+        steps: how often.
+        arguments: maps the step and the places of the examples still there to a tuple. Arrays in it need one row for
+            each of these.
+
+    Returns:
+        The last `"best"` of each example.
+    """
+    best = np.array(rows["best"])
+    alive = np.arange(len(best))
+    current = _backend.padded(len(alive))
+    rows = {name: _rows(value, np.arange(len(alive)), current) for name, value in rows.items()}
+    for step in range(steps):
+        given = [
+            _rows(value, np.arange(len(alive)), current) if np.ndim(value) else value
+            for value in arguments(step, alive)
+        ]
+        rows = program(rows, *given)
+        if (step + 1) % CHECK_EVERY and step + 1 < steps:
+            continue
+        broken = ops.convert_to_numpy(rows["broken"])[: len(alive)]
+        if step + 1 == steps or broken.all():
+            best[alive] = ops.convert_to_numpy(rows["best"])[: len(alive)]
+            break
+        needed = _backend.padded(int((~broken).sum()))
+        if needed < current:
+            values = {name: ops.convert_to_numpy(value) for name, value in rows.items()}
+            best[alive[broken]] = values["best"][: len(alive)][broken]
+            kept = np.flatnonzero(~broken)
+            alive, current = alive[kept], needed
+            rows = {name: _rows(value, kept, current) for name, value in values.items()}
+    return best
+
+
+def _rows(values: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
+    """Some rows of an array, the last of them repeated up to a count."""
+    return np.asarray(values)[kept[np.minimum(np.arange(count), len(kept) - 1)]]

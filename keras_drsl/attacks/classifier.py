@@ -1,0 +1,90 @@
+"""A model as attacks see it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend
+
+
+class Classifier:
+    """Logits in float32, and the programs compiled for them, each once.
+
+    Use it where several attacks work on one model: what one has compiled, another of other `eps`, `steps` or
+    `restarts` need not compile again.
+
+    Args:
+        logits_fn: a `keras.Model` or any function that maps inputs `(batch, ...)` to **logits** `(batch, C)`. A Keras
+            model is asked as at inference, and its weights are looked up in each call. On JAX, those of a function
+            are looked up in the first call, unless they are in its attribute `variables`, a list.
+    """
+
+    def __init__(self, logits_fn: Callable) -> None:
+        self.logits_fn = logits_fn
+        self.variables = list(getattr(logits_fn, "variables", ()))
+        self._programs: dict[Any, Callable] = {}
+
+    @classmethod
+    def of(cls, logits_fn: Callable) -> "Classifier":
+        return logits_fn if isinstance(logits_fn, cls) else cls(logits_fn)
+
+    def __call__(self, x: Any) -> Any:
+        """Logits of a tensor `(batch, ...)`, shape `(batch, C)`: no dropout, no input noise, no batch's statistics."""
+        is_layer = isinstance(self.logits_fn, keras.Layer)
+        logits = self.logits_fn(x, training=False) if is_layer else self.logits_fn(x)
+        return ops.cast(logits, "float32")
+
+    def program(self, function: Callable, **static: Any) -> Callable:
+        """`function(classifier, *tensors, **static)` as a compiled function of the tensors."""
+        key = (function, *sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = _backend.graph(partial(function, self, **static), self.variables)
+        return self._programs[key]
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits of an array `(batch, ...)`, shape `(batch, C)`."""
+        rows = np.arange(_backend.padded(len(x)))
+        logits = self.program(_forward)(x[np.minimum(rows, len(x) - 1)])
+        return ops.convert_to_numpy(logits)[: len(x)]
+
+
+def _forward(classifier: Classifier, x: Any) -> Any:
+    return classifier(x)
+
+
+def margins(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The largest rival's logit minus the true one's, shape `(batch,)`; infinite where the model is wrong by NaN."""
+    true = np.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    rivals = np.where(np.arange(logits.shape[1]) == y[:, None], -np.inf, logits)
+    with np.errstate(invalid="ignore"):
+        margin = rivals.max(axis=1) - true
+    return np.where(np.isnan(margin), np.inf, margin)
+
+
+def is_wrong(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where the prediction is not the true class, or none at all, shape `(batch,)`."""
+    return (logits.argmax(axis=1) != y) | np.isnan(logits).any(axis=1)
+
+
+def looks_like_probabilities(outputs: np.ndarray) -> bool:
+    """Whether outputs `(batch, C)` are all non-negative and sum to 1."""
+    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-3))
+
+
+def class_ids(y: Any, count: int, classes: int) -> np.ndarray:
+    """Labels of any form as class ids `(count,)`, int32, or `ValueError`."""
+    y = np.asarray(ops.convert_to_numpy(y) if ops.is_tensor(y) else y)
+    if y.ndim == 2 and y.shape[1] in (1, classes):
+        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
+    if y.shape != (count,):
+        raise ValueError(
+            f"`y` must hold one label for each of the {count} inputs and {classes} classes. Received: y.shape={y.shape}"
+        )
+    is_class = np.isin(y, np.arange(classes))
+    if not is_class.all():
+        raise ValueError(f"`y` must hold class ids in [0, {classes}). Received: {y[~is_class][0]}")
+    return y.astype("int32")

@@ -1,0 +1,159 @@
+"""The `keras-drsl` command: evaluate a saved model, join the reports of shards, show a report.
+
+    keras-drsl evaluate model.keras --dataset digits --eps 0.1 --out report.json
+    keras-drsl evaluate model.keras --dataset data.npz --eps 0.1 --shard 0/4 --out part0.json
+    keras-drsl merge part0.json part1.json part2.json part3.json --out report.json
+    keras-drsl show report.json
+
+Exit status: 0 for a finished evaluation, 2 for arguments or files that won't do, 3 with --strict if a check failed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_drsl.evaluation import RobustnessReport, datasets, evaluate_robustness, files, robustness_curve
+from keras_drsl.evaluation.evaluate import check_threat
+from keras_drsl.evaluation.suites import SUITES
+
+CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # the radii of --plot, in units of --eps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, ImportError, RuntimeError) as error:
+        print(f"keras-drsl: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    # Everything that can be wrong is found before the attacks, not after.
+    check_threat(args.eps, args.norm, args.clip_min, args.clip_max)
+    for name in ("out", "plot"):
+        if getattr(args, name) is not None:
+            files.check_new(name, getattr(args, name), overwrite=args.overwrite)
+    model = _load(args.model)
+    undefended = None if args.undefended is None else _load(args.undefended)
+    if args.dataset in datasets.NAMES:
+        _, (x, y) = datasets.load(args.dataset, args.data_dir)
+    else:
+        x, y = datasets.load_npz(args.dataset)
+    knobs = {
+        "norm": args.norm,
+        "suite": args.suite,
+        "clip_min": args.clip_min,
+        "clip_max": args.clip_max,
+        "batch_size": args.batch_size,
+        "max_samples": args.max_samples,
+        "seed": args.seed,
+        "verbose": 0 if args.quiet else 1,
+    }
+    report = evaluate_robustness(
+        model, x, y, eps=args.eps, shard=args.shard, undefended=undefended, state_path=args.state, **knobs
+    )
+    print(report)
+    if args.out is not None:
+        report.to_json(args.out, overwrite=args.overwrite)
+    if args.plot is not None:
+        span = args.clip_max - args.clip_min
+        radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= span]
+        curve = robustness_curve(model, x, y, eps=radii, **knobs | {"suite": "quick"})
+        curve.plot(args.plot, overwrite=args.overwrite)
+    return _status(report, args.strict)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    files.check_new("out", args.out, overwrite=args.overwrite)
+    report = RobustnessReport.merge([RobustnessReport.from_json(path) for path in args.reports])
+    report.to_json(args.out, overwrite=args.overwrite)
+    print(report)
+    return _status(report, args.strict)
+
+
+def _show(args: argparse.Namespace) -> int:
+    report = RobustnessReport.from_json(args.report)
+    print(report.to_markdown() if args.markdown else report)
+    return _status(report, args.strict)
+
+
+def _status(report: RobustnessReport, strict: bool) -> int:
+    return 3 if strict and not report.trustworthy else 0
+
+
+def _load(path: str) -> keras.Model:
+    try:
+        # Keras's safe mode is on: a file cannot make it run code of its own.
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"`MODEL` must be a file that Keras can load. Received: {path!r} ({error})") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-drsl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    evaluate = commands.add_parser("evaluate", help="evaluate the robustness of a saved model")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", metavar="MODEL.keras")
+    evaluate.add_argument(
+        "--dataset", required=True, help="digits, mnist or cifar10 (their test images), or an npz file with x and y"
+    )
+    evaluate.add_argument("--data-dir", help="where tensorflow-datasets has mnist or cifar10")
+    evaluate.add_argument("--eps", type=float, required=True, help="radius of the attacks, in units of the input")
+    evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2")
+    evaluate.add_argument("--suite", choices=SUITES, default="standard")
+    evaluate.add_argument(
+        "--undefended", metavar="MODEL.keras", help="a second model without a defence, for two checks"
+    )
+    evaluate.add_argument("--clip-min", type=float, default=0.0, help="the smallest valid input value")
+    evaluate.add_argument("--clip-max", type=float, default=1.0, help="the largest valid input value")
+    evaluate.add_argument("--max-samples", type=int, help="how many images, the first ones; by default all")
+    evaluate.add_argument("--batch-size", type=int, default=256)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"
+    )
+    evaluate.add_argument("--state", metavar="FILE", help="keep progress there; the same command goes on from it")
+    evaluate.add_argument("--out", metavar="REPORT.json")
+    evaluate.add_argument("--plot", metavar="CURVE.png", help="draw accuracy against eps (suite quick)")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    merge = commands.add_parser("merge", help="join the reports of shards")
+    merge.set_defaults(run=_merge)
+    merge.add_argument("reports", nargs="+", metavar="REPORT.json")
+    merge.add_argument("--out", required=True, metavar="REPORT.json")
+
+    show = commands.add_parser("show", help="print a report")
+    show.set_defaults(run=_show)
+    show.add_argument("report", metavar="REPORT.json")
+    show.add_argument("--markdown", action="store_true")
+
+    for command in (evaluate, merge, show):
+        command.add_argument("--strict", action="store_true", help="exit with status 3 if a check failed")
+    for command in (evaluate, merge):
+        command.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    return parser
+
+
+def _norm(text: str) -> Any:
+    return 2 if text == "2" else text
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        place, count = text.split("/")
+        return int(place), int(count)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be I/N, as 0/4. Received: {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

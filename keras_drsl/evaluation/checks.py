@@ -1,0 +1,378 @@
+"""Reasons to believe a robust accuracy, or not to: what a careful reader would try next.
+
+Each check returns its outcome, a figure, and one sentence. Those that attack within the threat model also say which
+examples they broke: these count as broken from then on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Classifier, Noise, Transfer, balls
+from keras_drsl.attacks.classifier import is_wrong, margins
+from keras_drsl.attacks.objectives import LOSSES, objective
+from keras_drsl.evaluation.report import Check
+
+IMAGES = 200  # how many examples a check looks at
+
+
+class Case(NamedTuple):
+    """What the checks are about.
+
+    Attributes:
+        classifier: the model under evaluation.
+        x: inputs, shape `(count, ...)`.
+        y: class ids, shape `(count,)`.
+        index: the place of each example in the data set.
+        logits: of the clean inputs, shape `(count, C)`.
+        broken_by: for each example the attack that broke it, or None.
+        threat: `eps`, `norm`, `clip_min`, `clip_max`.
+        seed: of the evaluation.
+        head: how the logits were reached, see `Head.kind`.
+        audit: what was seen of the attacks' results: the largest `size` of a perturbation, the `lowest` and `highest`
+            value, whether any were `not_finite`.
+        black_box: names of the attacks that ran without gradients.
+        undefended: a second model without a defence, or None.
+    """
+
+    classifier: Classifier
+    x: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+    logits: np.ndarray
+    broken_by: list[str | None]
+    threat: dict[str, Any]
+    seed: int
+    head: str
+    audit: dict[str, float]
+    black_box: list[str]
+    undefended: Classifier | None
+
+    def some(self, which: np.ndarray) -> "Case":
+        """The first `IMAGES` of the examples that a condition holds for."""
+        kept = np.flatnonzero(which)[:IMAGES]
+        return self._replace(
+            x=self.x[kept],
+            y=self.y[kept],
+            index=self.index[kept],
+            logits=self.logits[kept],
+            broken_by=[self.broken_by[place] for place in kept],
+        )
+
+    @property
+    def correct(self) -> "Case":
+        """Examples that need an attack to be misclassified."""
+        return self.some(~is_wrong(self.logits, self.y))
+
+    @property
+    def standing(self) -> "Case":
+        """Examples that withstood everything so far."""
+        return self.some(np.array([one is None for one in self.broken_by]))
+
+    def withstand(self, attack: Attack, classifier: Classifier | None = None) -> np.ndarray:
+        """Which examples an attack does not break, shape `(count,)`."""
+        classifier = classifier or self.classifier
+        if len(self.x) == 0:
+            return np.zeros(0, bool)
+        x_adv = attack(classifier, self.x, self.y, ids=self.index)
+        return ~is_wrong(classifier.logits(x_adv), self.y)
+
+    def accuracy(self, attack: Attack, classifier: Classifier | None = None) -> float:
+        """The share of examples that withstand an attack; 0 if there are none."""
+        withstood = self.withstand(attack, classifier)
+        return float(withstood.mean()) if len(withstood) else 0.0
+
+    def attack(self, family: Callable, **knobs: Any) -> Attack:
+        """An attack within the threat model, or of another `eps`."""
+        attack = family(**self.threat | knobs)
+        attack.seed = self.seed
+        return attack
+
+
+class Outcome(NamedTuple):
+    """A check, and the examples it broke."""
+
+    check: Check
+    broken: list[int]
+
+
+def outputs(case: Case) -> Outcome:
+    """Whether what the attacks followed are logits."""
+    if case.head == "probabilities":
+        meaning = "no logits were found behind the model's probabilities: their logarithms lose what is near 0 or 1"
+        return _outcome("outputs", "warn", math.nan, meaning)
+    if case.logits.min() >= 0 and case.logits.max() <= 1:
+        meaning = "all outputs lie in [0, 1]: after a sigmoid, gradients vanish where the model is sure"
+        return _outcome("outputs", "warn", float(case.logits.max()), meaning)
+    found = {"logits": "the model returns logits", "softmax": "logits were found behind the model's softmax"}
+    return _outcome("outputs", "pass", float(np.abs(case.logits).max()), found[case.head] + "; the largest one")
+
+
+def deterministic(case: Case) -> Outcome:
+    """Whether the model gives the same answer twice."""
+    some = case.some(np.ones(len(case.x), bool))
+    first, second = case.classifier.logits(some.x), case.classifier.logits(some.x)
+    change = float(np.abs(first - second).max())
+    same = change <= 1e-4 * max(1.0, float(np.abs(first).max()))
+    meaning = "two passes over the same inputs agree" if same else "the model is random: attack its average instead"
+    return _outcome("deterministic", "pass" if same else "fail", change, meaning)
+
+
+def perturbations(case: Case) -> Outcome:
+    """Whether the attacks stayed within the threat model."""
+    ok = is_within(case.audit, case.threat)
+    meaning = (
+        "the largest perturbation, in units of eps, lies in the ball, and all values in the range"
+        if ok
+        else "an attack left the ball or the valid range: what it broke did not count"
+    )
+    size = case.audit.get("size", 0.0) / case.threat["eps"]
+    return _outcome("perturbations", "pass" if ok else "fail", size, meaning)
+
+
+def gradients(case: Case) -> Outcome:
+    """Whether the attacks' losses have gradients to follow."""
+    case = case.correct
+    if len(case.x) == 0:
+        return _nothing("gradients")
+    vanished = {}
+    for loss in LOSSES:
+        largest = ops.convert_to_numpy(
+            case.classifier.program(_largest_gradient, loss=loss)({"x": case.x, "y": case.y, "target": case.y})
+        )
+        vanished[loss] = float((~(largest > 0)).mean())  # NaN counts
+    text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
+    if vanished["margin"] > 0.01:
+        status = "fail" if vanished["margin"] > 0.1 else "warn"
+        meaning = f"inputs without a gradient ({text}): gradient attacks see nothing there"
+    elif max(vanished.values()) > 0.05:
+        status, meaning = "warn", f"inputs without a gradient ({text}): only the margin's attacks count there"
+    else:
+        status, meaning = "pass", f"inputs without a gradient: {text}"
+    return _outcome("gradients", status, vanished["margin"], meaning)
+
+
+def logit_scale(case: Case) -> Outcome:
+    """Whether the softmax is saturated in float32."""
+    correct = ~is_wrong(case.logits, case.y)
+    if not correct.any():
+        return _nothing("logit_scale")
+    gap = -margins(case.logits, case.y)[correct]
+    # From a gap of about 17 on, 1 - p is 0 in float32, and with it the cross-entropy's gradient on the true class.
+    saturated = float((gap > 17).mean())
+    meaning = f"median gap between the two largest logits; softmax saturated on {saturated:.0%}"
+    if saturated > 0.1:
+        return _outcome("logit_scale", "warn", float(np.median(gap)), meaning + ": believe no attack on cross-entropy")
+    return _outcome("logit_scale", "pass", float(np.median(gap)), meaning)
+
+
+def steps_beat_one(case: Case) -> Outcome:
+    """Whether many steps find at least what a single one does."""
+    case = case.correct
+    single = case.accuracy(case.attack(FGSM))
+    gain = single - case.accuracy(case.attack(PGD, steps=20))
+    status = "pass" if gain >= -0.005 else "warn" if gain >= -0.02 else "fail"
+    meaning = "share of images that PGD on the cross-entropy breaks beyond FGSM; negative: the gradient misleads"
+    return _outcome("steps_beat_one", status, gain, meaning)
+
+
+def losses_agree(case: Case) -> Outcome:
+    """Whether attacks on different losses find the same."""
+    case = case.correct
+    reached = {loss: case.accuracy(case.attack(PGD, loss=loss, steps=20)) for loss in LOSSES}
+    gap = max(reached.values()) - min(reached.values())
+    text = ", ".join(f"{loss} {value:.1%}" for loss, value in reached.items())
+    meaning = f"PGD-20 leaves {text} of {len(case.x)} images"
+    if gap > 0.05:
+        return _outcome("losses_agree", "warn", gap, meaning + ": a weak choice of loss flatters this model")
+    return _outcome("losses_agree", "pass", gap, meaning)
+
+
+def budget(case: Case) -> Outcome:
+    """Whether a larger ball breaks more."""
+    case = case.correct
+    largest = _largest_eps(case)
+    radii = sorted({min(factor * case.threat["eps"], largest) for factor in (0.5, 1, 2)})
+    reached = [case.accuracy(case.attack(PGD, eps=eps, loss="margin", steps=20)) for eps in radii]
+    rise = max((later - sooner for sooner, later in zip(reached, reached[1:], strict=False)), default=0.0)
+    status = "pass" if rise <= 0.005 else "warn" if rise <= 0.02 else "fail"
+    text = ", ".join(f"{accuracy:.1%} at {eps:.3g}" for eps, accuracy in zip(radii, reached, strict=True))
+    return _outcome("budget", status, rise, f"largest rise of the accuracy with eps under PGD-20: {text}")
+
+
+def unbounded(case: Case) -> Outcome:
+    """Whether an attack without bounds breaks everything."""
+    case = case.correct
+    attack = case.attack(PGD, eps=_largest_eps(case), loss="margin", steps=50)
+    left = case.accuracy(attack)
+    status = "pass" if left == 0 else "warn" if left <= 0.02 else "fail"
+    meaning = "accuracy left when any valid input is allowed; above 0, the attack cannot follow the gradient"
+    return _outcome("unbounded", status, left, meaning)
+
+
+def converged(case: Case) -> Outcome:
+    """Whether more steps would have broken more."""
+    attack = case.attack(APGD, loss="margin", steps=200)
+    return _more(case, "converged", attack, "of the standing images fall to twice the steps")
+
+
+def restarts(case: Case) -> Outcome:
+    """Whether more random starts would have broken more."""
+    attack = case.attack(APGD, loss="margin", targeted=True, targets=3)
+    attack.seed = case.seed + 1
+    return _more(
+        case, "restarts", attack, "of the standing images fall to other starts against the three likeliest rivals"
+    )
+
+
+def noise(case: Case) -> Outcome:
+    """Whether chance finds what the attacks did not."""
+    return _more(case, "noise", case.attack(Noise, points=20), "of the standing images fall to 20 random points")
+
+
+def black_box(case: Case) -> Outcome:
+    """Whether attacks without gradients break what those with gradients could not."""
+    only = sum(one in case.black_box for one in case.broken_by) / len(case.broken_by)
+    status = "pass" if only <= 0.005 else "warn" if only <= 0.02 else "fail"
+    meaning = f"of all images fell only to {' and '.join(case.black_box)}: gradient attacks should have found them"
+    return _outcome("black_box", status, only, meaning)
+
+
+def control(case: Case) -> Outcome:
+    """Whether the attacks break a linear model that is known to be breakable."""
+    eps = min(case.threat["eps"], (case.threat["clip_max"] - case.threat["clip_min"]) / 4)
+    weights, x, y = breakable(case.x.shape[1:], case.threat | {"eps": eps}, case.seed)
+
+    def linear(x: Any) -> Any:
+        centre = (case.threat["clip_min"] + case.threat["clip_max"]) / 2
+        return ops.matmul(ops.reshape(x, (-1, len(weights))) - centre, weights)
+
+    classifier = Classifier(linear)
+    attack = case.attack(APGD, eps=eps, loss="margin", targeted=True)
+    left = float((~is_wrong(classifier.logits(attack(classifier, x, y)), y)).mean())
+    meaning = "accuracy left of a linear model on points known to fall at 90 % of eps"
+    return _outcome("control", "pass" if left == 0 else "fail", left, meaning)
+
+
+def twin(case: Case) -> Outcome:
+    """Whether the attacks break a model without a defence."""
+    assert case.undefended is not None
+    right = ~is_wrong(case.undefended.logits(case.x), case.y)
+    case = case.some(right)
+    left = case.accuracy(case.attack(APGD, loss="margin"), case.undefended)
+    meaning = "accuracy left of the undefended model, of what it gets right; well above 0, eps is too small to tell"
+    return _outcome("twin", "pass" if left <= 0.05 else "warn", left, meaning)
+
+
+def transfer(case: Case) -> Outcome:
+    """Whether attacks made on a model without a defence break more."""
+    attack = Transfer(case.undefended, case.attack(APGD, loss="margin"))
+    return _more(case, "transfer", attack, "of the standing images fall to attacks on the undefended model")
+
+
+QUICK = (outputs, deterministic, perturbations, gradients, logit_scale, noise)
+STANDARD = (
+    *(outputs, deterministic, perturbations, gradients, logit_scale, steps_beat_one, losses_agree, budget, unbounded),
+    *(converged, restarts, noise, control),
+)
+
+
+def choose(suite: str, black_box_ran: bool, undefended: bool) -> list[Callable[[Case], Outcome]]:
+    """The checks that apply, in the order they run."""
+    chosen = list(STANDARD if suite == "standard" else QUICK)
+    if black_box_ran:
+        chosen.append(black_box)
+    if undefended:
+        chosen += [twin, transfer]
+    return chosen
+
+
+def is_within(audit: dict[str, float], threat: dict[str, Any]) -> bool:
+    """Whether what attacks returned lies in the threat model, to float32 rounding."""
+    slack = 1e-6 * (threat["clip_max"] - threat["clip_min"])
+    return (
+        not audit.get("not_finite", 0)
+        and audit.get("size", 0.0) <= threat["eps"] * (1 + 1e-5) + slack
+        and audit.get("lowest", threat["clip_min"]) >= threat["clip_min"] - slack
+        and audit.get("highest", threat["clip_max"]) <= threat["clip_max"] + slack
+    )
+
+
+def breakable(shape: tuple[int, ...], threat: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A linear model of three classes, centred in the range, and inputs and labels it is known to lose within `eps`.
+
+    Returns:
+        Weights `(features, 3)`, inputs `(32, *shape)`, class ids `(32,)`. The smallest perturbation that breaks an
+        input has 90 % of the size `eps`, or less where the range has no room for such an input.
+    """
+    generator = np.random.default_rng(seed)
+    features = math.prod(shape)
+    weights = generator.standard_normal((features, 3))
+    offsets = generator.uniform(-1, 1, (32, features))
+    offsets /= np.abs(offsets).max(axis=1, keepdims=True)
+    y = (offsets @ weights).argmax(axis=1)
+    needed = np.full(32, np.inf)
+    for rival in range(3):
+        slope = (weights[:, y] - weights[:, [rival]]).T
+        dual = np.abs(slope).sum(axis=1) if threat["norm"] == "inf" else np.sqrt((slope**2).sum(axis=1))
+        with np.errstate(invalid="ignore"):
+            distance = (offsets * slope).sum(axis=1) / dual
+        needed = np.where(y == rival, needed, np.minimum(needed, distance))
+    room = (threat["clip_max"] - threat["clip_min"]) / 2 - threat["eps"]
+    scale = np.minimum(0.9 * threat["eps"] / np.maximum(needed, 1e-12), room)
+    x = (threat["clip_min"] + threat["clip_max"]) / 2 + offsets * scale[:, None]
+    return weights.astype("float32"), x.reshape(32, *shape).astype("float32"), y.astype("int32")
+
+
+def _largest_gradient(classifier: Classifier, rows: dict, *, loss: str) -> Any:
+    """The largest element of a loss's gradient, one a row; NaN where any is."""
+
+    def value(x: Any) -> tuple[Any, Any]:
+        logits = classifier(x)
+        return objective(loss, logits, rows["y"], rows["target"], targeted=False), logits
+
+    _, _, gradient = _backend.input_gradient(value, rows["x"])
+    axes = tuple(range(1, len(gradient.shape)))
+    # A maximum may pass over NaN; a sum does not.
+    return ops.max(ops.abs(gradient), axis=axes) + 0.0 * ops.sum(gradient, axis=axes)
+
+
+def _largest_eps(case: Case) -> float:
+    """The radius of a ball that holds every valid input."""
+    span = case.threat["clip_max"] - case.threat["clip_min"]
+    return span if case.threat["norm"] == "inf" else span * math.sqrt(math.prod(case.x.shape[1:]))
+
+
+def _more(case: Case, name: str, attack: Attack, meaning: str) -> Outcome:
+    """A check that attacks what still stands."""
+    standing = case.standing
+    if len(standing.x) == 0:
+        return Outcome(Check(name, "pass", 0.0, "nothing was left standing to try it on"), [])
+    withstood = standing.withstand(attack)
+    share = float(1 - withstood.mean())
+    status = "pass" if share <= 0.01 else "warn" if share <= 0.05 else "fail"
+    return Outcome(Check(name, status, share, meaning), standing.index[~withstood].tolist())
+
+
+def _outcome(name: str, status: str, value: float, meaning: str) -> Outcome:
+    return Outcome(Check(name, status, value, meaning), [])
+
+
+def _nothing(name: str) -> Outcome:
+    return _outcome(name, "pass", math.nan, "no image is classified correctly: nothing to look at")
+
+
+def size_of(x_adv: np.ndarray, x: np.ndarray, norm: str | int) -> dict[str, float]:
+    """What the audit keeps of a batch."""
+    finite = bool(np.isfinite(x_adv).all())
+    delta = x_adv.astype("float64") - x
+    return {
+        "size": float(np.nan_to_num(balls.size(delta, norm)).max()),
+        "lowest": float(np.nanmin(x_adv)),
+        "highest": float(np.nanmax(x_adv)),
+        "not_finite": float(not finite),
+    }

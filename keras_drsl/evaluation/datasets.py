@@ -1,0 +1,71 @@
+"""The data sets the command and the examples know by name."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = ("digits", "mnist", "cifar10")
+
+
+def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple, tuple]:
+    """Images scaled to [0, 1] and class ids.
+
+    Args:
+        name: `"digits"` (scikit-learn's, no download, 360 images drawn for the test), `"mnist"` or `"cifar10"`.
+        data_dir: where tensorflow-datasets has MNIST and CIFAR-10; None to download them.
+
+    Returns:
+        `(x_train, y_train), (x_test, y_test)`, float32 `(count, height, width, channels)` and integers `(count,)`.
+
+    Raises:
+        ValueError: for an unknown name, or a data set that cannot be loaded.
+        ImportError: without the library that has it.
+    """
+    if name not in NAMES:
+        raise ValueError(f"`name` must be one of {', '.join(map(repr, NAMES))}. Received: name={name!r}")
+    try:
+        if name == "digits":
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+
+            x, y = load_digits(return_X_y=True)
+            x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
+            x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+            return (x_train, y_train), (x_test, y_test)
+
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(f'{name} needs `pip install "keras-drsl[examples]"`') from error
+    try:
+        options: dict[str, Any] = {"batch_size": -1, "as_supervised": True, "download": data_dir is None}
+        train, test = tfds.as_numpy(tfds.load(name, split=["train", "test"], data_dir=data_dir, **options))
+    except Exception as error:
+        raise ValueError(
+            f"{name} could not be loaded: {type(error).__name__}: {error}\n"
+            f"With a network, leave the data folder out to download it. Without one, prepare it elsewhere by "
+            f"`python -c \"import tensorflow_datasets as tfds; tfds.load('{name}', data_dir='DIR')\"` and give that "
+            "folder (--data-dir DIR). The digits need neither."
+        ) from error
+    (x_train, y_train), (x_test, y_test) = train, test
+    return ((x_train / 255).astype("float32"), y_train), ((x_test / 255).astype("float32"), y_test)
+
+
+def load_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays `x` and `y`, or `x_test` and `y_test`, of a file; nothing in it is ever executed.
+
+    Raises:
+        ValueError: if the file cannot be read so.
+    """
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            for names in (("x", "y"), ("x_test", "y_test")):
+                if set(names) <= set(file.files):
+                    return file[names[0]], file[names[1]]
+            raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
+    except Exception as error:
+        raise ValueError(
+            f"`path` must be an npz file with arrays x and y, or x_test and y_test, without pickles. "
+            f"Received: path={str(path)!r} ({type(error).__name__}: {error})"
+        ) from error

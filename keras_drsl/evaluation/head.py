@@ -1,0 +1,150 @@
+"""The logits of a model whose outputs may be probabilities."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_drsl._inputs import logits_behind
+from keras_drsl.attacks.classifier import Classifier, looks_like_probabilities
+
+
+class Head(NamedTuple):
+    """How a model's logits are reached.
+
+    Attributes:
+        classifier: maps inputs to logits, with the model's own weights.
+        kind: "logits" if the model returns them, "softmax" if they were found behind its softmax, "probabilities" if
+            they were not, and their logarithms stand in.
+    """
+
+    classifier: Classifier
+    kind: str
+
+
+def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None) -> Head:
+    """Find the logits of a model, or `ValueError` if its outputs are none and no probabilities either.
+
+    Args:
+        model: a classifier.
+        x: a few inputs to try it on.
+        from_logits: what its outputs are said to be; None to look.
+    """
+    outputs = Classifier(model).logits(x)
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(f"`model` must return outputs of shape (batch, classes >= 2). Received: {outputs.shape}")
+    if not np.isfinite(outputs).all():
+        weights = [weight.path for weight in model.weights if not np.isfinite(ops.convert_to_numpy(weight)).all()]
+        cause = f" Weights that are not finite: {', '.join(weights[:3])}." if weights else ""
+        raise ValueError(f"`model` must return finite outputs. Received: NaN or infinite ones.{cause}")
+    probabilities = looks_like_probabilities(outputs)
+    if from_logits and probabilities:
+        raise ValueError(
+            "`from_logits=True`, but the outputs of `model` look like probabilities: they are not negative and sum to "
+            "1. Leave `from_logits=None` and the logits behind them are found where they can be."
+        )
+    if from_logits is False and not probabilities:
+        raise ValueError(
+            "`from_logits=False`, but the outputs of `model` are no probabilities. "
+            f"Received: values from {outputs.min():g} to {outputs.max():g}, sums from {outputs.sum(1).min():g} to "
+            f"{outputs.sum(1).max():g}"
+        )
+    if not probabilities:
+        return Head(Classifier(model), "logits")
+    for candidate in _candidates(model):
+        try:
+            logits = Classifier(candidate).logits(x)
+        except (TypeError, ValueError, AttributeError):
+            continue
+        if not looks_like_probabilities(logits) and _gives(logits, outputs):
+            return Head(Classifier(candidate), "softmax")
+    return Head(Classifier(_Function(model.variables, lambda x: _log_probabilities(model, x))), "probabilities")
+
+
+def fingerprint(model: keras.Model) -> str:
+    """The SHA-256 of the weights, their shapes and types."""
+    digest = hashlib.sha256()
+    for weight in model.weights:
+        values = np.ascontiguousarray(ops.convert_to_numpy(weight))
+        digest.update(f"{values.shape} {weight.dtype}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+class _Function:
+    """A function with the variables it reads."""
+
+    def __init__(self, variables: list, function: Callable) -> None:
+        self.variables = variables
+        self._function = function
+
+    def __call__(self, x: Any) -> Any:
+        return self._function(x)
+
+
+def _gives(logits: np.ndarray, probabilities: np.ndarray) -> bool:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.allclose(exponentials / exponentials.sum(axis=1, keepdims=True), probabilities, atol=1e-3)
+
+
+def _candidates(model: keras.Model) -> Iterator[Callable]:
+    """Functions that may be the model without its softmax."""
+    try:
+        without = _without_softmax(model)
+    except (AttributeError, ValueError, IndexError):  # not a graph of layers, or not built
+        without = None
+    if without is not None:
+        yield without
+    yield _Function(model.variables, lambda x: _behind_output(model, x))
+    for layer in reversed(model.layers):
+        if getattr(layer, "activation", None) is keras.activations.softmax:
+            yield _made_linear(model, layer)
+
+
+def _without_softmax(model: keras.Model) -> Callable | None:
+    """The model up to the softmax its graph of layers ends with, or None if it ends with none."""
+    last = next(layer for layer in reversed(model.layers) if _makes(layer, model))
+    if isinstance(last, keras.Model):
+        inner, outer = _without_softmax(last), keras.Model(model.inputs[0], last.input)
+        return inner and _Function(model.variables, lambda x: Classifier(inner)(outer(x, training=False)))
+    if isinstance(last, keras.layers.Softmax):
+        return keras.Model(model.inputs[0], last.input)
+    if getattr(last, "activation", None) is keras.activations.softmax:
+        return _made_linear(model, last)
+    return None
+
+
+def _makes(layer: keras.Layer, model: keras.Model) -> bool:
+    """Whether the layer makes the model's output."""
+    return isinstance(model, keras.Sequential) or layer.output is model.outputs[0]
+
+
+def _made_linear(model: keras.Model, layer: keras.Layer) -> _Function:
+    """The model with the layer's softmax left out while it is called."""
+
+    @contextmanager
+    def linear() -> Iterator[None]:
+        layer.activation = keras.activations.linear
+        try:
+            yield
+        finally:
+            layer.activation = keras.activations.softmax
+
+    def call(x: Any) -> Any:
+        with linear():
+            return model(x, training=False)
+
+    return _Function(model.variables, call)
+
+
+def _behind_output(model: keras.Model, x: Any) -> Any:
+    return logits_behind(model(x, training=False), False, -1)[0]
+
+
+def _log_probabilities(model: keras.Model, x: Any) -> Any:
+    # Smaller ones differ by nothing an attack could follow.
+    return ops.log(ops.maximum(ops.cast(model(x, training=False), "float32"), 1e-30))

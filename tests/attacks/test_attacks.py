@@ -1,0 +1,259 @@
+"""What holds for every attack of the package, on every backend."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_drsl.attacks import APGD, FGSM, PGD, Classifier, Noise, Square, Transfer
+from keras_drsl.attacks.apgd import checkpoints
+from keras_drsl.attacks.square import bump, tiling, window_shape
+from tests.backends import on_tensorflow
+from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
+
+ATTACKS = {
+    "fgsm": FGSM,
+    "pgd_ce": lambda eps, **knobs: PGD(eps, steps=10, **knobs),
+    "pgd_momentum": lambda eps, **knobs: PGD(eps, steps=10, momentum=0.9, loss="margin", **knobs),
+    "apgd_ce": lambda eps, **knobs: APGD(eps, steps=20, **knobs),
+    "apgd_t_dlr": lambda eps, **knobs: APGD(eps, steps=20, loss="dlr", targeted=True, **knobs),
+    "apgd_t_margin": lambda eps, **knobs: APGD(eps, steps=20, loss="margin", targeted=True, **knobs),
+    "square": lambda eps, **knobs: Square(eps, queries=150, **knobs),
+    "noise": lambda eps, **knobs: Noise(eps, points=10, **knobs),
+}
+every_attack = pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS.keys())
+both_norms = pytest.mark.parametrize("norm", ["inf", 2])
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return Classifier(linear_model())
+
+
+def withstands(classifier, x_adv, y):
+    return ops.convert_to_numpy(classifier(ops.convert_to_tensor(x_adv))).argmax(1) == y
+
+
+@both_norms
+@every_attack
+def test_it_stays_in_the_ball_and_the_range_and_breaks_nothing_that_cannot_be_broken(linear, make, norm):
+    x, y = inputs()
+    x_adv = make(0.15, norm=norm)(linear, x, y)
+    delta = np.abs(x_adv.astype("float64") - x)
+    assert (delta.max(1) if norm == "inf" else np.sqrt((delta**2).sum(1))).max() <= 0.15 + 1e-6
+    withstood = withstands(linear, x_adv, y)
+    assert np.all(withstood >= exact_robust(x, y, 0.15, norm))
+    assert withstood.mean() < 1
+    x[:10], x[10:20] = 0.0, 1.0
+    x_adv = make(0.3, norm=norm)(linear, x, y)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
+@both_norms
+@pytest.mark.parametrize("family", [PGD, APGD])
+def test_targeted_at_the_margin_it_reaches_the_exact_worst_case_of_a_linear_model(linear, family, norm):
+    x, y = inputs(100)
+    # Within a thousandth either answer is right for float32.
+    clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
+    x, y = x[clear], y[clear]
+    expected = exact_robust(x, y, 0.15, norm)
+    assert 0.2 < expected.mean() < 0.8
+    attack = family(0.15, loss="margin", targeted=True, norm=norm)
+    np.testing.assert_array_equal(withstands(linear, attack(linear, x, y), y), expected)
+
+
+@both_norms
+def test_square_comes_near_the_exact_worst_case_of_a_linear_model(linear, norm):
+    x, y = inputs(100)
+    expected = exact_robust(x, y, 0.15, norm)
+    withstood = withstands(linear, Square(0.15, queries=2000, norm=norm)(linear, x, y), y)
+    assert np.all(withstood >= expected)
+    assert withstood.mean() <= expected.mean() + 0.03
+
+
+@every_attack
+def test_equal_seeds_give_equal_results_whatever_the_batch(linear, make):
+    x, y = inputs(40)
+    # Nothing is broken at this radius, so nothing leaves.
+    robust = distance(x, y, "inf") > 0.03
+    x, y, ids = x[robust], y[robust], np.flatnonzero(robust)
+    whole = make(0.02)(linear, x, y, ids=ids)
+    np.testing.assert_array_equal(make(0.02)(linear, x, y, ids=ids), whole)
+    parts = [make(0.02)(linear, x[part], y[part], ids=ids[part]) for part in (slice(0, 5), slice(5, None))]
+    # The last input has the same weight for all classes: rounding decides in which direction it is moved.
+    np.testing.assert_allclose(np.concatenate(parts)[:, :3], whole[:, :3], atol=1e-6)
+    if make is not FGSM:
+        assert np.abs(make(0.02, seed=1)(linear, x, y, ids=ids) - whole).max() > 0
+
+
+@on_tensorflow
+@pytest.mark.parametrize("make", [ATTACKS["apgd_t_margin"], ATTACKS["square"]], ids=["apgd", "square"])
+def test_compiled_or_not_the_result_is_the_same(make):
+    import tensorflow as tf
+
+    x, y = inputs(20)
+    compiled = make(0.1)(linear_model(), x, y)
+    tf.config.run_functions_eagerly(True)
+    try:
+        np.testing.assert_allclose(make(0.1)(linear_model(), x, y), compiled, atol=1e-6)
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
+def test_huge_logits_blind_the_cross_entropy_and_nothing_else():
+    x, y = inputs()
+    huge = Classifier(linear_model(WEIGHTS * 1e4))
+    expected = exact_robust(x, y, 0.15, "inf")
+    left = lambda attack: withstands(huge, attack(huge, x, y), y)
+    assert left(APGD(0.15)).mean() > expected.mean() + 0.1
+    np.testing.assert_array_equal(left(APGD(0.15, loss="margin", targeted=True)), expected)
+
+
+class Quantised(keras.layers.Layer):
+    """Inputs rounded to steps of 0.1, with no gradient."""
+
+    def call(self, x):
+        return ops.round(x * 10) / 10
+
+
+def test_a_model_that_hides_its_gradient_falls_to_square_and_to_transfer_only():
+    open_model = linear_model()
+    hidden = keras.Sequential([keras.Input((4,)), Quantised(), open_model])
+    x, y = inputs()
+    x = np.round(x, 1)
+    y = (x @ WEIGHTS).argmax(1)
+    left = lambda attack: withstands(Classifier(hidden), attack(hidden, x, y), y).mean()
+    apgd = APGD(0.2, loss="margin", targeted=True)
+    exact = exact_robust(x, y, 0.2, "inf").mean()
+    assert left(apgd) > exact + 0.2
+    assert left(Square(0.2, queries=500)) <= exact + 0.05
+    assert left(Transfer(open_model, apgd)) <= exact + 0.05
+
+
+def test_with_fewer_than_four_classes_dlr_is_the_margin(linear):
+    x, y = inputs()
+    for targeted in (False, True):
+        knobs = {"targeted": targeted, "steps": 10, "random_start": False}
+        dlr, margin = (PGD(0.1, loss=loss, **knobs)(linear, x, y) for loss in ("dlr", "margin"))
+        np.testing.assert_array_equal(dlr, margin)
+
+
+def test_what_is_misclassified_stays_as_it_is_and_nan_counts_as_broken(linear):
+    x, y = inputs(10)
+    wrong = (y + 1) % 3
+    np.testing.assert_array_equal(APGD(0.1)(linear, x, wrong), x)
+    broken = Classifier(lambda x: ops.where(x[:, :3] > 0.7, float("nan"), ops.matmul(x, WEIGHTS)))
+    x = np.full((2, 4), 0.65, "float32")
+    y = (x @ WEIGHTS).argmax(1)
+    x_adv = Noise(0.2)(broken, x, y)
+    assert np.isnan(broken.logits(x_adv)).any(axis=1).all()
+
+
+def test_programs_are_compiled_once_for_all_sizes_of_batch_and_ball():
+    model, calls = linear_model(), []
+
+    def logits_fn(x):
+        calls.append(1)
+        return model(x)
+
+    classifier = Classifier(logits_fn)
+    x, y = inputs(16)
+    APGD(0.1, steps=10)(classifier, x, y)
+    if keras.config.backend() == "torch":
+        pytest.skip("torch runs eagerly")
+    count = len(calls)
+    APGD(0.2, steps=15)(classifier, x[:9], y[:9])
+    assert len(calls) == count
+
+
+def test_weights_are_looked_up_in_each_call():
+    model = linear_model()
+    attack = PGD(0.15, loss="margin", targeted=True)
+    x, y = inputs()
+    attack(model, x, y)
+    other = WEIGHTS[:, [1, 2, 0]]
+    model.layers[0].set_weights([other, np.zeros(3)])
+    y = (x @ other).argmax(1)
+    expected = exact_robust(x, y, 0.15, "inf", other)
+    np.testing.assert_array_equal(withstands(Classifier(model), attack(model, x, y), y), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 4), (6, 6, 3), (2, 6, 6, 3)])
+@both_norms
+def test_square_takes_inputs_of_any_number_of_axes(shape, norm):
+    model = keras.Sequential([keras.Input(shape), keras.layers.Flatten(), keras.layers.Dense(3)])
+    x = np.random.default_rng(0).random((4, *shape)).astype("float32")
+    y = model.predict(x, verbose=0).argmax(1)
+    x_adv = Square(0.2, queries=30, norm=norm)(model, x, y)
+    assert x_adv.shape == x.shape
+    assert np.abs(x_adv - x).max() > 0.01
+
+
+def test_the_spans_of_apgd_are_those_of_the_paper():
+    # w_j = p_j * steps with p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), in whole steps.
+    p = [0, 22]
+    while p[-1] < 100:
+        p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
+    assert list(checkpoints(100)) == [step for step in p[1:] if step <= 100]
+    assert checkpoints(100)[41] == 19
+    assert list(checkpoints(3)) == [1, 2, 3]
+
+
+def test_the_windows_and_bumps_of_square_are_those_of_the_paper():
+    assert window_shape(0.8, 28, 28, at_least=1) == (25, 25)
+    assert window_shape(0.8 / 512, 28, 28, at_least=1) == (1, 1)
+    assert window_shape(0.4, 64, 1, at_least=1) == (26, 1)
+    pattern = bump(5, 5)
+    np.testing.assert_allclose((pattern**2).sum(), 1)
+    assert np.all(pattern[:2] > 0)
+    assert np.all(pattern[2:] < 0)
+    tiles = tiling(8, 8, 3, np.random.default_rng(0))
+    assert tiles.shape == (8, 8, 3)
+    np.testing.assert_allclose((tiles**2).sum(), 1)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("make", "rule"),
+        [
+            (lambda: APGD(0), "`eps` must be a positive number. Received: eps=0"),
+            (lambda: APGD(0.1, norm=1), "`norm` must be one of 'inf', 2. Received: norm=1"),
+            (lambda: APGD(0.1, loss="x"), "`loss` must be one of 'ce', 'margin', 'dlr'. Received: loss='x'"),
+            (lambda: APGD(0.1, steps=0), "`steps` must be an integer of 1 or more. Received: steps=0"),
+            (lambda: APGD(0.1, targets=0), "`targets` must be an integer of 1 or more. Received: targets=0"),
+            (lambda: PGD(0.1, step_size=0), "`step_size` must be a positive number. Received: step_size=0"),
+            (lambda: PGD(0.1, momentum=2), r"`momentum` must be a number in \[0, 1\]. Received: momentum=2"),
+            (lambda: PGD(0.1, seed=-1), "`seed` must be an integer of 0 or more. Received: seed=-1"),
+            (lambda: Square(0.1, queries=0), "`queries` must be an integer of 1 or more. Received: queries=0"),
+            (lambda: Square(0.1, p_init=0), r"`p_init` must be a number in \(0, 1\]. Received: p_init=0"),
+            (lambda: Noise(0.1, points=0), "`points` must be an integer of 1 or more. Received: points=0"),
+            (lambda: FGSM(0.1, clip_min=1), "`clip_min` must be below `clip_max`. Received: clip_min=1, clip_max=1.0"),
+            (lambda: Transfer(None, 3), "`attack` must be an attack of keras_drsl.attacks. Received: attack=3"),
+        ],
+    )
+    def test_arguments_are_named(self, make, rule):
+        with pytest.raises(ValueError, match=rule):
+            make()
+
+    def test_inputs_outside_the_range_are_refused(self, linear):
+        x, y = inputs(5)
+        for bad in (x * 255, np.where(x > 0.5, np.nan, x)):
+            with pytest.raises(
+                ValueError, match=r"`x` must lie in \[clip_min, clip_max\] = \[0, 1\]. Received: values"
+            ):
+                APGD(0.1)(linear, bad, y)
+
+    def test_probabilities_are_not_taken_for_logits(self):
+        x, y = inputs(5)
+        with pytest.raises(ValueError, match="`logits_fn` must return logits, but its outputs look like probabilities"):
+            FGSM(0.1)(linear_model(WEIGHTS, keras.layers.Softmax()), x, y)
+
+    def test_labels_must_match(self, linear):
+        x, y = inputs(5)
+        with pytest.raises(
+            ValueError, match=r"`y` must hold one label for each of the 5 inputs and 3 classes. Received"
+        ):
+            FGSM(0.1)(linear, x, y[:4])
+        with pytest.raises(ValueError, match=r"`y` must hold class ids in \[0, 3\). Received: 3"):
+            FGSM(0.1)(linear, x, y + 3 * (np.arange(5) == 0) - y * (np.arange(5) == 0))
