@@ -128,16 +128,21 @@ def graph(function: Callable, variables: list) -> Callable:
     It is not handed to XLA on TensorFlow, whose own convolutions are several times faster on a processor.
 
     Args:
-        function: takes and returns nested structures of tensors, each with the same number of rows or a scalar.
+        function: takes and returns nested structures of tensors.
         variables: the Keras variables it reads, looked up anew in each call.
+
+    Returns:
+        A function of the same arguments, as arrays or tensors. On TensorFlow the lengths of their first two axes may
+        change from call to call if they have more than two, or else that of the first.
     """
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        def specification(x: Any) -> Any:
-            return tf.TensorSpec((None, *x.shape[1:]) if len(x.shape) else (), x.dtype)
-
         programs: dict[tuple, Callable] = {}
+
+        def specification(x: Any) -> Any:
+            free = min(len(x.shape), 2 if len(x.shape) > 2 else 1)
+            return tf.TensorSpec((None,) * free + tuple(x.shape[free:]), x.dtype)
 
         def call(*arguments: Any) -> Any:
             signature = tf.nest.map_structure(specification, list(arguments))
@@ -165,6 +170,40 @@ def graph(function: Callable, variables: list) -> Callable:
             return function(*keras.tree.map_structure(keras.ops.convert_to_tensor, arguments))
 
     return without_gradient
+
+
+def stepper(step: Callable, variables: list) -> Callable:
+    """A program that takes several steps in one call, where calls are dear.
+
+    Args:
+        step: maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
+        variables: the Keras variables it reads, looked up anew in each call.
+
+    Returns:
+        A function of the rows and the arguments, these stacked: one step for each element of their first axis.
+    """
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def steps(rows: dict, *stacked: Any) -> Any:
+            def body(number: Any, rows: dict) -> Any:
+                return number + 1, step(rows, *tf.nest.map_structure(lambda x: x[number], stacked))
+
+            count = tf.shape(tf.nest.flatten(stacked)[0])[0]
+            shapes = tf.nest.map_structure(lambda x: tf.TensorShape((None, *x.shape[1:])), rows)
+            invariants = (tf.TensorShape(()), shapes)
+            return tf.while_loop(lambda number, rows: number < count, body, (0, rows), invariants)[1]
+
+        return graph(steps, variables)
+
+    one = graph(step, variables)
+
+    def several(rows: dict, *stacked: Any) -> dict:
+        for number in range(len(keras.tree.flatten(stacked)[0])):
+            rows = one(rows, *keras.tree.map_structure(lambda x: x[number], stacked))
+        return rows
+
+    return several
 
 
 def padded(rows: int) -> int:

@@ -103,7 +103,7 @@ class APGD(Attack):
             "halved": np.ones(count, bool),
             "broken": np.zeros(count, bool),
         }
-        program = classifier.program(apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
+        stepper = classifier.stepper(apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
         spans = checkpoints(self.steps)
 
         def arguments(step: int, alive: np.ndarray) -> tuple:
@@ -111,7 +111,7 @@ class APGD(Attack):
             knobs = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
             return self._ball(), knobs
 
-        return search(program, rows, self.steps + 1, arguments)
+        return search(stepper, rows, self.steps + 1, arguments)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

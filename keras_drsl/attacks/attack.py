@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -145,11 +146,11 @@ class Attack:
         return {name: np.float32(value) for name, value in ball.items()}
 
 
-def search(program: Callable, rows: dict[str, Any], steps: int, arguments: Callable) -> np.ndarray:
-    """Repeat a program on the examples that are not broken yet.
+def search(stepper: Callable, rows: dict[str, Any], steps: int, arguments: Callable) -> np.ndarray:
+    """Repeat a step on the examples that are not broken yet.
 
     Args:
-        program: maps `(rows, *arguments(step, alive))` to the next rows.
+        stepper: maps rows and the stacked arguments of several steps to the next rows, see `Classifier.stepper`.
         rows: arrays with one row an example. `"best"` is the point to return, `"broken"` whether it is misclassified,
             which ends the search for it.
         steps: how often.
@@ -162,18 +163,15 @@ def search(program: Callable, rows: dict[str, Any], steps: int, arguments: Calla
     best = np.array(rows["best"])
     alive = np.arange(len(best))
     current = _backend.padded(len(alive))
-    rows = {name: _rows(value, np.arange(len(alive)), current) for name, value in rows.items()}
-    for step in range(steps):
-        given = [
-            _rows(value, np.arange(len(alive)), current) if np.ndim(value) else value
-            for value in arguments(step, alive)
-        ]
-        rows = program(rows, *given)
-        if (step + 1) % CHECK_EVERY and step + 1 < steps:
-            continue
+    rows = {name: _rows(value, alive, current) for name, value in rows.items()}
+    for step in range(0, steps, CHECK_EVERY):
+        given = []
+        for number in range(step, min(step + CHECK_EVERY, steps)):
+            one = arguments(number, alive)
+            given.append([_rows(x, np.arange(len(alive)), current) if isinstance(x, np.ndarray) else x for x in one])
+        rows = stepper(rows, *keras.tree.map_structure(lambda *values: np.stack(values), *given))
         broken = ops.convert_to_numpy(rows["broken"])[: len(alive)]
-        if step + 1 == steps or broken.all():
-            best[alive] = ops.convert_to_numpy(rows["best"])[: len(alive)]
+        if broken.all():
             break
         needed = _backend.padded(int((~broken).sum()))
         if needed < current:
@@ -182,6 +180,7 @@ def search(program: Callable, rows: dict[str, Any], steps: int, arguments: Calla
             kept = np.flatnonzero(~broken)
             alive, current = alive[kept], needed
             rows = {name: _rows(value, kept, current) for name, value in values.items()}
+    best[alive] = ops.convert_to_numpy(rows["best"])[: len(alive)]
     return best
 
 

@@ -45,6 +45,13 @@ class Classifier:
             self._programs[key] = _backend.graph(partial(function, self, **static), self.variables)
         return self._programs[key]
 
+    def stepper(self, step: Callable, **static: Any) -> Callable:
+        """`step(classifier, rows, *tensors, **static)` as a compiled function of the rows and of stacked tensors."""
+        key = ("stepper", step, *sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = _backend.stepper(partial(step, self, **static), self.variables)
+        return self._programs[key]
+
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits of an array `(batch, ...)`, shape `(batch, C)`."""
         rows = np.arange(_backend.padded(len(x)))

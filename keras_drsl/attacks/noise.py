@@ -62,8 +62,8 @@ class Noise(Attack):
             at = [generators[one] for one in alive]
             return self._ball(), balls.random_points(at, batch.x.shape[1:], self.eps, self.norm)
 
-        program = classifier.program(try_points, norm=self.norm)
-        return search(program, start_of(batch), self.points, arguments)
+        stepper = classifier.stepper(try_points, norm=self.norm)
+        return search(stepper, start_of(batch), self.points, arguments)
 
 
 def start_of(batch: Batch) -> dict[str, np.ndarray]:

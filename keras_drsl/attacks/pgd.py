@@ -107,10 +107,10 @@ class PGD(Attack):
             "best_loss": np.full(len(batch.x), -np.inf, "float32"),
             "broken": np.zeros(len(batch.x), bool),
         }
-        program = classifier.program(pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
+        stepper = classifier.stepper(pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
         knobs = {"step_size": np.float32(self.step_size), "momentum": np.float32(self.momentum)}
         # Without a gradient yet, the first step only looks at the start.
-        return search(program, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs))
+        return search(stepper, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs))
 
 
 class FGSM(PGD):

@@ -102,7 +102,7 @@ class Square(Attack):
             return self._ball(), knobs, drawn[alive, query % DRAW_AT_ONCE]
 
         step = square_step_inf if self.norm == "inf" else square_step_2
-        return search(classifier.program(step, shape=shape), rows, self.queries, arguments)
+        return search(classifier.stepper(step, shape=shape), rows, self.queries, arguments)
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -56,8 +56,8 @@ class RobustnessCurve:
         Args:
             path: the figure's file.
             label: what the legend calls the curve.
+            others: more curves to draw beside it, by label.
             overwrite: replace a file that is there.
-            **others: more curves to draw beside it, by label.
 
         Raises:
             ValueError: if the file is there already and `overwrite` is not set, or cannot be written.
@@ -65,7 +65,7 @@ class RobustnessCurve:
         """
         path = files.check_new("path", path, overwrite=overwrite)
         figure, axes = new_figure()
-        for name, curve in {label: self, **others}.items():
+        for name, curve in {label: self, **(others or {})}.items():
             count = len(curve.breaking_eps)
             bounds = np.array([wilson(round(share * count), count) for share in curve.accuracy])
             (line,) = axes.plot(curve.eps, np.multiply(curve.accuracy, 100), "o-", label=name)

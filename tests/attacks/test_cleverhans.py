@@ -216,7 +216,8 @@ class TestBadInput:
     def test_labels_must_match_the_inputs(self, linear):
         x, y = inputs(5)
         with pytest.raises(
-            ValueError, match=r"`y` must hold one label for each of the 5 inputs and 3 classes. Received: y.shape=\(4,\)"
+            ValueError,
+            match=r"`y` must hold one label for each of the 5 inputs and 3 classes. Received: y.shape=\(4,\)",
         ):
             cleverhans.FastGradientMethod(0.1)(linear, x, y[:4])
 
