@@ -13,14 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def arguments(doc):
-    """Parse the arguments; sets the backend and the device, so it must run before Keras is imported."""
+def arguments(doc, *, data_dir=False):
+    """Parse the arguments; sets the backend and the device, so it must run before Keras is imported.
+
+    Args:
+        doc: the script's description.
+        data_dir: whether it takes a folder of data sets.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
     parser.add_argument("--out", default="runs", help="folder for the JSON and the figure")
     parser.add_argument("--memory", action="store_true", help="measure memory alone, and print it")
+    if data_dir:
+        parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST; without it, digits alone")
     args = parser.parse_args()
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -137,9 +144,9 @@ def verdict(rows):
     return rows
 
 
-def write(args, name, record):
+def write(args, name, record, more_packages=()):
     """Write the record with what is needed to run it again, and say where."""
-    packages = ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy")
+    packages = ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy", *more_packages)
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -15,7 +15,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.parametrize("name", ["loss_speed", "step_overhead", "linear_head"])
+@pytest.mark.parametrize("name", ["loss_speed", "step_overhead", "linear_head", "attack_speed"])
 def test_each_benchmark_runs_small_and_writes_what_it_measured(name, tmp_path):
     if BACKEND == "torch" and name == "linear_head":
         pytest.skip("linear_drs_loss is for TensorFlow and JAX")

@@ -49,7 +49,12 @@ class RobustnessCurve:
         files.write(files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
 
     def plot(
-        self, path: str | os.PathLike, *, label: str | None = None, overwrite: bool = False, **others: Any
+        self,
+        path: str | os.PathLike,
+        *,
+        label: str | None = None,
+        others: Mapping[str, "RobustnessCurve"] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Draw the curve with its 95 % intervals.
 

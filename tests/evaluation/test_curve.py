@@ -1,0 +1,53 @@
+import json
+
+import numpy as np
+import pytest
+
+from keras_drsl import robustness_curve
+from tests.linear import distance, inputs, linear_model
+
+RADII = [0.0, 0.05, 0.1, 0.2, 0.3]
+
+
+@pytest.fixture(scope="module")
+def curve():
+    x, y = inputs(60)
+    return robustness_curve(linear_model(), x, y, eps=RADII, attacks=["apgd_t_margin"], suite="quick", verbose=0)
+
+
+def test_it_is_the_exact_curve_of_a_linear_model(curve):
+    x, y = inputs(60)
+    exact = distance(x, y, "inf")
+    assert curve.accuracy == pytest.approx([(exact > eps).mean() for eps in RADII])
+    bounds = np.array([*RADII, np.inf])
+    np.testing.assert_array_equal(curve.breaking_eps, bounds[np.searchsorted(RADII, exact)])
+
+
+def test_it_can_be_written_and_drawn(curve, tmp_path):
+    curve.to_json(tmp_path / "curve.json")
+    content = json.loads((tmp_path / "curve.json").read_text())
+    assert content["accuracy"] == curve.accuracy
+    pytest.importorskip("matplotlib")
+    curve.plot(tmp_path / "curve.png", label="one", others={"two": curve})
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="`path` must be a path where nothing is yet"):
+        curve.plot(tmp_path / "curve.png")
+
+
+def test_a_model_that_is_wrong_without_an_attack_has_a_curve():
+    x, y = inputs(10)
+    curve = robustness_curve(linear_model(), x, (y + 1) % 3, eps=[0, 0.1], suite="quick", verbose=0)
+    assert curve.accuracy == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("eps", [[], [0.2, 0.1], [0.1, 0.1], [-0.1], [0.1, 2]])
+def test_radii_that_are_none_are_refused(eps):
+    x, y = inputs(5)
+    with pytest.raises(ValueError, match="`eps` must"):
+        robustness_curve(linear_model(), x, y, eps=eps, verbose=0)
+
+
+def test_arguments_it_does_not_take_are_named():
+    x, y = inputs(5)
+    with pytest.raises(ValueError, match="`robustness_curve` does not take 'state_path'"):
+        robustness_curve(linear_model(), x, y, eps=[0.1], state_path="x")

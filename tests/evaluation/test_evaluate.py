@@ -1,0 +1,323 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_drsl import evaluate_robustness
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square
+from tests.backends import BACKEND, on_tensorflow
+from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
+
+QUIET = {"verbose": 0}
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return linear_model()
+
+
+class TestAccuracy:
+    @pytest.mark.parametrize("norm", ["inf", 2])
+    def test_standard_reaches_the_exact_worst_case_of_a_linear_model(self, linear, norm):
+        x, y = inputs(60)
+        clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
+        x, y = x[clear], y[clear]
+        attacks = [
+            APGD(0.15, norm=norm),
+            *(APGD(0.15, loss=loss, targeted=True, norm=norm) for loss in ("dlr", "margin")),
+            Square(0.15, queries=200, norm=norm),
+        ]
+        report = evaluate_robustness(linear, x, y, eps=0.15, norm=norm, attacks=attacks, **QUIET)
+        expected = exact_robust(x, y, 0.15, norm)
+        assert 0.2 < expected.mean() < 0.8
+        np.testing.assert_array_equal([one is None for one in report.per_example["broken_by"]], expected)
+        assert report.robust_accuracy == pytest.approx(expected.mean())
+        assert report.trustworthy
+
+    def test_a_clean_error_is_not_robust(self, linear):
+        x, y = inputs(40)
+        wrong = np.arange(40) < 10
+        y = np.where(wrong, (y + 1) % 3, y)
+        report = evaluate_robustness(linear, x, y, eps=1e-4, suite="quick", **QUIET)
+        assert report.clean_accuracy == 0.75
+        assert report.robust_accuracy <= 0.75
+        assert report.per_example["broken_by"][:10] == ["clean"] * 10
+
+    def test_what_a_check_breaks_is_broken(self, linear):
+        x, y = inputs(60)
+        # One small step breaks next to nothing: the checks have to.
+        weak = PGD(0.15, steps=1, step_size=1e-6, random_start=False)
+        report = evaluate_robustness(linear, x, y, eps=0.15, attacks=[weak], **QUIET)
+        assert report.robust_accuracy == pytest.approx(exact_robust(x, y, 0.15, "inf").mean(), abs=0.02)
+        assert not report.trustworthy
+        (failed,) = [check for check in report.checks if check.name == "converged"]
+        assert failed.status == "fail"
+        assert any(one and one.startswith("check:") for one in report.per_example["broken_by"])
+        assert list(report.accuracy)[-1].startswith("check:")
+
+    def test_an_attack_that_cheats_does_not_count(self, linear):
+        class Cheat(Attack):
+            def _run(self, classifier, batch, run):
+                return 1 - batch.x
+
+        x, y = inputs(40)
+        robust = exact_robust(x, y, 0.02, "inf")
+        x, y = x[robust], y[robust]
+        report = evaluate_robustness(linear, x, y, eps=0.01, attacks=[Cheat(0.01)], suite="quick", **QUIET)
+        assert report.robust_accuracy == 1
+        assert not report.trustworthy
+        assert next(check for check in report.checks if check.name == "perturbations").status == "fail"
+
+
+class TestInputs:
+    def test_every_form_of_data_and_labels_gives_the_same_report(self, linear):
+        x, y = inputs(30)
+        expected = evaluate_robustness(linear, x, y, eps=0.1, suite="quick", **QUIET)
+
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, place):
+                rows = slice(10 * place, 10 * place + 10)
+                return x[rows], y[rows]
+
+        forms = [
+            (x, y[:, None]),
+            (x, np.eye(3)[y]),
+            (ops.convert_to_tensor(x), ops.convert_to_tensor(y)),
+            (Batches(), None),
+        ]
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            data = tf.data.Dataset.from_tensor_slices((x, y, np.ones(30)))
+            forms += [(data.batch(7), None)]
+            report = evaluate_robustness(
+                linear, data.batch(10).repeat(), eps=0.1, suite="quick", max_samples=30, **QUIET
+            )
+            assert report.per_example == expected.per_example
+        for form in forms:
+            assert (
+                evaluate_robustness(linear, *form, eps=0.1, suite="quick", **QUIET).per_example == expected.per_example
+            )
+
+    def test_batch_size_and_shards_change_nothing(self, linear):
+        x, y = inputs(30)
+        knobs = {"eps": 0.1, "attacks": [APGD(0.1, steps=10), Square(0.1, queries=20)], **QUIET}
+        whole = evaluate_robustness(linear, x, y, suite="quick", **knobs)
+        small = evaluate_robustness(linear, x, y, suite="quick", batch_size=7, **knobs)
+        assert small.per_example == whole.per_example
+        parts = [evaluate_robustness(linear, x, y, suite="quick", shard=(part, 3), **knobs) for part in range(3)]
+        merged = type(whole).merge(parts[::-1])
+        assert merged.per_example == whole.per_example
+        for name, one in merged.accuracy.items():
+            assert one == pytest.approx(whole.accuracy[name])
+
+    def test_another_range_of_inputs(self, linear):
+        x, y = inputs(30)
+        shifted = keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), linear])
+        one = evaluate_robustness(linear, x, y, eps=0.1, suite="quick", **QUIET)
+        other = evaluate_robustness(shifted, 255 * x, y, eps=25.5, clip_max=255, suite="quick", **QUIET)
+        assert other.robust_accuracy == one.robust_accuracy
+
+
+class TestTheModelIsLeftAsItWas:
+    def build(self):
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.GaussianNoise(0.5),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(3, activation="softmax"),
+            ]
+        )
+        model.layers[1].trainable = False
+        model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        x, y = inputs(20)
+        model.fit(x, y, verbose=0)
+        return model, x, y
+
+    def state(self, model):
+        return {
+            "weights": [ops.convert_to_numpy(weight).tolist() for weight in model.variables],
+            "trainable": [layer.trainable for layer in model.layers],
+            "compiled": (model.compiled, model.loss),
+            "activation": model.layers[-1].activation,
+            "optimizer": [ops.convert_to_numpy(one).tolist() for one in model.optimizer.variables],
+        }
+
+    def test_after_an_evaluation(self):
+        model, x, y = self.build()
+        before, outputs = self.state(model), model.predict(x, verbose=0)
+        evaluate_robustness(model, x, y, eps=0.05, suite="quick", **QUIET)
+        assert self.state(model) == before
+        np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
+
+    def test_after_an_exception(self):
+        model, x, y = self.build()
+        before = self.state(model)
+
+        class Failing(Attack):
+            def _run(self, classifier, batch, run):
+                classifier(ops.convert_to_tensor(batch.x))
+                raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            evaluate_robustness(model, x, y, eps=0.05, attacks=[Failing(0.05)], **QUIET)
+        assert self.state(model) == before
+
+
+class TestState:
+    def test_a_finished_state_gives_the_same_report_again(self, linear, tmp_path):
+        x, y = inputs(30)
+        knobs = {"eps": 0.1, "suite": "quick", "state_path": tmp_path / "state.json", **QUIET}
+        first = evaluate_robustness(linear, x, y, **knobs).to_dict()
+        assert evaluate_robustness(linear, x, y, **knobs).to_dict() == first
+
+    def test_a_state_of_something_else_is_refused_and_left_alone(self, linear, tmp_path):
+        x, y = inputs(30)
+        path = tmp_path / "state.json"
+        knobs = {"suite": "quick", "state_path": path, **QUIET}
+        evaluate_robustness(linear, x, y, eps=0.1, **knobs)
+        before = path.read_text()
+        for other, what in (
+            ((linear, x, y, 0.2), "settings"),
+            ((linear_model(WEIGHTS * 2), x, y, 0.1), "model"),
+            ((linear, x[::-1].copy(), y[::-1].copy(), 0.1), "data"),
+        ):
+            with pytest.raises(ValueError, match=f"`state_path` must hold the state of this evaluation.*{what}"):
+                evaluate_robustness(*other[:3], eps=other[3], **knobs)
+        for text in ("", "{}", '{"format": 3}', "[1]"):
+            path.write_text(text)
+            with pytest.raises(ValueError, match="`state_path` must hold the state of an evaluation"):
+                evaluate_robustness(linear, x, y, eps=0.1, **knobs)
+            assert path.read_text() == text
+        path.write_text(before)
+        evaluate_robustness(linear, x, y, eps=0.1, **knobs)
+
+    @on_tensorflow
+    def test_killed_three_times_it_ends_with_the_report_of_an_uninterrupted_run(self, tmp_path):
+        code = f"""
+        import sys, keras, numpy as np
+        from keras_drsl import evaluate_robustness
+        from keras_drsl.attacks import APGD, Square
+        rng = np.random.default_rng(0)
+        x = rng.random((120, 8, 8, 1)).astype("float32")
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(8, 3, activation="tanh"),
+                                  keras.layers.Flatten(), keras.layers.Dense(5)])
+        y = model.predict(x, verbose=0).argmax(1)
+        attacks = [APGD(0.02), APGD(0.02, loss="margin", targeted=True), Square(0.02, queries=400)]
+        report = evaluate_robustness(model, x, y, eps=0.02, attacks=attacks, batch_size=16, verbose=0,
+                                     state_path=sys.argv[1])
+        report.to_json(sys.argv[2])
+        """
+
+        def start(state, report):
+            command = [sys.executable, "-c", textwrap.dedent(code), str(state), str(report)]
+            return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+        state, kills = tmp_path / "killed.state", 0
+        rng = np.random.default_rng()
+        while kills < 3:
+            process = start(state, tmp_path / "killed.json")
+            before = state.read_text() if state.exists() else ""
+            while process.poll() is None and (state.read_text() if state.exists() else "") == before:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 1.0))
+            assert process.poll() is None, "it ended before it could be killed"
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        for name in ("killed", "whole"):
+            assert start(tmp_path / f"{name}.state", tmp_path / f"{name}.json").wait() == 0
+        reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole")]
+        for report in reports:
+            for attack in report["attacks"]:
+                del attack["seconds"]
+        assert 0 < reports[0]["robust_accuracy"] < 1
+        assert reports[0] == reports[1]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("knobs", "rule"),
+        [
+            ({"eps": 0}, "`eps` must be a positive number. Received: eps=0"),
+            ({"eps": 1.5}, "`eps` must be no larger than the range, clip_max - clip_min = 1. Received: eps=1.5"),
+            ({"eps": 3, "norm": 2}, r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"),
+            ({"eps": 0.1, "norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
+            ({"eps": 0.1, "suite": "best"}, "`suite` must be one of 'quick', 'cleverhans', 'standard'. Received"),
+            ({"eps": 0.1, "attacks": ["best"]}, "`attacks` must hold attacks or names of .*. Received: 'best'"),
+            ({"eps": 0.1, "attacks": ["spsa"]}, "`attacks` cannot hold 'spsa' of cleverhans: it stops with an error"),
+            ({"eps": 0.1, "attacks": []}, "`attacks` must hold at least one attack. Received: none"),
+            ({"eps": 0.1, "attacks": [3]}, "`attacks` must hold attacks or their names. Received: 3"),
+            (
+                {"eps": 0.1, "attacks": [FGSM(0.2)]},
+                "`attacks` must be made for `eps=0.1`.*Received: fgsm_ce with eps=0.2",
+            ),
+            ({"eps": 0.1, "batch_size": 0}, "`batch_size` must be an integer of 1 or more. Received: batch_size=0"),
+            ({"eps": 0.1, "max_samples": 0}, "`max_samples` must be an integer of 1 or more. Received: max_samples=0"),
+            ({"eps": 0.1, "seed": -1}, "`seed` must be an integer of 0 or more. Received: seed=-1"),
+            ({"eps": 0.1, "shard": (2, 2)}, r"`shard` must be \(i, n\) with 0 <= i < n. Received: shard=\(2, 2\)"),
+            ({"eps": 0.1, "shard": (50, 60)}, "`shard` must leave at least one example. Received: shard"),
+            ({"eps": 0.1, "state_path": "/nowhere/x"}, "`state_path` must lie in a folder that can be written to"),
+        ],
+    )
+    def test_arguments_are_named(self, linear, knobs, rule):
+        x, y = inputs(5)
+        with pytest.raises(ValueError, match=rule):
+            evaluate_robustness(linear, x, y, **knobs, **QUIET)
+
+    @pytest.mark.parametrize(
+        ("data", "rule"),
+        [
+            (
+                lambda x, y: (x * 255, y),
+                r"`x_or_dataset` must lie in \[clip_min, clip_max\] = \[0, 1\]. Received: values",
+            ),
+            (lambda x, y: (np.where(x > 0.5, np.nan, x), y), "`x_or_dataset` must lie in .* Received: values from nan"),
+            (lambda x, y: (x[:0], y[:0]), "`x_or_dataset` must hold at least one example. Received: none"),
+            (lambda x, y: (x, y[:3]), "`y` must hold one label for each input. Received: 5 inputs, 3 labels"),
+            (lambda x, y: (x, y + 5), r"`y` must hold class ids in \[0, 3\). Received"),
+            (lambda x, y: (x, None), "`y` must hold the true labels where `x_or_dataset` is an array"),
+            (lambda x, y: (iter([]), None), "`x_or_dataset` must hold at least one example. Received: none"),
+            (lambda x, y: (iter([x]), None), r"`x_or_dataset` must give batches \(inputs, labels\)"),
+            (lambda x, y: (iter([(x, y)]), y), "`y` must be None where `x_or_dataset` is a data set"),
+            (lambda x, y: (3, None), "`x_or_dataset` must be an array, a tensor, a tf.data.Dataset or"),
+            (lambda x, y: (y, y), r"`x_or_dataset` must hold inputs of shape \(count, ...\)"),
+        ],
+    )
+    def test_data_are_named(self, linear, data, rule):
+        with pytest.raises(ValueError, match=rule):
+            evaluate_robustness(linear, *data(*inputs(5)), eps=0.1, **QUIET)
+
+    def test_models_that_are_none(self, linear, tmp_path):
+        x, y = inputs(5)
+        cases = [
+            (lambda x: x, "`model` must be a keras.Model. Received: function"),
+            (linear_model(WEIGHTS[:, :1]), r"`model` must return outputs of shape \(batch, classes >= 2\)"),
+            (
+                linear_model(WEIGHTS * np.nan),
+                "`model` must return finite outputs.*Weights that are not finite: .*kernel",
+            ),
+        ]
+        state = tmp_path / "state"
+        for model, rule in cases:
+            with pytest.raises(ValueError, match=rule):
+                evaluate_robustness(model, x, y, eps=0.1, state_path=state, **QUIET)
+        with pytest.raises(ValueError, match="`from_logits=True`, but the outputs of `model` look like probabilities"):
+            evaluate_robustness(linear_model(WEIGHTS, keras.layers.Softmax()), x, y, eps=0.1, from_logits=True, **QUIET)
+        with pytest.raises(ValueError, match="`from_logits=False`, but the outputs of `model` are no probabilities"):
+            evaluate_robustness(linear, x, y, eps=0.1, from_logits=False, **QUIET)
+        assert not os.path.exists(state)
