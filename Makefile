@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-backends test-oldest lint clean
+.PHONY: demo test test-slow test-backends test-oldest lint clean
 
 demo: .venv/examples
 	$(BIN)/python examples/fit.py --out demo --overwrite
@@ -12,8 +12,15 @@ test: .venv/test
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --fail-under=100 --include='keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py'
 
-# The tests of the losses and metrics on every backend, each in an environment of its own.
-BACKEND_TESTS := tests/test_spread.py tests/test_one_pass.py tests/test_metrics.py tests/losses tests/test_distribution.py tests/test_benchmarks.py
+# The attacks against those of another library; torchattacks asks for a version of requests that is too old for others.
+test-slow: .venv/test
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	$(BIN)/python -m pytest -m slow
+
+# The tests of what runs on every backend, each in an environment of its own.
+BACKEND_TESTS := tests/test_spread.py tests/test_one_pass.py tests/test_metrics.py tests/losses tests/attacks tests/evaluation \
+	tests/test_distribution.py tests/test_benchmarks.py
 # No build of torch for a graphics card is needed to test on a processor; 2.13.0 has one without.
 TORCH ?= torch==2.13.0
 

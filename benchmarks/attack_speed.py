@@ -98,10 +98,8 @@ def run(task, calls, classifier, x, y, rounds):
                 rows[name]["seconds"].append(seconds)
     for name, row in rows.items():
         middle = measure.quartiles(row["seconds"])[1]
-        print(
-            f"  {task:<9} {name:<13} {middle:8.2f} s   first {row['first']:8.2f} s   robust {row['robust_accuracy']:.1%}",
-            flush=True,
-        )
+        times = f"{middle:8.2f} s   first {row['first']:8.2f} s"
+        print(f"  {task:<9} {name:<13} {times}   robust {row['robust_accuracy']:.1%}", flush=True)
     return rows
 
 

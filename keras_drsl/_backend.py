@@ -199,8 +199,9 @@ def stepper(step: Callable, variables: list) -> Callable:
     one = graph(step, variables)
 
     def several(rows: dict, *stacked: Any) -> dict:
-        for number in range(len(keras.tree.flatten(stacked)[0])):
-            rows = one(rows, *keras.tree.map_structure(lambda x: x[number], stacked))
+        flat = keras.tree.flatten(stacked)
+        for arguments in zip(*flat, strict=True):
+            rows = one(rows, *keras.tree.pack_sequence_as(stacked, arguments))
         return rows
 
     return several

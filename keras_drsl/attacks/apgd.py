@@ -1,7 +1,5 @@
 """Auto-PGD: projected gradient descent that finds its own step size."""
 
-from typing import Any
-
 import numpy as np
 from keras import ops
 

@@ -30,6 +30,7 @@ class Classifier:
 
     @classmethod
     def of(cls, logits_fn: Callable) -> "Classifier":
+        """The classifier itself, or a new one of a function or model."""
         return logits_fn if isinstance(logits_fn, cls) else cls(logits_fn)
 
     def __call__(self, x: Any) -> Any:

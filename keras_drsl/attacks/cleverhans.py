@@ -229,7 +229,7 @@ class ProjectedGradientDescent(BasicIterativeMethod):
     _function = "projected_gradient_descent"
     _short = "pgd"
     _random_start = True
-    _losses = ("ce", "margin")
+    _losses: tuple[str, ...] = ("ce", "margin")
 
     def _knobs(self) -> dict[str, Any]:
         return super()._knobs() | {"rand_init": True}
@@ -311,7 +311,7 @@ def _whole_attack(
     # cleverhans seeds nothing: the starts are drawn outside, and handed to it here while it is traced.
     descent = _module("projected_gradient_descent")
     margin = {"loss_fn": _margin} if loss == "margin" else {}
-    with mock.patch.object(descent, "random_lp_vector", lambda *arguments, **options: delta):
+    with mock.patch.object(descent, "random_lp_vector", return_value=delta):
         x_adv = getattr(_module(attack), attack)(
             model_fn,
             x,

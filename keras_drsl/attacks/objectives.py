@@ -2,9 +2,10 @@
 
 Symbols: z the logits, y the true class, t the rival aimed at (untargeted: any), z_(k) the k-th largest logit.
 
-    ce       untargeted  logsumexp(z) - z_y                           targeted  z_t - logsumexp(z)
-    margin   untargeted  max_{k != y} z_k - z_y                       targeted  z_t - z_y
-    dlr      untargeted  (max_{k != y} z_k - z_y) / (z_(1) - z_(3))   targeted  (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
+             untargeted                                  targeted
+    ce       logsumexp(z) - z_y                          z_t - logsumexp(z)
+    margin   max_{k != y} z_k - z_y                      z_t - z_y
+    dlr      (max_{k != y} z_k - z_y) / (z_(1) - z_(3))  (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
 
 The difference of logits ratio (dlr) and its targeted form are those of Croce and Hein, arXiv:2003.01690: they do not
 change with the scale of the logits. Where the rivals are level, their gradient with respect to the true class

@@ -95,8 +95,8 @@ class Square(Attack):
             area = self.p_init / 2 ** sum(query > share * self.queries for share in HALVINGS)
             window = window_shape(area, height, width, at_least=1 if self.norm == "inf" else 3)
             # The first query looks at the start.
-            knobs = {"height": window[0], "width": window[1], "moves": int(query > 0)}
-            knobs = {name: np.int32(value) for name, value in knobs.items()}
+            numbers = {"height": window[0], "width": window[1], "moves": int(query > 0)}
+            knobs: dict[str, Any] = {name: np.int32(value) for name, value in numbers.items()}
             if self.norm == 2:
                 knobs |= bumps(*window, height * width)
             return self._ball(), knobs, drawn[alive, query % DRAW_AT_ONCE]
@@ -108,7 +108,8 @@ class Square(Attack):
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Height, width and channels that an input's axes are taken for."""
     if len(shape) < 3:
-        return (*shape, 1, 1)[:3] if len(shape) != 2 else (*shape, 1)
+        height, width, channels = (*shape, 1, 1)[:3]
+        return height, width, channels
     if keras.config.image_data_format() == "channels_first":
         shape = (*shape[:-3], *shape[-2:], shape[-3])
     return math.prod(shape[:-2]), shape[-2], shape[-1]
@@ -129,10 +130,8 @@ def _from_images(x: Any, shape: tuple[int, ...]) -> Any:
 
 def window_shape(area: float, height: int, width: int, *, at_least: int) -> tuple[int, int]:
     """Height and width of a square that covers a share of the image, as far as the image has room for a square."""
-    if min(height, width) == 1:
-        side = round(area * height * width)
-    else:
-        side = round(math.sqrt(area * height * width))
+    pixels = area * height * width
+    side = round(pixels if min(height, width) == 1 else math.sqrt(pixels))
     if at_least > 1:
         side += side % 2 == 0
     side = max(side, at_least)

@@ -6,9 +6,9 @@ examples they broke: these count as broken from then on.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -28,7 +28,7 @@ class Case(NamedTuple):
         classifier: the model under evaluation.
         x: inputs, shape `(count, ...)`.
         y: class ids, shape `(count,)`.
-        index: the place of each example in the data set.
+        ids: the place of each example in the data set.
         logits: of the clean inputs, shape `(count, C)`.
         broken_by: for each example the attack that broke it, or None.
         threat: `eps`, `norm`, `clip_min`, `clip_max`.
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     classifier: Classifier
     x: np.ndarray
     y: np.ndarray
-    index: np.ndarray
+    ids: np.ndarray
     logits: np.ndarray
     broken_by: list[str | None]
     threat: dict[str, Any]
@@ -59,7 +59,7 @@ class Case(NamedTuple):
         return self._replace(
             x=self.x[kept],
             y=self.y[kept],
-            index=self.index[kept],
+            ids=self.ids[kept],
             logits=self.logits[kept],
             broken_by=[self.broken_by[place] for place in kept],
         )
@@ -79,7 +79,7 @@ class Case(NamedTuple):
         classifier = classifier or self.classifier
         if len(self.x) == 0:
             return np.zeros(0, bool)
-        x_adv = attack(classifier, self.x, self.y, ids=self.index)
+        x_adv = attack(classifier, self.x, self.y, ids=self.ids)
         return ~is_wrong(classifier.logits(x_adv), self.y)
 
     def accuracy(self, attack: Attack, classifier: Classifier | None = None) -> float:
@@ -117,7 +117,7 @@ def deterministic(case: Case) -> Outcome:
     """Whether the model gives the same answer twice."""
     x = ops.convert_to_tensor(case.x[:IMAGES])
     # Not as a compiled program: on JAX that would draw the same random numbers each time. What draws them is put back.
-    draws = [one for one in case.classifier.variables if not keras.backend.is_float_dtype(one.dtype)]
+    draws = [one for one in case.classifier.variables if "float" not in one.dtype]
     before = [ops.convert_to_numpy(one) for one in draws]
     first, second = (ops.convert_to_numpy(case.classifier(x)) for _ in range(2))
     for one, value in zip(draws, before, strict=True):
@@ -204,7 +204,7 @@ def budget(case: Case) -> Outcome:
     largest = _largest_eps(case)
     radii = sorted({min(factor * case.threat["eps"], largest) for factor in (0.5, 1, 2)})
     reached = [case.accuracy(case.attack(PGD, eps=eps, loss="margin", steps=20)) for eps in radii]
-    rise = max((later - sooner for sooner, later in zip(reached, reached[1:], strict=False)), default=0.0)
+    rise = max((later - sooner for sooner, later in pairwise(reached)), default=0.0)
     status = "pass" if rise <= 0.005 else "warn" if rise <= 0.02 else "fail"
     text = ", ".join(f"{accuracy:.1%} at {eps:.3g}" for eps, accuracy in zip(radii, reached, strict=True))
     return _outcome("budget", status, rise, f"largest rise of the accuracy with eps under PGD-20: {text}")
@@ -276,6 +276,7 @@ def twin(case: Case) -> Outcome:
 
 def transfer(case: Case) -> Outcome:
     """Whether attacks made on a model without a defence break more."""
+    assert case.undefended is not None
     attack = Transfer(case.undefended, case.attack(APGD, loss="margin"))
     return _more(case, "transfer", attack, "of the standing images fall to attacks on the undefended model")
 
@@ -289,7 +290,7 @@ STANDARD = (
 
 def choose(suite: str, black_box_ran: bool, undefended: bool) -> list[Callable[[Case], Outcome]]:
     """The checks that apply, in the order they run."""
-    chosen = list(STANDARD if suite == "standard" else QUICK)
+    chosen: list[Callable[[Case], Outcome]] = list(STANDARD if suite == "standard" else QUICK)
     if black_box_ran:
         chosen.append(black_box)
     if undefended:
@@ -361,7 +362,7 @@ def _more(case: Case, name: str, attack: Attack, meaning: str) -> Outcome:
     withstood = standing.withstand(attack)
     share = float(1 - withstood.mean())
     status = "pass" if share <= 0.01 else "warn" if share <= 0.05 else "fail"
-    return Outcome(Check(name, status, share, meaning), standing.index[~withstood].tolist())
+    return Outcome(Check(name, status, share, meaning), standing.ids[~withstood].tolist())
 
 
 def _outcome(name: str, status: str, value: float, meaning: str) -> Outcome:

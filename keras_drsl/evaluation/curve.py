@@ -25,7 +25,7 @@ class RobustnessCurve:
         settings: what the evaluation at each radius was given.
     """
 
-    def __init__(self, eps: Sequence[float], breaking_eps: Sequence[float], settings: dict[str, Any]) -> None:
+    def __init__(self, eps: Sequence[float], breaking_eps: Any, settings: dict[str, Any]) -> None:
         self.eps = list(eps)
         self.breaking_eps = np.asarray(breaking_eps, dtype="float64")
         self.settings = settings
@@ -70,7 +70,8 @@ class RobustnessCurve:
         """
         path = files.check_new("path", path, overwrite=overwrite)
         figure, axes = new_figure()
-        for name, curve in {label: self, **(others or {})}.items():
+        curves: list[tuple[str | None, RobustnessCurve]] = [(label, self), *(others or {}).items()]
+        for name, curve in curves:
             count = len(curve.breaking_eps)
             bounds = np.array([wilson(round(share * count), count) for share in curve.accuracy])
             (line,) = axes.plot(curve.eps, np.multiply(curve.accuracy, 100), "o-", label=name)
@@ -135,7 +136,7 @@ def robustness_curve(
         raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={list(eps)}")
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=None)
     breaking = np.full(len(examples.x), np.inf)
-    threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+    threat: dict[str, Any] = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
     for radius in [one for one in radii if one > 0] or [float(np.finfo("float32").tiny)]:
         standing = np.flatnonzero(np.isinf(breaking))
         if len(standing) == 0:

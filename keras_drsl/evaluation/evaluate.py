@@ -152,7 +152,7 @@ def evaluate_robustness(
         # A check stopped at a number of images: what it was tried on is not all that stood.
         records.append({"name": name, "settings": {}, "seconds": state.seconds[name], "tried": state.done[name]})
     per_example = {
-        "index": examples.index.tolist(),
+        "index": examples.ids.tolist(),
         "label": examples.y.tolist(),
         "broken_by": list(state.broken_by),
     }
@@ -239,7 +239,7 @@ def _run_attack(
         began = time.perf_counter()
         at = standing[start : start + batch_size]
         x, y = examples.x[at], examples.y[at]
-        x_adv = attack(classifier, x, y, ids=examples.index[at])
+        x_adv = attack(classifier, x, y, ids=examples.ids[at])
         seen = checks.size_of(x_adv, x, threat["norm"])
         broken = is_wrong(classifier.logits(x_adv), y)
         if not checks.is_within(seen, threat):
@@ -283,14 +283,23 @@ def _run_checks(
         if check.__name__ not in state.checks:
             began = time.perf_counter()
             case = checks.Case(
-                head.classifier,
-                *(examples.x, examples.y, examples.index, logits),
-                *(state.broken_by, threat, seed, head.kind, state.audit, black_box, twin),
+                classifier=head.classifier,
+                x=examples.x,
+                y=examples.y,
+                ids=examples.ids,
+                logits=logits,
+                broken_by=state.broken_by,
+                threat=threat,
+                seed=seed,
+                head=head.kind,
+                audit=state.audit,
+                black_box=black_box,
+                undefended=twin,
             )
             tried = len(case.standing.x)
             outcome = check(case)
             name = f"check:{check.__name__}"
-            for one in np.flatnonzero(np.isin(examples.index, outcome.broken)):
+            for one in np.flatnonzero(np.isin(examples.ids, outcome.broken)):
                 state.broken_by[one] = name
             state.checks[check.__name__] = vars(outcome.check)
             state.done[name], state.seconds[name] = tried, time.perf_counter() - began

@@ -15,12 +15,12 @@ class Examples(NamedTuple):
     Attributes:
         x: float32, shape `(count, ...)`.
         y: labels as they were given, with `count` rows.
-        index: the place of each in the whole data set, int64, shape `(count,)`.
+        ids: the place of each in the whole data set, int64, shape `(count,)`.
     """
 
     x: np.ndarray
     y: np.ndarray
-    index: np.ndarray
+    ids: np.ndarray
 
 
 def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None) -> Examples:
@@ -44,10 +44,10 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
         raise ValueError(f"`x_or_dataset` must hold inputs of shape (count, ...). Received: shape {x.shape}")
     if not np.issubdtype(x.dtype, np.number):
         raise ValueError(f"`x_or_dataset` must hold numbers. Received: dtype {x.dtype}")
-    index = np.arange(len(x))[slice(None) if shard is None else slice(shard[0], None, shard[1])]
-    if len(index) == 0:
+    ids = np.arange(len(x))[slice(None) if shard is None else slice(shard[0], None, shard[1])]
+    if len(ids) == 0:
         raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(x)} examples")
-    return Examples(x[index].astype("float32"), y[index], index)
+    return Examples(x[ids].astype("float32"), y[ids], ids)
 
 
 def _array(x: Any) -> np.ndarray:
@@ -82,13 +82,12 @@ def _collect(dataset: Any, max_samples: int | None) -> tuple[np.ndarray, np.ndar
 
 def _batches(dataset: Any, max_samples: int | None) -> Iterator[Any]:
     if isinstance(dataset, keras.utils.PyDataset):
-        endless, batches = dataset.num_batches is None, (dataset[place] for place in itertools.count())
-        if not endless:
-            batches = itertools.islice(batches, dataset.num_batches)
+        endless = dataset.num_batches is None
+        batches = (dataset[place] for place in (itertools.count() if endless else range(dataset.num_batches)))
     elif isinstance(dataset, Iterable):
         # TensorFlow says -1 of a data set without end.
         endless = hasattr(dataset, "cardinality") and int(dataset.cardinality()) == -1
-        batches = iter(dataset)
+        batches = (batch for batch in dataset)
     else:
         raise ValueError(
             "`x_or_dataset` must be an array, a tensor, a tf.data.Dataset or a keras.utils.PyDataset. "

@@ -207,7 +207,7 @@ class TestState:
 
     @on_tensorflow
     def test_killed_three_times_it_ends_with_the_report_of_an_uninterrupted_run(self, tmp_path):
-        code = f"""
+        code = """
         import sys, keras, numpy as np
         from keras_drsl import evaluate_robustness
         from keras_drsl.attacks import APGD, Square

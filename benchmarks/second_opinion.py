@@ -1,0 +1,72 @@
+"""Whether the suite "standard" is as strong as AutoAttack: the verdicts of both, example by example.
+
+Three models of digits (cross-entropy, DRSLoss, adversarially trained) are attacked by ours and by torchattacks'
+AutoAttack on a torch twin with the same weights. It prints both robust accuracies and on how many examples only one
+of them succeeded. About ten minutes on two cores; needs `pip install ".[rivals]"` and
+`pip install --no-deps torchattacks`.
+
+    python benchmarks/second_opinion.py --out results
+"""
+
+import measure
+
+if __name__ == "__main__":
+    ARGS = measure.arguments(__doc__)
+
+import numpy as np
+import rivals
+
+import keras_drsl
+from keras_drsl.attacks import Classifier
+from keras_drsl.attacks.classifier import is_wrong
+from keras_drsl.evaluation import datasets
+
+EPS = 0.15
+MOST_POINTS = 0.5  # by how much ours may be the higher
+
+
+def judge(kind, train, x, y, epochs):
+    """Both verdicts on one model."""
+    model = rivals.train(kind, *train, epochs=epochs, eps=EPS)
+    report = keras_drsl.evaluate_robustness(model, x, y, eps=EPS, verbose=0)
+    ours = np.array([one is None for one in report.per_example["broken_by"]])
+    twin = rivals.torch_twin(model)
+    classifier = Classifier(model)
+    x_adv = rivals.torchattacks_autoattack(twin, x, y, EPS)
+    # Its points are tried on the model itself, and must lie in the ball.
+    if np.abs(x_adv.astype("float64") - x).max() > EPS + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+        raise AssertionError("torchattacks left the ball")
+    theirs = ~is_wrong(classifier.logits(x_adv), y)
+    row = {
+        "model": kind,
+        "images": len(x),
+        "eps": EPS,
+        "clean_accuracy": report.clean_accuracy,
+        "ours": float(ours.mean()),
+        "autoattack": float(theirs.mean()),
+        "only_ours_broke": int((theirs & ~ours).sum()),
+        "only_autoattack_broke": int((ours & ~theirs).sum()),
+        "checks": {check.name: check.status for check in report.checks},
+    }
+    print({key: value for key, value in row.items() if key != "checks"}, flush=True)
+    return row
+
+
+def main():
+    train, (x, y) = datasets.load("digits")
+    count, epochs = (16, 1) if ARGS.quick else (len(x), 30)
+    x, y = x[:count], y[:count].astype("int64")
+    rows = [judge(kind, train, x, y, epochs) for kind in ("ce", "drs", "adversarial")]
+    targets = [
+        {
+            "name": f"{row['model']}: robust accuracy, ours - AutoAttack, points",
+            "value": 100 * (row["ours"] - row["autoattack"]),
+            "target": MOST_POINTS,
+        }
+        for row in rows
+    ]
+    measure.write(ARGS, "second_opinion", {"rows": rows, "targets": measure.verdict(targets)}, {"torchattacks"})
+
+
+if __name__ == "__main__":
+    main()
