@@ -48,7 +48,7 @@ def attack_all(attacks, classifier, x, y):
     """Attack what stands with one after the other."""
     x_adv, standing = x.copy(), np.arange(len(x))
     for attack in attacks:
-        x_adv[standing] = attack(classifier, x[standing], y[standing], ids=standing)
+        x_adv[standing] = attack(classifier, x[standing], y[standing], ids=standing, batch_size=256)
         standing = standing[~is_wrong(classifier.logits(x_adv[standing]), y[standing])]
         if len(standing) == 0:
             break

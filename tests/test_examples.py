@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_drsl.evaluation import RobustnessReport, datasets
 from tests.backends import on_tensorflow
 
 ROOT = Path(__file__).parents[1]
@@ -17,8 +18,8 @@ pytestmark = [on_tensorflow]
 pytest.importorskip("cleverhans")
 
 
-def run(*arguments, check=True):
-    command = [sys.executable, ROOT / "examples" / "fit.py", *arguments]
+def run(*arguments, check=True, script="fit.py"):
+    command = [sys.executable, ROOT / "examples" / script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=check, cwd=ROOT)
 
 
@@ -78,6 +79,22 @@ def test_fit_refuses_to_overwrite_results_and_says_how_to(small_run):
     assert (small_run[0] / "fit_digits.json").read_text() == before
 
 
+def test_evaluate_robustness_puts_two_reports_side_by_side_and_goes_on_where_it_was(tmp_path):
+    arguments = ("--max-images", "20", "--epochs", "1", "--suite", "quick", "--eps", "0.1", "--out", tmp_path)
+    printed = run(*arguments, script="evaluate_robustness.py").stdout
+    table = (tmp_path / "robustness_digits.md").read_text()
+    assert table in printed
+    assert table.startswith("| | cross-entropy | DRSLoss |\n")
+    assert (tmp_path / "robustness_digits.png").stat().st_size > 1000
+    reports = [RobustnessReport.from_json(path) for path in sorted(tmp_path.glob("robustness_digits_*.json"))]
+    assert [report.images for report in reports] == [20, 20]
+    for report in reports:
+        assert f"**{report.robust_accuracy:.1%}**" in table
+    again = run(*arguments, script="evaluate_robustness.py").stdout
+    assert again.count("is there already") == 2
+    assert table in again
+
+
 def test_a_data_set_that_is_not_there_is_explained(tmp_path):
     done = run("--dataset", "mnist", "--data-dir", tmp_path / "empty", "--out", tmp_path / "out", check=False)
     assert done.returncode != 0
@@ -96,11 +113,8 @@ def test_bad_arguments_are_named_before_anything_is_trained(arguments, tmp_path)
 
 
 @pytest.mark.skipif(not Path(DATA, "mnist").exists(), reason="needs MNIST under the folder TFDS_DATA_DIR names")
-def test_mnist_loads_through_tensorflow_datasets(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import fit
-
-    (x_train, y_train), (x_test, y_test) = fit.load_data("mnist", DATA)
+def test_mnist_loads_through_tensorflow_datasets():
+    (x_train, y_train), (x_test, y_test) = datasets.load("mnist", DATA)
     assert x_train.shape == (60000, 28, 28, 1)
     assert x_test.shape == (10000, 28, 28, 1)
     assert (x_train.min(), x_train.max(), x_train.dtype) == (0, 1, "float32")

@@ -80,14 +80,14 @@ class APGD(Attack):
         """How many runs an example that withstands them all goes through."""
         return self.restarts * (min(self.targets, classes - 1) if self.targeted else 1)
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         count = len(batch.x)
-        start = batch.x + balls.random_points(self._generators(batch, run), batch.x.shape[1:], self.eps, self.norm)
+        start = batch.x + balls.random_points(batch.generators(self), batch.x.shape[1:], self.eps, self.norm)
         start = start.astype("float32")
         rows = {
             "x": batch.x,
             "y": batch.y,
-            "target": rival(batch, run // self.restarts),
+            "target": rival(batch, self.restarts),
             "x_adv": start,
             "x_old": start,
             "gradient": np.zeros_like(start),
@@ -109,7 +109,7 @@ class APGD(Attack):
             knobs = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
             return self._ball(), knobs
 
-        return search(stepper, rows, self.steps + 1, arguments)
+        return search(stepper, batch, rows, self.steps + 1, arguments)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

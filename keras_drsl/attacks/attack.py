@@ -13,29 +13,37 @@ from keras_drsl import _arguments, _backend
 from keras_drsl.attacks import balls
 from keras_drsl.attacks.classifier import Classifier, class_ids, is_wrong, looks_like_probabilities, margins
 
-CHECK_EVERY = 5  # steps between two looks at which examples are broken
-
 
 class Batch(NamedTuple):
-    """Examples under attack, all classified correctly without one.
+    """Rows to attack: examples classified correctly without an attack, each for one or more of the attack's runs.
 
     Attributes:
         x: float32, shape `(batch, ...)`.
         y: class ids, int32, shape `(batch,)`.
         ids: integers that tell the examples of a data set apart, shape `(batch,)`.
         logits: of the clean inputs, shape `(batch, C)`.
+        runs: which run of the attack each is for, shape `(batch,)`.
+        places: which rows are one example's, equal integers, shape `(batch,)`.
     """
 
     x: np.ndarray
     y: np.ndarray
     ids: np.ndarray
     logits: np.ndarray
+    runs: np.ndarray
+    places: np.ndarray
+
+    def generators(self, attack: "Attack") -> list[np.random.Generator]:
+        """A source of random numbers for each row."""
+        name = zlib.crc32(attack.name.encode())
+        keys = zip(self.runs.tolist(), self.ids.tolist(), strict=True)
+        return [np.random.default_rng((attack.seed, name, *key)) for key in keys]
 
 
 class Attack:
     """The base of all attacks: a search for a misclassified point near each input.
 
-    A subclass says in `_run` how one run searches, and in `runs` how many there are.
+    A subclass says in `_search` how runs search, and in `runs` how many there are.
 
     Args:
         eps: the radius of the ball, > 0, in units of the input.
@@ -77,7 +85,9 @@ class Attack:
         """How many runs an example that withstands them all goes through."""
         return self.restarts
 
-    def __call__(self, logits_fn: Callable, x: Any, y: Any, *, ids: Any = None) -> np.ndarray:
+    def __call__(
+        self, logits_fn: Callable, x: Any, y: Any, *, ids: Any = None, batch_size: int | None = None
+    ) -> np.ndarray:
         """Attack a batch.
 
         Args:
@@ -88,6 +98,8 @@ class Attack:
             y: the true labels, class ids `(batch,)` or `(batch, 1)` or one-hot `(batch, C)`.
             ids: integers that tell the examples apart, by default their place in the batch. Equal ids get equal random
                 numbers.
+            batch_size: how many rows to work on at once, if more than there are inputs: several restarts or rivals of
+                one input then share a batch, which is faster.
 
         Returns:
             Inputs of the same shape, float32, within `eps` of `x` and within the clip range: of the points that the
@@ -120,57 +132,63 @@ class Attack:
 
         x_adv, reached = x.copy(), margins(logits, y)
         standing = np.flatnonzero(~is_wrong(logits, y))
-        for run in range(self.runs(logits.shape[1])):
-            if len(standing) == 0:
-                break
-            batch = Batch(x[standing], y[standing], ids[standing], logits[standing])
-            found = self._run(classifier, batch, run)
+        run, runs = 0, self.runs(logits.shape[1])
+        while run < runs and len(standing):
+            # Where few are left, several runs fill the batch.
+            count = min(max(batch_size or len(x), len(x)) // len(standing), runs - run)
+            at = np.tile(standing, count)
+            run_of = np.repeat(np.arange(run, run + count), len(standing))
+            batch = Batch(x[at], y[at], ids[at], logits[at], run_of, at)
+            found = self._search(classifier, batch)
             outputs = classifier.logits(found)
             margin, broken = margins(outputs, batch.y), is_wrong(outputs, batch.y)
-            better = broken | (margin > reached[standing])
-            x_adv[standing[better]], reached[standing[better]] = found[better], margin[better]
-            standing = standing[~broken]
+            for part in np.split(np.arange(len(at)), count):
+                one = at[part]
+                better = broken[part] | (margin[part] > reached[one])
+                x_adv[one[better]], reached[one[better]] = found[part[better]], margin[part[better]]
+            standing = standing[~np.isin(standing, at[broken])]
+            run += count
         return x_adv
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
-        """The best points that one run finds, of the shape of `batch.x`."""
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
+        """The best point found for each row, of the shape of `batch.x`."""
         raise NotImplementedError
-
-    def _generators(self, batch: Batch, run: int) -> list[np.random.Generator]:
-        """A source of random numbers for each example."""
-        name = zlib.crc32(self.name.encode())
-        return [np.random.default_rng((self.seed, name, run, int(one))) for one in batch.ids]
 
     def _ball(self) -> dict[str, np.float32]:
         ball = {"eps": self.eps, "clip_min": self.clip_min, "clip_max": self.clip_max}
         return {name: np.float32(value) for name, value in ball.items()}
 
 
-def search(stepper: Callable, rows: dict[str, Any], steps: int, arguments: Callable) -> np.ndarray:
+def search(
+    stepper: Callable, batch: Batch, rows: dict[str, Any], steps: int, arguments: Callable, *, look_every: int = 5
+) -> np.ndarray:
     """Repeat a step on the examples that are not broken yet.
 
     Args:
         stepper: maps rows and the stacked arguments of several steps to the next rows, see `Classifier.stepper`.
-        rows: arrays with one row an example. `"best"` is the point to return, `"broken"` whether it is misclassified,
-            which ends the search for it.
+        batch: what is attacked.
+        rows: arrays with one row each. `"best"` is the point to return, `"broken"` whether it is misclassified, which
+            ends the search for its example.
         steps: how often.
-        arguments: maps the step and the places of the examples still there to a tuple. Arrays in it need one row for
-            each of these.
+        arguments: maps the step and the places of the rows still there to a tuple. Arrays in it need one row for each
+            of these.
+        look_every: how many steps lie between two looks at which examples are broken.
 
     Returns:
-        The last `"best"` of each example.
+        The last `"best"` of each row.
     """
     best = np.array(rows["best"])
     alive = np.arange(len(best))
     current = _backend.padded(len(alive))
     rows = {name: _rows(value, alive, current) for name, value in rows.items()}
-    for step in range(0, steps, CHECK_EVERY):
+    for step in range(0, steps, look_every):
         given = []
-        for number in range(step, min(step + CHECK_EVERY, steps)):
+        for number in range(step, min(step + look_every, steps)):
             one = arguments(number, alive)
             given.append([_rows(x, np.arange(len(alive)), current) if isinstance(x, np.ndarray) else x for x in one])
         rows = stepper(rows, *keras.tree.map_structure(lambda *values: np.stack(values), *given))
         broken = ops.convert_to_numpy(rows["broken"])[: len(alive)]
+        broken = np.isin(batch.places[alive], batch.places[alive[broken]])
         if broken.all():
             break
         needed = _backend.padded(int((~broken).sum()))

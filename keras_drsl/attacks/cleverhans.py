@@ -60,10 +60,10 @@ class _CleverhansAttack(Attack):
         """Arguments of the library's function beside those that all of them take."""
         raise NotImplementedError
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         delta = np.zeros_like(batch.x)
         if self._random_start:
-            delta = balls.random_points(self._generators(batch, run), batch.x.shape[1:], self.eps, self.norm)
+            delta = balls.random_points(batch.generators(self), batch.x.shape[1:], self.eps, self.norm)
         program = classifier.program(
             _whole_attack,
             attack=self._function,

@@ -55,15 +55,15 @@ class Noise(Attack):
         super().__init__(eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
         self.points = _arguments.check_integer("points", points, at_least=1)
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
-        generators = self._generators(batch, run)
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
+        generators = batch.generators(self)
 
         def arguments(step: int, alive: np.ndarray) -> tuple:
             at = [generators[one] for one in alive]
             return self._ball(), balls.random_points(at, batch.x.shape[1:], self.eps, self.norm)
 
         stepper = classifier.stepper(try_points, norm=self.norm)
-        return search(stepper, start_of(batch), self.points, arguments)
+        return search(stepper, batch, start_of(batch), self.points, arguments)
 
 
 def start_of(batch: Batch) -> dict[str, np.ndarray]:

@@ -93,14 +93,14 @@ class PGD(Attack):
         """How many runs an example that withstands them all goes through."""
         return self.restarts * (min(self.targets, classes - 1) if self.targeted else 1)
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         start = batch.x
         if self.random_start:
-            start = start + balls.random_points(self._generators(batch, run), start.shape[1:], self.eps, self.norm)
+            start = start + balls.random_points(batch.generators(self), start.shape[1:], self.eps, self.norm)
         rows = {
             "x": batch.x,
             "y": batch.y,
-            "target": rival(batch, run // self.restarts),
+            "target": rival(batch, self.restarts),
             "x_adv": start.astype("float32"),
             "velocity": np.zeros_like(batch.x),
             "best": batch.x,
@@ -110,7 +110,7 @@ class PGD(Attack):
         stepper = classifier.stepper(pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
         knobs = {"step_size": np.float32(self.step_size), "momentum": np.float32(self.momentum)}
         # Without a gradient yet, the first step only looks at the start.
-        return search(stepper, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs))
+        return search(stepper, batch, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs))
 
 
 class FGSM(PGD):
@@ -164,10 +164,13 @@ def name_of(family: str, loss: str, targeted: bool) -> str:
     return f"{family}_t_{loss}" if targeted else f"{family}_{loss}"
 
 
-def rival(batch: Batch, place: int) -> np.ndarray:
-    """The rival class of the given place, 0 the one of the largest logit, shape `(batch,)`."""
+def rival(batch: Batch, restarts: int) -> np.ndarray:
+    """The rival class a row's run is for, the one of the largest logit first, shape `(batch,)`."""
     others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
-    return np.argsort(-others, axis=1, kind="stable")[:, place].astype("int32")
+    order = np.argsort(-others, axis=1, kind="stable")
+    # Untargeted attacks may have more runs than there are rivals, and look at none.
+    place = np.minimum(batch.runs // restarts, order.shape[1] - 1)
+    return np.take_along_axis(order, place[:, None], axis=1)[:, 0].astype("int32")
 
 
 def ascent(classifier: Classifier, x_adv: Any, rows: dict, *, loss: str, targeted: bool) -> tuple[Any, Any, Any]:

@@ -75,10 +75,10 @@ class Square(Attack):
         self.p_init = _arguments.check_number("p_init", p_init, "a number in (0, 1]", lambda share: 0 < share <= 1)
         self.restarts = _arguments.check_integer("restarts", restarts, at_least=1)
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         shape = batch.x.shape[1:]
         height, width, channels = image_shape(shape)
-        generators = self._generators(batch, run)
+        generators = batch.generators(self)
         if self.norm == "inf":
             stripes = [one.choice((-1.0, 1.0), (1, width, channels)) for one in generators]
             delta = np.broadcast_to(stripes, (len(stripes), height, width, channels))
@@ -102,7 +102,7 @@ class Square(Attack):
             return self._ball(), knobs, drawn[alive, query % DRAW_AT_ONCE]
 
         step = square_step_inf if self.norm == "inf" else square_step_2
-        return search(classifier.stepper(step, shape=shape), rows, self.queries, arguments)
+        return search(classifier.stepper(step, shape=shape), batch, rows, self.queries, arguments, look_every=25)
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -51,5 +51,5 @@ class Transfer(Attack):
         """Every setting, by name, as JSON takes it."""
         return {"attack": self._attack.settings}
 
-    def _run(self, classifier: Classifier, batch: Batch, run: int) -> np.ndarray:
+    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         return self._attack(self._source, batch.x, batch.y, ids=batch.ids)

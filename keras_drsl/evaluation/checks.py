@@ -79,7 +79,7 @@ class Case(NamedTuple):
         classifier = classifier or self.classifier
         if len(self.x) == 0:
             return np.zeros(0, bool)
-        x_adv = attack(classifier, self.x, self.y, ids=self.ids)
+        x_adv = attack(classifier, self.x, self.y, ids=self.ids, batch_size=IMAGES)
         return ~is_wrong(classifier.logits(x_adv), self.y)
 
     def accuracy(self, attack: Attack, classifier: Classifier | None = None) -> float:

@@ -239,7 +239,7 @@ def _run_attack(
         began = time.perf_counter()
         at = standing[start : start + batch_size]
         x, y = examples.x[at], examples.y[at]
-        x_adv = attack(classifier, x, y, ids=examples.ids[at])
+        x_adv = attack(classifier, x, y, ids=examples.ids[at], batch_size=batch_size)
         seen = checks.size_of(x_adv, x, threat["norm"])
         broken = is_wrong(classifier.logits(x_adv), y)
         if not checks.is_within(seen, threat):

@@ -1,7 +1,6 @@
 """Files that are whole or not there at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -19,11 +18,10 @@ def check_new(name: str, path: str | os.PathLike, *, overwrite: bool = False) ->
 def write(path: str | os.PathLike, text: str) -> None:
     """Write a whole file or, if that fails, leave what was there."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

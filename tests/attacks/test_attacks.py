@@ -87,6 +87,17 @@ def test_equal_seeds_give_equal_results_whatever_the_batch(linear, make):
         assert np.abs(make(0.02, seed=1)(linear, x, y, ids=ids) - whole).max() > 0
 
 
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_several_runs_in_one_batch_break_the_same_as_one_after_the_other(linear, norm):
+    x, y = inputs(60)
+    attack = PGD(0.15, loss="margin", targeted=True, restarts=3, steps=10, norm=norm)
+    one, many = (attack(linear, x, y, batch_size=size) for size in (None, 500))
+    np.testing.assert_array_equal(withstands(linear, one, y), withstands(linear, many, y))
+    # What nothing broke is attacked by all runs either way.
+    left = withstands(linear, one, y)
+    np.testing.assert_allclose(many[left][:, :3], one[left][:, :3], atol=1e-5)
+
+
 @on_tensorflow
 @pytest.mark.parametrize("make", [ATTACKS["apgd_t_margin"], ATTACKS["square"]], ids=["apgd", "square"])
 def test_compiled_or_not_the_result_is_the_same(make):

@@ -104,8 +104,11 @@ def test_starts_depend_on_the_seed_the_example_and_the_restart_and_on_nothing_el
     )
     record = lambda x, delta: seen.append(delta) or ops.convert_to_tensor(x)
     x, y = inputs(10)
-    attack = lambda seed, rows, ids: cleverhans.ProjectedGradientDescent(0.1, restarts=2, seed=seed)._run(
-        cleverhans.Classifier(None), cleverhans.Batch(x[rows], y[rows], np.array(ids), np.zeros((len(ids), 3))), 0
+    attack = lambda seed, rows, ids: cleverhans.ProjectedGradientDescent(0.1, seed=seed)._search(
+        cleverhans.Classifier(None),
+        cleverhans.Batch(
+            x[rows], y[rows], np.array(ids), np.zeros((len(ids), 3)), np.zeros(len(ids), int), np.array(ids)
+        ),
     )
     attack(3, slice(0, 10), range(10))
     attack(3, slice(4, 6), [4, 5])

@@ -65,7 +65,7 @@ class TestAccuracy:
 
     def test_an_attack_that_cheats_does_not_count(self, linear):
         class Cheat(Attack):
-            def _run(self, classifier, batch, run):
+            def _search(self, classifier, batch):
                 return 1 - batch.x
 
         x, y = inputs(40)
@@ -168,7 +168,7 @@ class TestTheModelIsLeftAsItWas:
         before = self.state(model)
 
         class Failing(Attack):
-            def _run(self, classifier, batch, run):
+            def _search(self, classifier, batch):
                 classifier(ops.convert_to_tensor(batch.x))
                 raise RuntimeError("no")
 
