@@ -113,6 +113,12 @@ def outputs(case: Case) -> Outcome:
     return _outcome("outputs", "pass", float(np.abs(case.logits).max()), found[case.head] + "; the largest one")
 
 
+def few_classes(case: Case) -> Outcome:
+    """Says that attacks on the difference of logits ratio cannot be what they are called."""
+    meaning = "the difference of logits ratio needs four classes: attacks on it followed the margin instead"
+    return _outcome("few_classes", "pass", float(case.logits.shape[1]), meaning)
+
+
 def deterministic(case: Case) -> Outcome:
     """Whether the model gives the same answer twice."""
     x = ops.convert_to_tensor(case.x[:IMAGES])
@@ -288,9 +294,11 @@ STANDARD = (
 )
 
 
-def choose(suite: str, black_box_ran: bool, undefended: bool) -> list[Callable[[Case], Outcome]]:
+def choose(suite: str, *, dlr_on_few: bool, black_box_ran: bool, undefended: bool) -> list[Callable[[Case], Outcome]]:
     """The checks that apply, in the order they run."""
     chosen: list[Callable[[Case], Outcome]] = list(STANDARD if suite == "standard" else QUICK)
+    if dlr_on_few:
+        chosen.append(few_classes)
     if black_box_ran:
         chosen.append(black_box)
     if undefended:

@@ -275,7 +275,12 @@ def _run_checks(
 ) -> list[Check]:
     """The checks that the state does not hold yet."""
     black_box = [name for name, attack in attacks.items() if isinstance(attack, Square | Noise | Transfer)]
-    chosen = checks.choose(suite, bool(black_box), twin is not None)
+    chosen = checks.choose(
+        suite,
+        dlr_on_few=logits.shape[1] < 4 and any(getattr(attack, "loss", None) == "dlr" for attack in attacks.values()),
+        black_box_ran=bool(black_box),
+        undefended=twin is not None,
+    )
     bar = keras.utils.Progbar(len(chosen), verbose=1) if verbose else None
     if bar:
         print("checks")

@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_drsl import evaluate_robustness
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square
+from keras_drsl.evaluation.suites import SUITES
 from tests.backends import BACKEND, on_tensorflow
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
@@ -41,6 +42,46 @@ class TestAccuracy:
         np.testing.assert_array_equal([one is None for one in report.per_example["broken_by"]], expected)
         assert report.robust_accuracy == pytest.approx(expected.mean())
         assert report.trustworthy
+
+    @on_tensorflow
+    def test_logit_squeezing_looks_robust_under_its_own_attack_and_falls(self):
+        datasets = pytest.importorskip("keras_drsl.evaluation.datasets")
+        (x_train, y_train), (x, y) = datasets.load("digits")
+        x, y = x[:120], y[:120]
+        model = keras.Sequential(
+            [
+                keras.Input((8, 8, 1)),
+                keras.layers.GaussianNoise(0.3),
+                keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
+                keras.layers.MaxPooling2D(2),
+                keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+                keras.layers.MaxPooling2D(2),
+                keras.layers.Flatten(),
+                keras.layers.Dense(64, activation="relu"),
+                keras.layers.Dense(10),
+            ]
+        )
+        cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        squeezed = lambda y, z: cross_entropy(y, z) + 2.0 * ops.mean(ops.square(z))
+        model.compile("adam", squeezed)
+        model.fit(x_train, y_train, epochs=15, batch_size=64, verbose=0)
+        knobs = {"eps": 0.2, "suite": "quick", **QUIET}
+        own = evaluate_robustness(model, x, y, attacks=["pgd_ce"], **knobs)
+        standard = [*SUITES["standard"][:3], Square(0.2, queries=300)]
+        report = evaluate_robustness(model, x, y, attacks=standard, **knobs)
+        assert own.clean_accuracy > 0.9
+        assert own.accuracy["pgd_ce"]["cumulative"] > report.robust_accuracy + 0.08
+        assert report.robust_accuracy <= 0.05
+
+    @on_tensorflow
+    @pytest.mark.parametrize("norm", ["inf", 2])
+    def test_the_cleverhans_suite_runs(self, norm):
+        pytest.importorskip("cleverhans")
+        weights = WEIGHTS[:, :2]
+        x, y = inputs(40, weights)
+        report = evaluate_robustness(linear_model(weights), x, y, eps=0.15, norm=norm, suite="cleverhans", **QUIET)
+        assert report.robust_accuracy == exact_robust(x, y, 0.15, norm, weights).mean()
+        assert list(report.accuracy) == [f"cleverhans_{name}" for name in ("fgm", "pgd", "bim", "madry", "mim")]
 
     def test_a_clean_error_is_not_robust(self, linear):
         x, y = inputs(40)
