@@ -85,8 +85,11 @@ def train_model(loss, noise, train, args):
 def evaluate(model, x, y, eps, path, args):
     """The report of one model and eps: the one written before, or a new one, begun or not."""
     if path.exists():
+        report = keras_drsl.RobustnessReport.from_json(path)
+        if (report.settings["suite"], report.settings["max_samples"]) != (args.suite, args.max_images):
+            sys.exit(f"{path} is of another --suite or --max-images. Give another --out.")
         print(f"{path} is there already")
-        return keras_drsl.RobustnessReport.from_json(path)
+        return report
     print(f"\n{path.stem}")
     state = path.with_suffix(".state")
     report = keras_drsl.evaluate_robustness(

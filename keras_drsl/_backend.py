@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import keras
@@ -122,7 +122,7 @@ def compiled(program: Callable, *arguments: Any) -> Callable:
     return jax.jit(program)
 
 
-def graph(function: Callable, variables: list) -> Callable:
+def graph(function: Callable, variables: list, *, free_axes: Callable = lambda place: 1) -> Callable:
     """The function as a program for tensors of any number of rows.
 
     It is not handed to XLA on TensorFlow, whose own convolutions are several times faster on a processor.
@@ -130,22 +130,25 @@ def graph(function: Callable, variables: list) -> Callable:
     Args:
         function: takes and returns nested structures of tensors.
         variables: the Keras variables it reads, looked up anew in each call.
+        free_axes: maps the place of an argument to how many of its first axes change their lengths from call to call.
 
     Returns:
-        A function of the same arguments, as arrays or tensors. On TensorFlow the lengths of their first two axes may
-        change from call to call if they have more than two, or else that of the first.
+        A function of the same arguments, as arrays or tensors.
     """
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
         programs: dict[tuple, Callable] = {}
 
-        def specification(x: Any) -> Any:
-            free = min(len(x.shape), 2 if len(x.shape) > 2 else 1)
+        def specification(x: Any, free: int) -> Any:
+            free = min(len(x.shape), free)
             return tf.TensorSpec((None,) * free + tuple(x.shape[free:]), x.dtype)
 
         def call(*arguments: Any) -> Any:
-            signature = tf.nest.map_structure(specification, list(arguments))
+            signature = [
+                tf.nest.map_structure(partial(specification, free=free_axes(place)), argument)
+                for place, argument in enumerate(arguments)
+            ]
             key = tuple(tf.nest.flatten(signature))
             if key not in programs:
                 programs[key] = tf.function(function, input_signature=signature, autograph=False)
@@ -194,7 +197,8 @@ def stepper(step: Callable, variables: list) -> Callable:
             invariants = (tf.TensorShape(()), shapes)
             return tf.while_loop(lambda number, rows: number < count, body, (0, rows), invariants)[1]
 
-        return graph(steps, variables)
+        # Of the stacked arguments, the number of steps and that of rows.
+        return graph(steps, variables, free_axes=lambda place: 2 if place else 1)
 
     one = graph(step, variables)
 
@@ -205,6 +209,11 @@ def stepper(step: Callable, variables: list) -> Callable:
         return rows
 
     return several
+
+
+def looks_up_weights() -> bool:
+    """Whether a compiled function reads the weights it closes over anew in each call."""
+    return keras.config.backend() != "jax"
 
 
 def padded(rows: int) -> int:

@@ -17,6 +17,7 @@ import keras
 
 from keras_drsl.evaluation import RobustnessReport, datasets, evaluate_robustness, files, robustness_curve
 from keras_drsl.evaluation.evaluate import check_threat
+from keras_drsl.evaluation.report import new_figure
 from keras_drsl.evaluation.suites import SUITES
 
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # the radii of --plot, in units of --eps
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
         print(f"keras-drsl: {error}", file=sys.stderr)
         return 2
 
@@ -38,6 +39,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     for name in ("out", "plot"):
         if getattr(args, name) is not None:
             files.check_new(name, getattr(args, name), overwrite=args.overwrite)
+    if args.plot is not None:
+        figure, _ = new_figure()
+        if args.plot.rpartition(".")[2] not in figure.canvas.get_supported_filetypes():
+            raise ValueError(f"`plot` must end in a kind of figure, as .png. Received: {args.plot!r}")
+    paths = [path for path in (args.out, args.plot, args.state) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`out`, `plot` and `state` must be different files. Received: {', '.join(paths)}")
     model = _load(args.model)
     undefended = None if args.undefended is None else _load(args.undefended)
     if args.dataset in datasets.NAMES:
@@ -50,12 +58,19 @@ def _evaluate(args: argparse.Namespace) -> int:
         "clip_min": args.clip_min,
         "clip_max": args.clip_max,
         "batch_size": args.batch_size,
-        "max_samples": args.max_samples,
         "seed": args.seed,
         "verbose": 0 if args.quiet else 1,
     }
     report = evaluate_robustness(
-        model, x, y, eps=args.eps, shard=args.shard, undefended=undefended, state_path=args.state, **knobs
+        model,
+        x,
+        y,
+        eps=args.eps,
+        max_samples=args.max_samples,
+        shard=args.shard,
+        undefended=undefended,
+        state_path=args.state,
+        **knobs,
     )
     print(report)
     if args.out is not None:
@@ -63,7 +78,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.plot is not None:
         span = args.clip_max - args.clip_min
         radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= span]
-        curve = robustness_curve(model, x, y, eps=radii, **knobs | {"suite": "quick"})
+        at = report.per_example["index"]
+        curve = robustness_curve(model, x[at], y[at], eps=radii, **knobs | {"suite": "quick"})
         curve.plot(args.plot, overwrite=args.overwrite)
     return _status(report, args.strict)
 

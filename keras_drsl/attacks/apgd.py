@@ -109,7 +109,7 @@ class APGD(Attack):
             knobs = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
             return self._ball(), knobs
 
-        return search(stepper, batch, rows, self.steps + 1, arguments)
+        return search(stepper, batch, rows, self.steps + 1, arguments, persist=self._persist)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

@@ -70,6 +70,7 @@ class Attack:
             raise ValueError(f"`clip_min` must be below `clip_max`. Received: clip_min={clip_min}, clip_max={clip_max}")
         self.seed = _arguments.check_integer("seed", seed, at_least=0)
         self._last: Classifier | None = None
+        self._persist = False  # whether a search goes on with what it has broken
 
     @property
     def name(self) -> str:
@@ -118,9 +119,9 @@ class Attack:
                 f"`x` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
                 f"Received: values from {x.min():g} to {x.max():g}"
             )
-        if self._last is None or logits_fn not in (self._last, self._last.logits_fn):
-            self._last = Classifier.of(logits_fn)
         classifier = self._last
+        if classifier is None or logits_fn not in (classifier, classifier.logits_fn) or not classifier.stays_current:
+            classifier = self._last = Classifier.of(logits_fn)
         logits = classifier.logits(x)
         if looks_like_probabilities(logits):
             raise ValueError(
@@ -160,7 +161,14 @@ class Attack:
 
 
 def search(
-    stepper: Callable, batch: Batch, rows: dict[str, Any], steps: int, arguments: Callable, *, look_every: int = 5
+    stepper: Callable,
+    batch: Batch,
+    rows: dict[str, Any],
+    steps: int,
+    arguments: Callable,
+    *,
+    look_every: int = 5,
+    persist: bool = False,
 ) -> np.ndarray:
     """Repeat a step on the examples that are not broken yet.
 
@@ -173,6 +181,7 @@ def search(
         arguments: maps the step and the places of the rows still there to a tuple. Arrays in it need one row for each
             of these.
         look_every: how many steps lie between two looks at which examples are broken.
+        persist: go on with what is broken.
 
     Returns:
         The last `"best"` of each row.
@@ -188,6 +197,9 @@ def search(
             given.append([_rows(x, np.arange(len(alive)), current) if isinstance(x, np.ndarray) else x for x in one])
         rows = stepper(rows, *keras.tree.map_structure(lambda *values: np.stack(values), *given))
         broken = ops.convert_to_numpy(rows["broken"])[: len(alive)]
+        if persist:
+            rows = rows | {"broken": np.zeros(current, bool)}
+            continue
         broken = np.isin(batch.places[alive], batch.places[alive[broken]])
         if broken.all():
             break

@@ -1,5 +1,7 @@
 """A model as attacks see it."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,13 +22,24 @@ class Classifier:
     Args:
         logits_fn: a `keras.Model` or any function that maps inputs `(batch, ...)` to **logits** `(batch, C)`. A Keras
             model is asked as at inference, and its weights are looked up in each call. On JAX, those of a function
-            are looked up in the first call, unless they are in its attribute `variables`, a list.
+            are looked up in the first call, unless it is a method of a Keras layer or has them in an attribute
+            `variables`, a list.
     """
 
     def __init__(self, logits_fn: Callable) -> None:
         self.logits_fn = logits_fn
-        self.variables = list(getattr(logits_fn, "variables", ()))
         self._programs: dict[Any, Callable] = {}
+
+    @property
+    def variables(self) -> list:
+        """The Keras variables the logits are computed from, as far as they are known."""
+        owner = getattr(self.logits_fn, "__self__", self.logits_fn)
+        return list(getattr(owner, "variables", ()))
+
+    @property
+    def stays_current(self) -> bool:
+        """Whether its programs see weights that are changed after they were compiled."""
+        return _backend.looks_up_weights() or bool(self.variables)
 
     @classmethod
     def of(cls, logits_fn: Callable) -> "Classifier":
@@ -55,6 +68,8 @@ class Classifier:
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits of an array `(batch, ...)`, shape `(batch, C)`."""
+        if isinstance(self.logits_fn, keras.Layer) and not self.logits_fn.built:
+            self(ops.convert_to_tensor(x[:1]))
         rows = np.arange(_backend.padded(len(x)))
         logits = self.program(_forward)(x[np.minimum(rows, len(x) - 1)])
         return ops.convert_to_numpy(logits)[: len(x)]
@@ -79,14 +94,43 @@ def is_wrong(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def looks_like_probabilities(outputs: np.ndarray) -> bool:
-    """Whether outputs `(batch, C)` are all non-negative and sum to 1."""
-    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-3))
+    """Whether outputs `(batch, C)` are all non-negative and sum to 1, as far as half precision can."""
+    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-2))
+
+
+def fingerprint(model: Any) -> str:
+    """The SHA-256 of a model's weights and, where it is a Keras model, of its layers, whatever their names."""
+    digest = hashlib.sha256()
+    for weight in getattr(model, "weights", ()):
+        values = np.ascontiguousarray(ops.convert_to_numpy(weight))
+        digest.update(f"{values.shape} {weight.dtype}".encode())
+        digest.update(values.tobytes())
+    try:
+        config = model.get_config()
+    except (AttributeError, NotImplementedError):
+        config = type(model).__qualname__
+    names: dict[str, str] = {}
+
+    def nameless(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in ("name", "layer_name"):
+                if isinstance(value.get(key), str):
+                    names.setdefault(value[key], f"name {len(names)}")
+            return {str(key): nameless(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [nameless(one) for one in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    digest.update(json.dumps(nameless(config), sort_keys=True, default=lambda one: type(one).__name__).encode())
+    return digest.hexdigest()
 
 
 def class_ids(y: Any, count: int, classes: int) -> np.ndarray:
     """Labels of any form as class ids `(count,)`, int32, or `ValueError`."""
     y = np.asarray(ops.convert_to_numpy(y) if ops.is_tensor(y) else y)
     if y.ndim == 2 and y.shape[1] in (1, classes):
+        if y.shape[1] > 1 and not (y.max(axis=1) > 0).all():
+            raise ValueError(f"`y` must name a class in each row. Received: row {np.argmin(y.max(axis=1))} of zeros")
         y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
     if y.shape != (count,):
         raise ValueError(

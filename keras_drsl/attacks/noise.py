@@ -63,7 +63,7 @@ class Noise(Attack):
             return self._ball(), balls.random_points(at, batch.x.shape[1:], self.eps, self.norm)
 
         stepper = classifier.stepper(try_points, norm=self.norm)
-        return search(stepper, batch, start_of(batch), self.points, arguments)
+        return search(stepper, batch, start_of(batch), self.points, arguments, persist=self._persist)
 
 
 def start_of(batch: Batch) -> dict[str, np.ndarray]:

@@ -110,7 +110,9 @@ class PGD(Attack):
         stepper = classifier.stepper(pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
         knobs = {"step_size": np.float32(self.step_size), "momentum": np.float32(self.momentum)}
         # Without a gradient yet, the first step only looks at the start.
-        return search(stepper, batch, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs))
+        return search(
+            stepper, batch, rows, self.steps + 1, lambda step, alive: (self._ball(), knobs), persist=self._persist
+        )
 
 
 class FGSM(PGD):
@@ -183,7 +185,9 @@ def ascent(classifier: Classifier, x_adv: Any, rows: dict, *, loss: str, targete
     values, logits, gradient = _backend.input_gradient(value, x_adv)
     is_nan = ops.any(ops.isnan(logits), axis=-1)
     wrong = ops.logical_or(ops.cast(ops.argmax(logits, axis=-1), "int32") != rows["y"], is_nan)
-    return values, ops.where(ops.isnan(gradient), 0.0, gradient), wrong
+    # A gradient may be infinite; its direction may not.
+    gradient = ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)
+    return values, gradient, wrong
 
 
 def where_rows(condition: Any, x: Any, other: Any) -> Any:

@@ -102,7 +102,15 @@ class Square(Attack):
             return self._ball(), knobs, drawn[alive, query % DRAW_AT_ONCE]
 
         step = square_step_inf if self.norm == "inf" else square_step_2
-        return search(classifier.stepper(step, shape=shape), batch, rows, self.queries, arguments, look_every=25)
+        return search(
+            classifier.stepper(step, shape=shape),
+            batch,
+            rows,
+            self.queries,
+            arguments,
+            look_every=25,
+            persist=self._persist,
+        )
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

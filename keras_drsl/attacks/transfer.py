@@ -1,11 +1,12 @@
 """Attacks made on one model, tried on another."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
 
 from keras_drsl.attacks.attack import Attack, Batch
-from keras_drsl.attacks.classifier import Classifier
+from keras_drsl.attacks.classifier import Classifier, fingerprint
 
 
 class Transfer(Attack):
@@ -17,7 +18,8 @@ class Transfer(Attack):
 
     Args:
         source: the second model, a `keras.Model` or function of logits, as `logits_fn` of an attack.
-        attack: the attack on it. What it misclassifies without one is moved as well only if the attack does so.
+        attack: the attack on it. It does not stop where the second model is misled, and also moves what that model
+            misclassifies without an attack.
 
     Raises:
         ValueError: if `attack` is not an attack of this package.
@@ -39,7 +41,8 @@ class Transfer(Attack):
             attack.eps, norm=attack.norm, clip_min=attack.clip_min, clip_max=attack.clip_max, seed=attack.seed
         )
         self._source = Classifier.of(source)
-        self._attack = attack
+        self._attack = copy.copy(attack)
+        self._attack._persist = True
 
     @property
     def name(self) -> str:
@@ -49,7 +52,12 @@ class Transfer(Attack):
     @property
     def settings(self) -> dict:
         """Every setting, by name, as JSON takes it."""
-        return {"attack": self._attack.settings}
+        inner = {"name": self._attack.name} | self._attack.settings
+        return {"attack": inner, "source": fingerprint(self._source.logits_fn)}
+
+    def runs(self, classes: int) -> int:
+        """How many runs an example that withstands them all goes through."""
+        return self._attack.runs(classes)
 
     def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
-        return self._attack(self._source, batch.x, batch.y, ids=batch.ids)
+        return self._attack._search(self._source, batch)

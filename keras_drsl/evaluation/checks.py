@@ -13,19 +13,24 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _backend
-from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Classifier, Noise, Transfer, balls
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Classifier, Noise, Square, Transfer, balls
 from keras_drsl.attacks.classifier import is_wrong, margins
 from keras_drsl.attacks.objectives import LOSSES, objective
+from keras_drsl.evaluation.head import Head
 from keras_drsl.evaluation.report import Check
 
 IMAGES = 200  # how many examples a check looks at
+
+
+# Attacks that see no gradient of the model.
+BLACK_BOX = (Square, Noise, Transfer)
 
 
 class Case(NamedTuple):
     """What the checks are about.
 
     Attributes:
-        classifier: the model under evaluation.
+        head: the model under evaluation and its logits.
         x: inputs, shape `(count, ...)`.
         y: class ids, shape `(count,)`.
         ids: the place of each example in the data set.
@@ -33,14 +38,13 @@ class Case(NamedTuple):
         broken_by: for each example the attack that broke it, or None.
         threat: `eps`, `norm`, `clip_min`, `clip_max`.
         seed: of the evaluation.
-        head: how the logits were reached, see `Head.kind`.
-        audit: what was seen of the attacks' results: the largest `size` of a perturbation, the `lowest` and `highest`
-            value, whether any were `not_finite`.
-        black_box: names of the attacks that ran without gradients.
-        undefended: a second model without a defence, or None.
+        batch_size: how many examples to work on at once.
+        audit: what was seen of the attacks' results: the largest `size` of a perturbation, how many were `outside`.
+        attacks: those that run, by name.
+        twin: a second model without a defence and its logits, or None.
     """
 
-    classifier: Classifier
+    head: Head
     x: np.ndarray
     y: np.ndarray
     ids: np.ndarray
@@ -48,10 +52,15 @@ class Case(NamedTuple):
     broken_by: list[str | None]
     threat: dict[str, Any]
     seed: int
-    head: str
+    batch_size: int
     audit: dict[str, float]
-    black_box: list[str]
-    undefended: Classifier | None
+    attacks: dict[str, Attack]
+    twin: Head | None
+
+    @property
+    def black_box(self) -> list[str]:
+        """Names of the attacks without gradients."""
+        return [name for name, attack in self.attacks.items() if isinstance(attack, BLACK_BOX)]
 
     def some(self, which: np.ndarray) -> "Case":
         """The first `IMAGES` of the examples that a condition holds for."""
@@ -74,17 +83,20 @@ class Case(NamedTuple):
         """Examples that withstood everything so far."""
         return self.some(np.array([one is None for one in self.broken_by]))
 
-    def withstand(self, attack: Attack, classifier: Classifier | None = None) -> np.ndarray:
-        """Which examples an attack does not break, shape `(count,)`."""
-        classifier = classifier or self.classifier
-        if len(self.x) == 0:
-            return np.zeros(0, bool)
-        x_adv = attack(classifier, self.x, self.y, ids=self.ids, batch_size=IMAGES)
-        return ~is_wrong(classifier.logits(x_adv), self.y)
+    def withstand(self, attack: Attack, head: Head | None = None) -> np.ndarray:
+        """Which examples an attack does not break, shape `(count,)`; the attack's own ball counts."""
+        head, threat = head or self.head, {name: getattr(attack, name) for name in self.threat}
+        withstood = [np.zeros(0, bool)]
+        for start in range(0, len(self.x), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            x, y = self.x[part], self.y[part]
+            x_adv = attack(head.classifier, x, y, ids=self.ids[part], batch_size=self.batch_size)
+            withstood.append(~breaks(head, x_adv, x, y, threat, {}))
+        return np.concatenate(withstood)
 
-    def accuracy(self, attack: Attack, classifier: Classifier | None = None) -> float:
+    def accuracy(self, attack: Attack, head: Head | None = None) -> float:
         """The share of examples that withstand an attack; 0 if there are none."""
-        withstood = self.withstand(attack, classifier)
+        withstood = self.withstand(attack, head)
         return float(withstood.mean()) if len(withstood) else 0.0
 
     def attack(self, family: Callable, **knobs: Any) -> Attack:
@@ -101,16 +113,22 @@ class Outcome(NamedTuple):
     broken: list[int]
 
 
+Rule = Callable[[Case], Outcome]
+
+
 def outputs(case: Case) -> Outcome:
-    """Whether what the attacks followed are logits."""
-    if case.head == "probabilities":
+    """Whether what the attacks follow are logits, and the model's own."""
+    if case.head.kind == "probabilities":
         meaning = "no logits were found behind the model's probabilities: their logarithms lose what is near 0 or 1"
         return _outcome("outputs", "warn", math.nan, meaning)
     if case.logits.min() >= 0 and case.logits.max() <= 1:
         meaning = "all outputs lie in [0, 1]: after a sigmoid, gradients vanish where the model is sure"
         return _outcome("outputs", "warn", float(case.logits.max()), meaning)
     found = {"logits": "the model returns logits", "softmax": "logits were found behind the model's softmax"}
-    return _outcome("outputs", "pass", float(np.abs(case.logits).max()), found[case.head] + "; the largest one")
+    if np.any(is_wrong(case.logits, case.y) != case.head.is_wrong(case.x, case.y)):
+        meaning = "the logits found behind the model's softmax do not always give its answer"
+        return _outcome("outputs", "fail", float(np.abs(case.logits).max()), meaning)
+    return _outcome("outputs", "pass", float(np.abs(case.logits).max()), found[case.head.kind] + "; the largest one")
 
 
 def few_classes(case: Case) -> Outcome:
@@ -121,13 +139,9 @@ def few_classes(case: Case) -> Outcome:
 
 def deterministic(case: Case) -> Outcome:
     """Whether the model gives the same answer twice."""
-    x = ops.convert_to_tensor(case.x[:IMAGES])
-    # Not as a compiled program: on JAX that would draw the same random numbers each time. What draws them is put back.
-    draws = [one for one in case.classifier.variables if "float" not in one.dtype]
-    before = [ops.convert_to_numpy(one) for one in draws]
-    first, second = (ops.convert_to_numpy(case.classifier(x)) for _ in range(2))
-    for one, value in zip(draws, before, strict=True):
-        one.assign(value)
+    x = ops.convert_to_tensor(case.x[: min(IMAGES, case.batch_size)])
+    # Not as a compiled program: on JAX that would draw the same random numbers each time.
+    first, second = (ops.convert_to_numpy(case.head.classifier(x)) for _ in range(2))
     change = float(np.abs(first - second).max())
     same = change <= 1e-4 * max(1.0, float(np.abs(first).max()))
     meaning = "two passes over the same inputs agree" if same else "the model is random: attack its average instead"
@@ -136,14 +150,15 @@ def deterministic(case: Case) -> Outcome:
 
 def perturbations(case: Case) -> Outcome:
     """Whether the attacks stayed within the threat model."""
-    ok = is_within(case.audit, case.threat)
+    ok = not case.audit.get("outside", 0)
     meaning = (
         "the largest perturbation, in units of eps, lies in the ball, and all values in the range"
         if ok
         else "an attack left the ball or the valid range: what it broke did not count"
     )
-    size = case.audit.get("size", 0.0) / case.threat["eps"]
-    return _outcome("perturbations", "pass" if ok else "fail", size, meaning)
+    return _outcome(
+        "perturbations", "pass" if ok else "fail", case.audit.get("size", 0.0) / case.threat["eps"], meaning
+    )
 
 
 def gradients(case: Case) -> Outcome:
@@ -153,9 +168,10 @@ def gradients(case: Case) -> Outcome:
         return _nothing("gradients")
     vanished = {}
     for loss in LOSSES:
-        largest = ops.convert_to_numpy(
-            case.classifier.program(_largest_gradient, loss=loss)({"x": case.x, "y": case.y, "target": case.y})
-        )
+        program = case.head.classifier.program(_largest_gradient, loss=loss)
+        parts = [slice(start, start + case.batch_size) for start in range(0, len(case.x), case.batch_size)]
+        rows = [{"x": case.x[part], "y": case.y[part], "target": case.y[part]} for part in parts]
+        largest = np.concatenate([ops.convert_to_numpy(program(one)) for one in rows])
         vanished[loss] = float((~(largest > 0)).mean())  # NaN counts
     text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
     if vanished["margin"] > 0.01:
@@ -199,7 +215,7 @@ def losses_agree(case: Case) -> Outcome:
     gap = max(reached.values()) - min(reached.values())
     text = ", ".join(f"{loss} {value:.1%}" for loss, value in reached.items())
     meaning = f"PGD-20 leaves {text} of {len(case.x)} images"
-    if gap > 0.05:
+    if gap > 0.05 + 1e-9:
         return _outcome("losses_agree", "warn", gap, meaning + ": a weak choice of loss flatters this model")
     return _outcome("losses_agree", "pass", gap, meaning)
 
@@ -228,8 +244,10 @@ def unbounded(case: Case) -> Outcome:
 
 def converged(case: Case) -> Outcome:
     """Whether more steps would have broken more."""
-    attack = case.attack(APGD, loss="margin", steps=200)
-    return _more(case, "converged", attack, "of the standing images fall to twice the steps")
+    attack = case.attack(APGD, loss="margin", targeted=True, targets=3, steps=200)
+    return _more(
+        case, "converged", attack, "of the standing images fall to twice the steps against the three likeliest rivals"
+    )
 
 
 def restarts(case: Case) -> Outcome:
@@ -272,49 +290,83 @@ def control(case: Case) -> Outcome:
 
 def twin(case: Case) -> Outcome:
     """Whether the attacks break a model without a defence."""
-    assert case.undefended is not None
-    right = ~is_wrong(case.undefended.logits(case.x), case.y)
-    case = case.some(right)
-    left = case.accuracy(case.attack(APGD, loss="margin"), case.undefended)
+    assert case.twin is not None
+    right = ~case.twin.is_wrong(case.x, case.y)
+    if right.mean() < 0.5:
+        meaning = "clean accuracy of the undefended model: too low to tell anything from its fall"
+        return _outcome("twin", "warn", float(right.mean()), meaning)
+    left = case.some(right).accuracy(case.attack(APGD, loss="margin"), case.twin)
     meaning = "accuracy left of the undefended model, of what it gets right; well above 0, eps is too small to tell"
     return _outcome("twin", "pass" if left <= 0.05 else "warn", left, meaning)
 
 
 def transfer(case: Case) -> Outcome:
     """Whether attacks made on a model without a defence break more."""
-    assert case.undefended is not None
-    attack = Transfer(case.undefended, case.attack(APGD, loss="margin"))
+    assert case.twin is not None
+    attack = Transfer(case.twin.classifier, case.attack(APGD, loss="margin"))
     return _more(case, "transfer", attack, "of the standing images fall to attacks on the undefended model")
 
 
-QUICK = (outputs, deterministic, perturbations, gradients, logit_scale, noise)
-STANDARD = (
-    *(outputs, deterministic, perturbations, gradients, logit_scale, steps_beat_one, losses_agree, budget, unbounded),
-    *(converged, restarts, noise, control),
-)
+# What needs no attack to be known, and what does.
+BEFORE = (outputs, deterministic, gradients, logit_scale)
+AFTER = {
+    "quick": (perturbations, noise),
+    "cleverhans": (perturbations, noise),
+    "standard": (
+        *(perturbations, steps_beat_one, losses_agree, budget, unbounded, converged, restarts, noise, control),
+    ),
+}
 
 
-def choose(suite: str, *, dlr_on_few: bool, black_box_ran: bool, undefended: bool) -> list[Callable[[Case], Outcome]]:
-    """The checks that apply, in the order they run."""
-    chosen: list[Callable[[Case], Outcome]] = list(STANDARD if suite == "standard" else QUICK)
-    if dlr_on_few:
-        chosen.append(few_classes)
-    if black_box_ran:
-        chosen.append(black_box)
-    if undefended:
-        chosen += [twin, transfer]
-    return chosen
+def choose(suite: str, case: Case) -> tuple[list[Rule], list[Rule]]:
+    """The checks that apply, before and after the attacks, in the order they run."""
+    before: list[Rule] = list(BEFORE)
+    after: list[Rule] = list(AFTER[suite])
+    on_dlr = any(getattr(attack, "loss", None) == "dlr" for attack in case.attacks.values())
+    if case.logits.shape[1] < 4 and on_dlr:
+        before.append(few_classes)
+    if case.black_box and len(case.black_box) < len(case.attacks):
+        after.append(black_box)
+    if case.twin is not None:
+        after += [twin, transfer]
+    return before, after
 
 
-def is_within(audit: dict[str, float], threat: dict[str, Any]) -> bool:
-    """Whether what attacks returned lies in the threat model, to float32 rounding."""
+def run(check: Rule, case: Case) -> Outcome:
+    """The outcome of a check; one that ends in an error has failed, and loses nothing."""
+    try:
+        return check(case)
+    except Exception as error:
+        return _outcome(check.__name__, "fail", math.nan, f"the check itself failed: {type(error).__name__}: {error}")
+
+
+def breaks(
+    head: Head, x_adv: np.ndarray, x: np.ndarray, y: np.ndarray, threat: dict[str, Any], audit: dict[str, float]
+) -> np.ndarray:
+    """Which inputs an attack has broken: within the threat model, and misclassified by the model itself.
+
+    Args:
+        head: the model.
+        x_adv: what the attack returned, shape `(batch, ...)`.
+        x: the clean inputs.
+        y: class ids, shape `(batch,)`.
+        threat: `eps`, `norm`, `clip_min`, `clip_max`.
+        audit: where to note what was seen.
+    """
     slack = 1e-6 * (threat["clip_max"] - threat["clip_min"])
-    return (
-        not audit.get("not_finite", 0)
-        and audit.get("size", 0.0) <= threat["eps"] * (1 + 1e-5) + slack
-        and audit.get("lowest", threat["clip_min"]) >= threat["clip_min"] - slack
-        and audit.get("highest", threat["clip_max"]) <= threat["clip_max"] + slack
-    )
+    axes = tuple(range(1, x.ndim))
+    sizes = balls.size(x_adv.astype("float64") - x, threat["norm"])
+    finite = np.isfinite(x_adv).all(axis=axes)
+    with np.errstate(invalid="ignore"):
+        within = (
+            finite
+            & (sizes <= threat["eps"] * (1 + 1e-5) + slack)
+            & (x_adv.min(axis=axes) >= threat["clip_min"] - slack)
+            & (x_adv.max(axis=axes) <= threat["clip_max"] + slack)
+        )
+    audit["size"] = max(audit.get("size", 0.0), float(sizes[finite].max(initial=0.0)))
+    audit["outside"] = audit.get("outside", 0) + int((~within).sum())
+    return within & head.is_wrong(x_adv, y)
 
 
 def breakable(shape: tuple[int, ...], threat: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -379,15 +431,3 @@ def _outcome(name: str, status: str, value: float, meaning: str) -> Outcome:
 
 def _nothing(name: str) -> Outcome:
     return _outcome(name, "pass", math.nan, "no image is classified correctly: nothing to look at")
-
-
-def size_of(x_adv: np.ndarray, x: np.ndarray, norm: str | int) -> dict[str, float]:
-    """What the audit keeps of a batch."""
-    finite = bool(np.isfinite(x_adv).all())
-    delta = x_adv.astype("float64") - x
-    return {
-        "size": float(np.nan_to_num(balls.size(delta, norm)).max()),
-        "lowest": float(np.nanmin(x_adv)),
-        "highest": float(np.nanmax(x_adv)),
-        "not_finite": float(not finite),
-    }

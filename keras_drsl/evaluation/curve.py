@@ -1,18 +1,21 @@
 """Robust accuracy against the size of the attack."""
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_drsl import _arguments
+from keras_drsl.attacks.classifier import class_ids
 from keras_drsl.evaluation import files
-from keras_drsl.evaluation.evaluate import check_threat, evaluate_robustness
-from keras_drsl.evaluation.examples import read_examples
-from keras_drsl.evaluation.report import CLEAN, new_figure, wilson
+from keras_drsl.evaluation.evaluate import Plan, check_inputs, check_model, check_threat, evaluate_examples
+from keras_drsl.evaluation.examples import Examples, read_examples
+from keras_drsl.evaluation.head import find_logits, unchanged
+from keras_drsl.evaluation.report import Check, new_figure, plain, wilson
+from keras_drsl.evaluation.suites import make_attacks
 
 
 class RobustnessCurve:
@@ -23,12 +26,21 @@ class RobustnessCurve:
         breaking_eps: for each example the smallest of the radii at which it was broken, 0 if it is misclassified
             without an attack, infinite if it withstood them all.
         settings: what the evaluation at each radius was given.
+        checks: by radius, the outcome of each check there.
     """
 
-    def __init__(self, eps: Sequence[float], breaking_eps: Any, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, eps: Sequence[float], breaking_eps: Any, settings: dict[str, Any], checks: dict[float, list[Check]]
+    ) -> None:
         self.eps = list(eps)
         self.breaking_eps = np.asarray(breaking_eps, dtype="float64")
         self.settings = settings
+        self.checks = checks
+
+    @property
+    def trustworthy(self) -> bool:
+        """False if a check failed at any radius."""
+        return all(check.status != "fail" for checks in self.checks.values() for check in checks)
 
     @property
     def accuracy(self) -> list[float]:
@@ -37,8 +49,15 @@ class RobustnessCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        breaking = [None if math.isinf(eps) else eps for eps in self.breaking_eps.tolist()]
-        return {"settings": self.settings, "eps": self.eps, "accuracy": self.accuracy, "breaking_eps": breaking}
+        content = {
+            "settings": self.settings,
+            "eps": self.eps,
+            "accuracy": self.accuracy,
+            "trustworthy": self.trustworthy,
+            "checks": [{"eps": eps, **vars(one)} for eps, checks in self.checks.items() for one in checks],
+            "breaking_eps": self.breaking_eps.tolist(),
+        }
+        return plain(content)
 
     def to_json(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write everything to a file.
@@ -77,6 +96,8 @@ class RobustnessCurve:
             (line,) = axes.plot(curve.eps, np.multiply(curve.accuracy, 100), "o-", label=name)
             axes.fill_between(curve.eps, 100 * bounds[:, 0], 100 * bounds[:, 1], color=line.get_color(), alpha=0.2)
         axes.set(xlabel=f"eps (norm {self.settings['norm']})", ylabel="robust accuracy (%)", ylim=(0, 101))
+        doubt = "" if all(curve.trustworthy for _, curve in curves) else ", NOT TRUSTWORTHY: a check failed"
+        axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
         axes.grid(alpha=0.3)
         if label is not None or others:
             axes.legend()
@@ -91,11 +112,14 @@ def robustness_curve(
     eps: Sequence[float],
     norm: str | int = "inf",
     suite: str = "standard",
+    attacks: Iterable[Any] | None = None,
+    from_logits: bool | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
+    batch_size: int = 256,
     max_samples: int | None = None,
+    seed: int = 0,
     verbose: int = 1,
-    **knobs: Any,
 ) -> RobustnessCurve:
     """Robust accuracy against the size of the attack.
 
@@ -108,11 +132,14 @@ def robustness_curve(
         eps: the radii, each 0 or more; 0 is the clean accuracy.
         norm: `"inf"` or 2.
         suite: as for `evaluate_robustness`.
+        attacks: names of attacks, in place of the suite's.
+        from_logits: as for `evaluate_robustness`.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
+        batch_size: how many examples are attacked together.
         max_samples: how many examples to evaluate, the first ones; None for all.
+        seed: the seed of all randomness, >= 0.
         verbose: 0 for silence, 1 for progress bars.
-        **knobs: `from_logits`, `batch_size`, `seed` of `evaluate_robustness`.
 
     Returns:
         A `RobustnessCurve`.
@@ -128,33 +155,46 @@ def robustness_curve(
     >>> curve.accuracy[0] >= curve.accuracy[1] >= curve.accuracy[2]
     True
     """
-    unknown = set(knobs) - {"from_logits", "batch_size", "seed", "attacks"}
-    if unknown:
-        raise ValueError(f"`robustness_curve` does not take {', '.join(sorted(map(repr, unknown)))}")
-    radii = [0.0 if one == 0 else check_threat(one, norm, clip_min, clip_max)["eps"] for one in eps]
+    check_model("model", model)
+    threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+    threats = [None if one == 0 else check_threat(one, **threat) for one in eps]
+    radii = [0.0 if one is None else one["eps"] for one in threats]
     if not radii or radii != sorted(set(radii)):
         raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={list(eps)}")
+    settings = {
+        "suite": suite if attacks is None else "custom",
+        "checks": suite,
+        "seed": _arguments.check_integer("seed", seed, at_least=0),
+        "batch_size": _arguments.check_integer("batch_size", batch_size, at_least=1),
+        "max_samples": max_samples,
+        "shard": None,
+    }
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=None)
-    breaking = np.full(len(examples.x), np.inf)
-    threat: dict[str, Any] = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
-    for radius in [one for one in radii if one > 0] or [float(np.finfo("float32").tiny)]:
-        standing = np.flatnonzero(np.isinf(breaking))
-        if len(standing) == 0:
-            break
-        if verbose:
-            print(f"eps {radius:.4g}")
-        report = evaluate_robustness(
-            model,
-            examples.x[standing],
-            examples.y[standing],
-            eps=radius,
-            suite=suite,
-            verbose=verbose,
-            **threat,
-            **knobs,
-        )
-        for place, cause in zip(standing, report.per_example["broken_by"], strict=True):
-            if cause is not None:
-                breaking[place] = 0.0 if cause == CLEAN else radius
-    settings = {"norm": "inf" if norm == math.inf else norm, "suite": suite, "clip_min": clip_min, "clip_max": clip_max}
-    return RobustnessCurve(radii, breaking, settings | {"seed": knobs.get("seed", 0), "examples": len(breaking)})
+    plans = []
+    for one in threats:
+        # Radius 0 is known from any other.
+        known = one or check_threat(1e-6 * (clip_max - clip_min), **threat)
+        check_inputs(examples.x, known)
+        plans.append(Plan(suite, make_attacks(suite, attacks, known, seed), known, known | settings))
+
+    breaking, checks = np.full(len(examples.x), np.inf), {}
+    with unchanged(model):
+        head = find_logits(model, examples.x[:32], from_logits)
+        labels = class_ids(examples.y, len(examples.x), head.classifier.logits(examples.x[:1]).shape[1])
+        for start in range(0, len(examples.x), batch_size):
+            part = slice(start, start + batch_size)
+            breaking[part][head.is_wrong(examples.x[part], labels[part])] = 0.0
+        for radius, plan in zip(radii, plans, strict=True):
+            standing = np.isinf(breaking)
+            if radius == 0 or not standing.any():
+                continue
+            if verbose:
+                print(f"eps {radius:.4g}")
+            left = Examples(examples.x[standing], labels[standing], examples.ids[standing], examples.digest)
+            report = evaluate_examples(head, None, left, plan, state_path=None, verbose=verbose)
+            broken = [one is not None for one in report.per_example["broken_by"]]
+            breaking[np.flatnonzero(standing)[broken]] = radius
+            checks[radius] = report.checks
+    norm = plans[0].threat["norm"]
+    kept = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, **settings, "examples": len(breaking)}
+    return RobustnessCurve(radii, breaking, kept, checks)

@@ -1,23 +1,22 @@
 """The protocol: which attacks run on which examples, and what counts as robust."""
 
-import hashlib
 import math
 import os
 import platform
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_drsl import _arguments, _backend
-from keras_drsl.attacks import Attack, Classifier, Noise, Square, Transfer, balls
-from keras_drsl.attacks.classifier import class_ids, is_wrong
+from keras_drsl.attacks import Attack, Classifier
+from keras_drsl.attacks.classifier import class_ids, fingerprint, is_wrong
 from keras_drsl.evaluation import checks
-from keras_drsl.evaluation.examples import Examples, read_examples
-from keras_drsl.evaluation.head import Head, find_logits, fingerprint
+from keras_drsl.evaluation.examples import Examples, digest, read_examples
+from keras_drsl.evaluation.head import Head, find_logits, unchanged
 from keras_drsl.evaluation.report import CLEAN, Check, RobustnessReport
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import make_attacks
@@ -100,63 +99,121 @@ def evaluate_robustness(
     Reference: Croce and Hein, arXiv:2003.01690 (the ensemble); Carlini et al., "On Evaluating Adversarial Robustness",
     arXiv:1902.06705 (the checks).
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"`model` must be a keras.Model. Received: {type(model).__name__}")
+    check_model("model", model)
     threat = check_threat(eps, norm, clip_min, clip_max)
-    _arguments.check_integer("batch_size", batch_size, at_least=1)
-    _arguments.check_integer("seed", seed, at_least=0)
-    if max_samples is not None:
-        _arguments.check_integer("max_samples", max_samples, at_least=1)
-    if shard is not None:
-        shard = _check_shard(shard)
-    chosen = make_attacks(suite, attacks, threat, seed)
+    plan = Plan(
+        suite=suite,
+        attacks=make_attacks(suite, attacks, threat, _arguments.check_integer("seed", seed, at_least=0)),
+        threat=threat,
+        settings={
+            **threat,
+            "suite": suite if attacks is None else "custom",
+            "checks": suite,
+            "seed": seed,
+            "batch_size": _arguments.check_integer("batch_size", batch_size, at_least=1),
+            "max_samples": max_samples,
+            "shard": None if shard is None else list(_check_shard(shard)),
+        },
+    )
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard)
     check_inputs(examples.x, threat)
-    head = find_logits(model, examples.x[:32], from_logits)
-    logits = _in_batches(head.classifier, examples.x, batch_size)
-    examples = examples._replace(y=class_ids(examples.y, len(examples.x), logits.shape[1]))
-    if not np.isfinite(logits).all():
-        raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
-    twin = None if undefended is None else find_logits(undefended, examples.x[:32], None).classifier
+    with unchanged(model, undefended):
+        head = find_logits(model, examples.x[:32], from_logits)
+        twin = None if undefended is None else _find_twin(undefended, head, examples.x[:32])
+        return evaluate_examples(head, twin, examples, plan, state_path=state_path, verbose=verbose)
 
-    settings = {
-        **threat,
-        "suite": suite if attacks is None else "custom",
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_samples": max_samples,
-        "shard": None if shard is None else list(shard),
-        "outputs": head.kind,
-    }
+
+class Plan(NamedTuple):
+    """What is done to the examples.
+
+    Attributes:
+        suite: the suite whose checks run.
+        attacks: the attacks by name.
+        threat: `eps`, `norm`, `clip_min` and `clip_max`.
+        settings: what the report says of all this.
+    """
+
+    suite: str
+    attacks: dict[str, Attack]
+    threat: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def evaluate_examples(
+    head: Head, twin: Head | None, examples: Examples, plan: Plan, *, state_path: Any, verbose: int
+) -> RobustnessReport:
+    """The report on a model whose logits are known."""
+    settings = plan.settings | {"outputs": head.kind}
+    batch_size, seed = settings["batch_size"], settings["seed"]
+    logits = _in_batches(head.classifier, examples.x, batch_size)
+    outputs = logits if head.kind == "logits" else _in_batches(head.model, examples.x, batch_size)
+    labels = class_ids(examples.y, len(examples.x), logits.shape[1])
+    examples = examples._replace(y=labels)
+    if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
+        raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
+
+    # Attacks without gradients come last: what they break, the others could not.
+    attacks = dict(sorted(plan.attacks.items(), key=lambda item: isinstance(item[1], checks.BLACK_BOX)))
+    provenance = _provenance(head, twin, examples)
     identity = {
-        "settings": settings | {"checks": suite},
-        "model": fingerprint(model),
-        "undefended": None if undefended is None else fingerprint(undefended),
-        "data": _digest(examples.x, examples.y, logits.argmax(axis=1)),
-        "attacks": {name: attack.settings for name, attack in chosen.items()},
-        "backend": keras.config.backend(),
+        "settings": settings,
+        **{key: provenance[key] for key in ("model", "undefended", "data", "backend")},
+        "answers": digest(outputs.argmax(axis=1)),
+        "attacks": {name: attack.settings for name, attack in attacks.items()},
+        "version": provenance["versions"]["keras-drsl"],
     }
     state = State(state_path, identity, len(examples.x))
-    wrong = is_wrong(logits, examples.y)
+    wrong = is_wrong(outputs, labels)
     state.broken_by = [CLEAN if wrong[place] else one for place, one in enumerate(state.broken_by)]
+    case = checks.Case(
+        head=head,
+        x=examples.x,
+        y=labels,
+        ids=examples.ids,
+        logits=logits,
+        broken_by=state.broken_by,
+        threat=plan.threat,
+        seed=seed,
+        batch_size=batch_size,
+        audit=state.audit,
+        attacks=attacks,
+        twin=twin,
+    )
+    before, after = checks.choose(plan.suite, case)
+    _run_checks(before, case, state, verbose)
+    for name, attack in attacks.items():
+        _run_attack(name, attack, head, examples, plan.threat, batch_size, state, verbose)
+    _run_checks(after, case, state, verbose)
 
-    for name, attack in chosen.items():
-        _run_attack(name, attack, head.classifier, examples, threat, batch_size, state, verbose)
-    done = _run_checks(suite, chosen, head, twin, examples, logits, threat, seed, state, verbose)
-
+    found = [Check(**state.checks[check.__name__]) for check in before + after]
     records = [
-        {"name": name, "settings": attack.settings, "seconds": state.seconds[name]} for name, attack in chosen.items()
+        {"name": name, "settings": attack.settings, "seconds": state.seconds[name]} for name, attack in attacks.items()
     ]
-    breakers = {one for one in state.broken_by if one is not None and one.startswith("check:")}
-    for name in sorted(breakers, key=[f"check:{check.name}" for check in done].index):
-        # A check stopped at a number of images: what it was tried on is not all that stood.
-        records.append({"name": name, "settings": {}, "seconds": state.seconds[name], "tried": state.done[name]})
-    per_example = {
-        "index": examples.ids.tolist(),
-        "label": examples.y.tolist(),
-        "broken_by": list(state.broken_by),
-    }
-    return RobustnessReport(settings, records, done, per_example, {"model": identity["model"], **provenance()})
+    for name in (f"check:{check.name}" for check in found):
+        if name in state.broken_by:
+            # A check stops at a number of images: what it was tried on is not all that stood.
+            records.append({"name": name, "settings": {}, "seconds": state.seconds[name], "tried": state.done[name]})
+    per_example = {"index": examples.ids.tolist(), "label": labels.tolist(), "broken_by": list(state.broken_by)}
+    return RobustnessReport(settings, records, found, per_example, provenance)
+
+
+def check_model(name: str, model: Any) -> None:
+    """`ValueError` unless it is a Keras model."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`{name}` must be a keras.Model. Received: {type(model).__name__}")
+
+
+def _find_twin(undefended: Any, head: Head, x: np.ndarray) -> Head:
+    """The logits of the undefended model, or `ValueError` if it does not go with the other."""
+    check_model("undefended", undefended)
+    try:
+        twin = find_logits(undefended, x, None)
+        classes = [one.classifier.logits(x[:1]).shape[1] for one in (twin, head)]
+    except Exception as error:
+        raise ValueError(f"`undefended` must be a classifier of the same inputs as `model`: {error}") from error
+    if classes[0] != classes[1]:
+        raise ValueError(f"`undefended` must have the {classes[1]} classes of `model`. Received: {classes[0]}")
+    return twin
 
 
 def check_threat(eps: Any, norm: Any, clip_min: Any, clip_max: Any) -> dict[str, Any]:
@@ -184,15 +241,22 @@ def check_inputs(x: np.ndarray, threat: dict[str, Any]) -> None:
         )
 
 
-def provenance() -> dict[str, Any]:
-    """Versions and device, for a reader who wants to run it again."""
+def _provenance(head: Head, twin: Head | None, examples: Examples) -> dict[str, Any]:
+    """Model, data, versions and device, for a reader who wants to run it again."""
     versions = {"python": platform.python_version()}
     for package in ("keras-drsl", "keras", keras.config.backend(), "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from a folder that was not installed
             versions[package] = "unknown"
-    return {"versions": versions, "backend": keras.config.backend(), "device": _backend.device_name()}
+    return {
+        "model": fingerprint(head.model.logits_fn),
+        "undefended": None if twin is None else fingerprint(twin.model.logits_fn),
+        "data": examples.digest,
+        "versions": versions,
+        "backend": keras.config.backend(),
+        "device": _backend.device_name(),
+    }
 
 
 def _check_shard(shard: Any) -> tuple[int, int]:
@@ -206,18 +270,10 @@ def _in_batches(classifier: Classifier, x: np.ndarray, batch_size: int) -> np.nd
     return np.concatenate([classifier.logits(x[at : at + batch_size]) for at in range(0, len(x), batch_size)])
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def _run_attack(
     name: str,
     attack: Attack,
-    classifier: Classifier,
+    head: Head,
     examples: Examples,
     threat: dict[str, Any],
     batch_size: int,
@@ -239,15 +295,9 @@ def _run_attack(
         began = time.perf_counter()
         at = standing[start : start + batch_size]
         x, y = examples.x[at], examples.y[at]
-        x_adv = attack(classifier, x, y, ids=examples.ids[at], batch_size=batch_size)
-        seen = checks.size_of(x_adv, x, threat["norm"])
-        broken = is_wrong(classifier.logits(x_adv), y)
-        if not checks.is_within(seen, threat):
-            delta = balls.size(x_adv.astype("float64") - x, threat["norm"])
-            broken &= delta <= threat["eps"]
-        for one in at[broken]:
+        x_adv = attack(head.classifier, x, y, ids=examples.ids[at], batch_size=batch_size)
+        for one in at[checks.breaks(head, x_adv, x, y, threat, state.audit)]:
             state.broken_by[one] = name
-        _note(state.audit, seen)
         state.done[name] = place + 1
         state.seconds[name] += time.perf_counter() - began
         state.save()
@@ -256,59 +306,21 @@ def _run_attack(
             bar.update(min(start + batch_size, len(standing)), values=[("standing", left)])
 
 
-def _note(audit: dict[str, float], seen: dict[str, float]) -> None:
-    for key, value in seen.items():
-        audit[key] = min(audit.get(key, value), value) if key == "lowest" else max(audit.get(key, value), value)
-
-
-def _run_checks(
-    suite: str,
-    attacks: dict[str, Attack],
-    head: Head,
-    twin: Classifier | None,
-    examples: Examples,
-    logits: np.ndarray,
-    threat: dict[str, Any],
-    seed: int,
-    state: State,
-    verbose: int,
-) -> list[Check]:
+def _run_checks(chosen: list[checks.Rule], case: checks.Case, state: State, verbose: int) -> None:
     """The checks that the state does not hold yet."""
-    black_box = [name for name, attack in attacks.items() if isinstance(attack, Square | Noise | Transfer)]
-    chosen = checks.choose(
-        suite,
-        dlr_on_few=logits.shape[1] < 4 and any(getattr(attack, "loss", None) == "dlr" for attack in attacks.values()),
-        black_box_ran=bool(black_box),
-        undefended=twin is not None,
-    )
-    bar = keras.utils.Progbar(len(chosen), verbose=1) if verbose else None
+    bar = keras.utils.Progbar(len(chosen), verbose=1) if verbose and chosen else None
     if bar:
         print("checks")
     for place, check in enumerate(chosen):
         if check.__name__ not in state.checks:
             began = time.perf_counter()
-            case = checks.Case(
-                classifier=head.classifier,
-                x=examples.x,
-                y=examples.y,
-                ids=examples.ids,
-                logits=logits,
-                broken_by=state.broken_by,
-                threat=threat,
-                seed=seed,
-                head=head.kind,
-                audit=state.audit,
-                black_box=black_box,
-                undefended=twin,
-            )
             tried = len(case.standing.x)
-            outcome = check(case)
+            outcome = checks.run(check, case)
             name = f"check:{check.__name__}"
-            for one in np.flatnonzero(np.isin(examples.ids, outcome.broken)):
+            for one in np.flatnonzero(np.isin(case.ids, outcome.broken)):
                 state.broken_by[one] = name
             state.checks[check.__name__] = vars(outcome.check)
             state.done[name], state.seconds[name] = tried, time.perf_counter() - began
             state.save()
         if bar:
             bar.update(place + 1)
-    return [Check(**state.checks[check.__name__]) for check in chosen]

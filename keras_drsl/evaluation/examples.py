@@ -1,5 +1,6 @@
 """The images and labels an evaluation is given, in whatever form, as arrays."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops
+
+from keras_drsl import _arguments
 
 
 class Examples(NamedTuple):
@@ -16,15 +19,19 @@ class Examples(NamedTuple):
         x: float32, shape `(count, ...)`.
         y: labels as they were given, with `count` rows.
         ids: the place of each in the whole data set, int64, shape `(count,)`.
+        digest: of the data set these are a shard of.
     """
 
     x: np.ndarray
     y: np.ndarray
     ids: np.ndarray
+    digest: str
 
 
 def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None) -> Examples:
     """The first `max_samples` examples, and of these every n-th one, or `ValueError` if there are none."""
+    if max_samples is not None:
+        _arguments.check_integer("max_samples", max_samples, at_least=1)
     if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
         if y is None:
             raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
@@ -47,7 +54,16 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     ids = np.arange(len(x))[slice(None) if shard is None else slice(shard[0], None, shard[1])]
     if len(ids) == 0:
         raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(x)} examples")
-    return Examples(x[ids].astype("float32"), y[ids], ids)
+    return Examples(x[ids].astype("float32"), y[ids], ids, digest(x, y))
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """The SHA-256 of arrays."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
 
 
 def _array(x: Any) -> np.ndarray:

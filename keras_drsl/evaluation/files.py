@@ -9,9 +9,14 @@ def check_new(name: str, path: str | os.PathLike, *, overwrite: bool = False) ->
     path = Path(path)
     if path.exists() and not (overwrite and path.is_file()):
         raise ValueError(f"`{name}` must be a path where nothing is yet. Received: {name}={str(path)!r}, which exists")
-    folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"`{name}` must lie in a folder that can be written to. Received: {name}={str(path)!r}")
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"`{name}` must lie in a folder that can be written to. Received: {name}={str(path)!r} ({error})"
+        ) from error
     return path
 
 

@@ -1,6 +1,5 @@
 """The logits of a model whose outputs may be probabilities."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,20 +9,26 @@ import numpy as np
 from keras import ops
 
 from keras_drsl._inputs import logits_behind
-from keras_drsl.attacks.classifier import Classifier, looks_like_probabilities
+from keras_drsl.attacks.classifier import Classifier, is_wrong, looks_like_probabilities
 
 
 class Head(NamedTuple):
     """How a model's logits are reached.
 
     Attributes:
-        classifier: maps inputs to logits, with the model's own weights.
+        classifier: maps inputs to logits, with the model's own weights. Attacks follow them.
+        model: maps inputs to the model's own outputs. These are what counts.
         kind: "logits" if the model returns them, "softmax" if they were found behind its softmax, "probabilities" if
             they were not, and their logarithms stand in.
     """
 
     classifier: Classifier
+    model: Classifier
     kind: str
+
+    def is_wrong(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Which inputs the model itself misclassifies, shape `(batch,)`."""
+        return is_wrong(self.model.logits(x), y)
 
 
 def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None) -> Head:
@@ -34,7 +39,8 @@ def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None) -> 
         x: a few inputs to try it on.
         from_logits: what its outputs are said to be; None to look.
     """
-    outputs = Classifier(model).logits(x)
+    own = Classifier(model)
+    outputs = own.logits(x)
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise ValueError(f"`model` must return outputs of shape (batch, classes >= 2). Received: {outputs.shape}")
     if not np.isfinite(outputs).all():
@@ -54,25 +60,31 @@ def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None) -> 
             f"{outputs.sum(1).max():g}"
         )
     if not probabilities:
-        return Head(Classifier(model), "logits")
+        return Head(own, own, "logits")
+    # Some inputs that are not like the data, too: what only looks like the logits behind there differs here.
+    tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
+    outputs = own.logits(tried)
     for candidate in _candidates(model):
+        classifier = Classifier(candidate)
         try:
-            logits = Classifier(candidate).logits(x)
+            logits = classifier.logits(tried)
         except (TypeError, ValueError, AttributeError):
             continue
         if not looks_like_probabilities(logits) and _gives(logits, outputs):
-            return Head(Classifier(candidate), "softmax")
-    return Head(Classifier(_Function(model.variables, lambda x: _log_probabilities(model, x))), "probabilities")
+            return Head(classifier, own, "softmax")
+    return Head(Classifier(_Function(model.variables, lambda x: _log_probabilities(model, x))), own, "probabilities")
 
 
-def fingerprint(model: keras.Model) -> str:
-    """The SHA-256 of the weights, their shapes and types."""
-    digest = hashlib.sha256()
-    for weight in model.weights:
-        values = np.ascontiguousarray(ops.convert_to_numpy(weight))
-        digest.update(f"{values.shape} {weight.dtype}".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
+@contextmanager
+def unchanged(*models: keras.Model | None) -> Iterator[None]:
+    """Puts the state of the models' random numbers back, whatever happens."""
+    counters = [one for model in models if model is not None for one in model.variables if "float" not in one.dtype]
+    before = [ops.convert_to_numpy(one) for one in counters]
+    try:
+        yield
+    finally:
+        for one, value in zip(counters, before, strict=True):
+            one.assign(value)
 
 
 class _Function:
@@ -87,8 +99,11 @@ class _Function:
 
 
 def _gives(logits: np.ndarray, probabilities: np.ndarray) -> bool:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.allclose(exponentials / exponentials.sum(axis=1, keepdims=True), probabilities, atol=1e-3)
+    """Whether the softmax of the logits is what the model returns, in small probabilities as well."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    told = probabilities > 1e-4
+    return np.allclose(log_p[told], np.log(probabilities[told]), atol=2e-2)
 
 
 def _candidates(model: keras.Model) -> Iterator[Callable]:

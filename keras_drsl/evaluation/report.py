@@ -111,7 +111,7 @@ class RobustnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {
+        content = {
             "format": FORMAT,
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
@@ -119,14 +119,12 @@ class RobustnessReport:
             "images": self.images,
             "trustworthy": self.trustworthy,
             "settings": self.settings,
-            "attacks": [
-                attack | {key: _or_none(value) for key, value in self.accuracy[attack["name"]].items()}
-                for attack in self.attacks
-            ],
-            "checks": [vars(check) | {"value": _or_none(check.value)} for check in self.checks],
+            "attacks": [attack | self.accuracy[attack["name"]] for attack in self.attacks],
+            "checks": [vars(check) for check in self.checks],
             "provenance": self.provenance,
             "per_example": self.per_example,
         }
+        return plain(content)
 
     def to_json(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write everything to a file.
@@ -168,22 +166,20 @@ class RobustnessReport:
     def merge(cls, reports: Sequence["RobustnessReport"]) -> "RobustnessReport":
         """Join the reports of disjoint shards of one data set.
 
-        Of each check the worst outcome counts.
+        Of each check the worst outcome counts; one warns if a shard is missing.
 
         Raises:
-            ValueError: if they are reports of different models, settings or attacks, or share an example.
+            ValueError: if they are reports of different models, data, settings or attacks, or share an example.
         """
         if not reports:
             raise ValueError("`reports` must hold at least one report. Received: none")
         first = reports[0]
         for other in reports[1:]:
-            for what, one, two in (
-                ("model", first.provenance["model"], other.provenance["model"]),
-                ("settings", _without_shard(first.settings), _without_shard(other.settings)),
-                ("attacks", _described(first), _described(other)),
-            ):
-                if one != two:
+            for what in ("model", "undefended", "data"):
+                if first.provenance.get(what) != other.provenance.get(what):
                     raise ValueError(f"`reports` must be of one evaluation. Received: two of different {what}")
+            if _common(first) != _common(other):
+                raise ValueError("`reports` must be of one evaluation. Received: two of different settings or attacks")
         joined = [
             dict(zip(report.per_example, row, strict=True))
             for report in reports
@@ -192,19 +188,29 @@ class RobustnessReport:
         joined.sort(key=lambda row: row["index"])
         if len({row["index"] for row in joined}) < len(joined):
             raise ValueError("`reports` must be of different examples. Received: two that share some")
-        attacks = []
-        for same in zip(*(report.attacks for report in reports), strict=True):
-            tried = [report.accuracy[one["name"]]["tried"] for report, one in zip(reports, same, strict=True)]
-            seconds = sum(one["seconds"] for one in same)
-            attacks.append(same[0] | {"seconds": seconds, "tried": sum(tried)})
+
+        # A check is among the attacks only where it broke something.
+        attacks: dict[str, dict[str, Any]] = {}
+        for report in reports:
+            for one in report.attacks:
+                known = attacks.setdefault(one["name"], one | {"seconds": 0.0, "tried": 0})
+                known["seconds"] += one["seconds"]
+                known["tried"] += report.accuracy[one["name"]]["tried"]
+        ordered = sorted(attacks.values(), key=lambda one: one["name"].startswith("check:"))
+
         checks: dict[str, Check] = {}
         for check in (check for report in reports for check in report.checks):
-            known = checks.get(check.name)
-            if known is None or STATUSES.index(check.status) > STATUSES.index(known.status):
+            known_check = checks.get(check.name)
+            if known_check is None or STATUSES.index(check.status) > STATUSES.index(known_check.status):
                 checks[check.name] = check
-        settings = _without_shard(first.settings) | {"shards": len(reports)}
+        shards = [shard for report in reports for shard in report.settings.get("shards", [report.settings["shard"]])]
+        missing = 0 if None in shards else shards[0][1] - len(shards)
+        if missing:
+            meaning = "shards are missing: this is a report on the others"
+            checks["shards"] = Check("shards", "warn", missing, meaning)
+        settings = _without_shard(first.settings) | {"shards": shards}
         per_example = {name: [row[name] for row in joined] for name in first.per_example}
-        return cls(settings, attacks, list(checks.values()), per_example, first.provenance)
+        return cls(settings, ordered, list(checks.values()), per_example, first.provenance)
 
     def to_markdown(self) -> str:
         """The report as Markdown: a heading line, a table of attacks, a table of checks, failures first."""
@@ -308,7 +314,12 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
 
 
-def _or_none(value: float) -> float | None:
+def plain(value: Any) -> Any:
+    """A value as JSON takes it: None for what is no number."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -316,5 +327,8 @@ def _without_shard(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("shard", "shards")}
 
 
-def _described(report: RobustnessReport) -> list[tuple]:
-    return [(attack["name"], attack["settings"]) for attack in report.attacks]
+def _common(report: RobustnessReport) -> tuple:
+    """What the reports of all shards of one evaluation have in common."""
+    shard = report.settings.get("shard")
+    attacks = [(one["name"], one["settings"]) for one in report.attacks if not one["name"].startswith("check:")]
+    return _without_shard(report.settings), attacks, shard and shard[1]

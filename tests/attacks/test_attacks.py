@@ -190,6 +190,28 @@ def test_weights_are_looked_up_in_each_call():
     np.testing.assert_array_equal(withstands(Classifier(model), attack(model, x, y), y), expected)
 
 
+def test_the_weights_of_a_method_are_looked_up_too():
+    class Headed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = keras.layers.Dense(3, use_bias=False)
+
+        def logits(self, x):
+            return self.head(x)
+
+    model = Headed()
+    x, y = inputs()
+    model.head.build((None, 4))
+    model.head.set_weights([WEIGHTS])
+    attack = PGD(0.15, loss="margin", targeted=True)
+    attack(model.logits, x, y)
+    other = WEIGHTS[:, [1, 2, 0]]
+    model.head.set_weights([other])
+    y = (x @ other).argmax(1)
+    left = withstands(Classifier(linear_model(other)), attack(model.logits, x, y), y)
+    np.testing.assert_array_equal(left, exact_robust(x, y, 0.15, "inf", other))
+
+
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (6, 6, 3), (2, 6, 6, 3)])
 @both_norms
 def test_square_takes_inputs_of_any_number_of_axes(shape, norm):

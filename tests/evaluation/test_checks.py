@@ -54,6 +54,22 @@ def test_what_only_square_breaks_is_seen():
     assert checks["black_box"].status == "fail"
 
 
+def test_square_before_the_others_is_no_black_box_that_only_succeeds():
+    checks, _ = checks_of(linear_model(), attacks=("square", "apgd_t_margin"), suite="quick")
+    assert checks["black_box"].status == "pass"
+
+
+def test_a_check_that_ends_in_an_error_has_failed_and_loses_nothing(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("keras_drsl.evaluation.checks.objective", broken)
+    checks, report = checks_of(linear_model(), suite="quick")
+    assert checks["gradients"].status == "fail"
+    assert "RuntimeError: no" in checks["gradients"].meaning
+    assert report.images == 60
+
+
 def test_a_random_model_is_seen():
     checks, report = checks_of(keras.Sequential([keras.Input((4,)), Random(), linear_model()]), suite="quick")
     assert checks["deterministic"].status == "fail"
@@ -89,6 +105,8 @@ def test_with_an_undefended_model_its_fall_and_the_transfer_are_checked():
     assert checks["twin"].status == "warn"
     checks, _ = checks_of(linear_model(), undefended=linear_model(), suite="quick", eps=0.9)
     assert checks["twin"].status == "pass"
+    checks, _ = checks_of(linear_model(), undefended=linear_model(WEIGHTS * 0), suite="quick")
+    assert checks["twin"].status == "warn"
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])

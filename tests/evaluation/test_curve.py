@@ -1,5 +1,6 @@
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -47,7 +48,24 @@ def test_radii_that_are_none_are_refused(eps):
         robustness_curve(linear_model(), x, y, eps=eps, verbose=0)
 
 
-def test_arguments_it_does_not_take_are_named():
+def test_no_radius_is_evaluated_before_all_are_known_to_fit(capsys):
     x, y = inputs(5)
-    with pytest.raises(ValueError, match="`robustness_curve` does not take 'state_path'"):
-        robustness_curve(linear_model(), x, y, eps=[0.1], state_path="x")
+    with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"):
+        robustness_curve(linear_model(), x, y, eps=[0.1, 100], norm=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_believed_says_so():
+    class Random(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seed = keras.random.SeedGenerator(0)
+
+        def call(self, x):
+            return x + 0.3 * keras.random.normal(keras.ops.shape(x), seed=self.seed)
+
+    x, y = inputs(20)
+    model = keras.Sequential([keras.Input((4,)), Random(), linear_model()])
+    curve = robustness_curve(model, x, y, eps=[0.05], suite="quick", verbose=0)
+    assert not curve.trustworthy
+    assert not curve.to_dict()["trustworthy"]

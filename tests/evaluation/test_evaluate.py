@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 from keras_drsl import evaluate_robustness
-from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square, Transfer
 from keras_drsl.evaluation.suites import SUITES
 from tests.backends import BACKEND, on_tensorflow
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
@@ -109,7 +109,19 @@ class TestAccuracy:
             def _search(self, classifier, batch):
                 return 1 - batch.x
 
+        class Mixed(PGD):
+            def _search(self, classifier, batch):
+                found = np.array(super()._search(classifier, batch))
+                found[0], found[1] = 1 - batch.x[0], np.nan
+                return found
+
         x, y = inputs(40)
+        honest = evaluate_robustness(linear, x, y, eps=0.1, attacks=["pgd_ce"], suite="quick", **QUIET)
+        mixed = evaluate_robustness(linear, x, y, eps=0.1, attacks=[Mixed(0.1)], suite="quick", **QUIET)
+        assert not mixed.trustworthy
+        one, other = (report.per_example["broken_by"] for report in (honest, mixed))
+        assert other[2:] == one[2:]
+
         robust = exact_robust(x, y, 0.02, "inf")
         x, y = x[robust], y[robust]
         report = evaluate_robustness(linear, x, y, eps=0.01, attacks=[Cheat(0.01)], suite="quick", **QUIET)
@@ -163,6 +175,35 @@ class TestInputs:
         for name, one in merged.accuracy.items():
             assert one == pytest.approx(whole.accuracy[name])
 
+    def test_a_model_that_needs_its_shapes_while_it_is_traced(self):
+        class Flat(keras.layers.Layer):
+            def call(self, x):
+                return ops.reshape(x, (-1, x.shape[1] * x.shape[2] * x.shape[3]))
+
+        model = keras.Sequential([keras.Input((2, 2, 1)), Flat(), linear_model()])
+        x, y = inputs(20)
+        attacks = ["fgsm_ce", PGD(0.1), Square(0.1, queries=5)]
+        knobs = {"eps": 0.1, "attacks": attacks, "suite": "quick"}
+        report = evaluate_robustness(model, x.reshape(-1, 2, 2, 1), y, **knobs, **QUIET)
+        assert 0 < report.robust_accuracy < 1
+
+    def test_infinite_gradients_are_followed_too(self):
+        class Root(keras.layers.Layer):
+            def call(self, x):
+                return ops.sqrt(x)
+
+        weights = WEIGHTS - WEIGHTS.mean(1, keepdims=True)
+        model = keras.Sequential([keras.Input((4,)), Root(), linear_model(weights)])
+        x = np.where(np.arange(4) == 1, 0.0, inputs(40)[0]).astype("float32")
+        y = (np.sqrt(x) @ weights).argmax(1)
+        for norm in ("inf", 2):
+            knobs = {"eps": 0.2, "norm": norm, "suite": "quick"}
+            report = evaluate_robustness(model, x, y, attacks=["apgd_t_margin"], **knobs, **QUIET)
+            square = evaluate_robustness(model, x, y, attacks=["square"], **knobs, **QUIET)
+            assert next(check for check in report.checks if check.name == "perturbations").status == "pass"
+            # In L2 an infinite gradient towards the outside of the range still hides the others.
+            assert norm == 2 or report.robust_accuracy <= square.robust_accuracy + 0.05
+
     def test_another_range_of_inputs(self, linear):
         x, y = inputs(30)
         shifted = keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), linear])
@@ -204,6 +245,21 @@ class TestTheModelIsLeftAsItWas:
         assert self.state(model) == before
         np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
 
+    def test_though_it_draws_random_numbers(self):
+        class Random(keras.layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.seed = keras.random.SeedGenerator(0)
+
+            def call(self, x):
+                return x + 0.1 * keras.random.normal(ops.shape(x), seed=self.seed)
+
+        model = keras.Sequential([keras.Input((4,)), Random(), linear_model()])
+        x, y = inputs(10)
+        before = [ops.convert_to_numpy(one).tolist() for one in model.variables]
+        evaluate_robustness(model, x, y, eps=0.05, suite="quick", **QUIET)
+        assert [ops.convert_to_numpy(one).tolist() for one in model.variables] == before
+
     def test_after_an_exception(self):
         model, x, y = self.build()
         before = self.state(model)
@@ -234,6 +290,7 @@ class TestState:
         for other, what in (
             ((linear, x, y, 0.2), "settings"),
             ((linear_model(WEIGHTS * 2), x, y, 0.1), "model"),
+            ((linear_model(WEIGHTS, keras.layers.Rescaling(1.0)), x, y, 0.1), "model"),  # of the same weights
             ((linear, x[::-1].copy(), y[::-1].copy(), 0.1), "data"),
         ):
             with pytest.raises(ValueError, match=f"`state_path` must hold the state of this evaluation.*{what}"):
@@ -245,6 +302,17 @@ class TestState:
             assert path.read_text() == text
         path.write_text(before)
         evaluate_robustness(linear, x, y, eps=0.1, **knobs)
+
+    def test_transfer_from_another_model_is_another_evaluation(self, linear, tmp_path):
+        x, y = inputs(10)
+        for scale, fails in ((2, False), (3, True)):
+            attacks = [Transfer(linear_model(WEIGHTS[:, ::-1] * scale), PGD(0.1, steps=2))]
+            knobs = {"eps": 0.1, "attacks": attacks, "state_path": tmp_path / "state", "suite": "quick"}
+            if fails:
+                with pytest.raises(ValueError, match="another attacks"):
+                    evaluate_robustness(linear, x, y, **knobs, **QUIET)
+            else:
+                evaluate_robustness(linear, x, y, **knobs, **QUIET)
 
     @on_tensorflow
     def test_killed_three_times_it_ends_with_the_report_of_an_uninterrupted_run(self, tmp_path):
@@ -361,4 +429,10 @@ class TestBadInput:
             evaluate_robustness(linear_model(WEIGHTS, keras.layers.Softmax()), x, y, eps=0.1, from_logits=True, **QUIET)
         with pytest.raises(ValueError, match="`from_logits=False`, but the outputs of `model` are no probabilities"):
             evaluate_robustness(linear, x, y, eps=0.1, from_logits=False, **QUIET)
+        other = linear_model(WEIGHTS[:, :2])
+        with pytest.raises(ValueError, match="`undefended` must have the 3 classes of `model`. Received: 2"):
+            evaluate_robustness(linear, x, y, eps=0.1, undefended=other, state_path=state, **QUIET)
+        other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+        with pytest.raises(ValueError, match="`undefended` must be a classifier of the same inputs as `model`"):
+            evaluate_robustness(linear, x, y, eps=0.1, undefended=other, state_path=state, **QUIET)
         assert not os.path.exists(state)

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_drsl.evaluation.head import find_logits, fingerprint
+from keras_drsl.attacks.classifier import fingerprint
+from keras_drsl.evaluation.head import find_logits
 from tests.backends import BACKEND
 from tests.linear import WEIGHTS, inputs, linear_model
 
@@ -67,6 +68,34 @@ class Spoiled(keras.Model):
         return ops.softmax(self.head(x)) * 1.0 + 0.0
 
 
+def ensemble():
+    """Two heads whose probabilities are averaged: neither's logits are those of the whole."""
+    x = keras.Input((4,))
+    return keras.Model(x, layers.Average()([layers.Dense(3, activation="softmax")(x) for _ in range(2)]))
+
+
+class Guarded(keras.Model):
+    """A softmax whose small values are cut off."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        p = self.head(x)
+        p = ops.where(p < 0.05, 0.0, p)
+        return p / ops.sum(p, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("build", [ensemble, Guarded])
+def test_what_only_looks_like_the_logits_is_not_taken_for_them(build):
+    x, _ = inputs(20)
+    model = build()
+    model(x)
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    assert find_logits(model, x, None).kind == "probabilities"
+
+
 @pytest.mark.parametrize(
     "build", [sequential, softmax_layer, activation_layer, functional, nested, twice_nested, Subclassed, Computed]
 )
@@ -110,6 +139,9 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
     model.save(tmp_path / "model.keras")
     assert fingerprint(keras.models.load_model(tmp_path / "model.keras")) == before
     weights = model.get_weights()
+    other = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Softmax(axis=1)])
+    other.set_weights(weights)
+    assert fingerprint(other) != before  # the same weights in other layers
     weights[0][0, 0] += 1e-6
     model.set_weights(weights)
     assert fingerprint(model) != before

@@ -88,6 +88,18 @@ def test_merged_reports_count_all_examples():
     assert [attack["seconds"] for attack in merged.attacks] == [2.0, 4.0]
 
 
+def test_what_a_check_broke_in_one_shard_only_is_joined_and_a_missing_shard_is_told():
+    one, other = make(range(0, 20, 2), shard=[0, 3]), make(range(1, 20, 2), shard=[2, 3])
+    one.per_example["broken_by"][0] = "check:restarts"
+    one.attacks.append({"name": "check:restarts", "settings": {}, "seconds": 3.0, "tried": 5})
+    for merged in (RobustnessReport.merge([one, other]), RobustnessReport.merge([other, one])):
+        assert merged.robust_accuracy == 9 / 20
+        assert list(merged.accuracy) == ["first", "second", "check:restarts"]
+        assert merged.accuracy["check:restarts"]["tried"] == 5
+        (missing,) = [check for check in merged.checks if check.name == "shards"]
+        assert (missing.status, missing.value) == ("warn", 1)
+
+
 @pytest.mark.parametrize(
     ("other", "rule"),
     [
