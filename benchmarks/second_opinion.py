@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import rivals
+import torch
 
 import keras_drsl
 from keras_drsl.attacks import Classifier
@@ -29,14 +30,18 @@ def judge(kind, train, x, y, epochs):
     """Both verdicts on one model."""
     model = rivals.train(kind, *train, epochs=epochs, eps=EPS)
     report = keras_drsl.evaluate_robustness(model, x, y, eps=EPS, verbose=0)
-    ours = np.array([one is None for one in report.per_example["broken_by"]])
+    # What the checks broke beyond the suite does not count here.
+    ours = np.array([one is None or one.startswith("check:") for one in report.per_example["broken_by"]])
     twin = rivals.torch_twin(model)
     classifier = Classifier(model)
     x_adv = rivals.torchattacks_autoattack(twin, x, y, EPS)
     # Its points are tried on the model itself, and must lie in the ball.
     if np.abs(x_adv.astype("float64") - x).max() > EPS + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
         raise AssertionError("torchattacks left the ball")
-    theirs = ~is_wrong(classifier.logits(x_adv), y)
+    # What rounding makes of a point between twin and model is not held against AutoAttack.
+    with torch.no_grad():
+        by_twin = twin(rivals.to_torch(x_adv)).numpy()
+    theirs = ~(is_wrong(classifier.logits(x_adv), y) | is_wrong(by_twin, y))
     row = {
         "model": kind,
         "images": len(x),
