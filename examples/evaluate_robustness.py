@@ -27,6 +27,7 @@ from keras_drsl.evaluation import datasets
 
 LAM = 0.3
 CURVE = (0, 1 / 3, 2 / 3, 1, 4 / 3)  # the radii of the figure, in units of the first --eps
+CURVE_ATTACKS = ("apgd_ce", "apgd_t_margin")
 
 
 def main():
@@ -50,12 +51,12 @@ def main():
                 reports[label, eps] = evaluate(model, x, y, eps, out / f"robustness_{name}_eps{eps:.3g}.json", args)
             if args.curve:
                 radii = [factor * args.eps[0] for factor in CURVE]
-                knobs = {"suite": "quick", "max_samples": args.max_images, "verbose": 0}
+                knobs = {"attacks": CURVE_ATTACKS, "suite": "quick", "max_samples": args.max_images, "verbose": 0}
                 curves[label] = keras_drsl.robustness_curve(model, x, y, eps=radii, **knobs)
 
     for (label, eps), report in reports.items():
         print(f"\n{label}, eps {eps:.3g}\n{report}")
-    table = side_by_side(reports)
+    table = side_by_side(reports) + f"\nWritten by `{command(args)}`, the models trained with seed 0.\n"
     print("\n" + table)
     stem = out / f"robustness_{args.dataset}"
     stem.with_suffix(".md").write_text(table)
@@ -95,9 +96,23 @@ def evaluate(model, x, y, eps, path, args):
     report = keras_drsl.evaluate_robustness(
         model, x, y, eps=eps, suite=args.suite, max_samples=args.max_images, state_path=state
     )
+    report.provenance["command"] = command(args)
     report.to_json(path)
     state.unlink()
     return report
+
+
+def command(args):
+    """What to run to get the same again."""
+    words = ["python examples/evaluate_robustness.py"]
+    for name, value in vars(args).items():
+        if name not in ("out", "data_dir", "curve") and value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [
+                f"--{name.replace('_', '-')}",
+                *(f"{one:g}" if isinstance(one, float) else str(one) for one in values),
+            ]
+    return " ".join(words)
 
 
 def side_by_side(reports):
