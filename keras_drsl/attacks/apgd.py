@@ -3,15 +3,13 @@
 import numpy as np
 from keras import ops
 
-from keras_drsl import _arguments
 from keras_drsl.attacks import balls
-from keras_drsl.attacks.attack import Attack, Batch, search
+from keras_drsl.attacks.attack import Batch, search, where_rows
 from keras_drsl.attacks.classifier import Classifier
-from keras_drsl.attacks.objectives import LOSSES
-from keras_drsl.attacks.pgd import ascent, name_of, rival, where_rows
+from keras_drsl.attacks.gradient import GradientAttack, ascent, rival
 
 
-class APGD(Attack):
+class APGD(GradientAttack):
     """Gradient steps with momentum whose size is halved, from the best point so far, where progress ends.
 
     Use it for numbers to publish, with several losses: no step size to choose, so none to choose badly.
@@ -50,6 +48,8 @@ class APGD(Attack):
     parameter-free attacks", arXiv:2003.01690.
     """
 
+    _family = "apgd"
+
     def __init__(
         self,
         eps: float,
@@ -64,21 +64,8 @@ class APGD(Attack):
         clip_max: float = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
-        self.loss = _arguments.check_choice("loss", loss, LOSSES)
-        self.targeted = bool(targeted)
-        self.targets = _arguments.check_integer("targets", targets, at_least=1)
-        self.steps = _arguments.check_integer("steps", steps, at_least=1)
-        self.restarts = _arguments.check_integer("restarts", restarts, at_least=1)
-
-    @property
-    def name(self) -> str:
-        """What reports call the attack."""
-        return name_of("apgd", self.loss, self.targeted)
-
-    def runs(self, classes: int) -> int:
-        """How many runs an example that withstands them all goes through."""
-        return self.restarts * (min(self.targets, classes - 1) if self.targeted else 1)
+        threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, "seed": seed}
+        super().__init__(eps, loss=loss, targeted=targeted, targets=targets, steps=steps, restarts=restarts, **threat)
 
     def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         count = len(batch.x)

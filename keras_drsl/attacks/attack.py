@@ -214,6 +214,17 @@ def search(
     return best
 
 
+def misclassified(logits: Any, y: Any) -> Any:
+    """Where the prediction is not the true class, or none at all, shape `(batch,)`."""
+    wrong = ops.cast(ops.argmax(logits, axis=-1), "int32") != y
+    return ops.logical_or(wrong, ops.any(ops.isnan(logits), axis=-1))
+
+
+def where_rows(condition: Any, x: Any, other: Any) -> Any:
+    """`ops.where` for one condition a row."""
+    return ops.where(ops.reshape(condition, (-1,) + (1,) * (len(x.shape) - 1)), x, other)
+
+
 def _rows(values: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
     """Some rows of an array, the last of them repeated up to a count."""
     return np.asarray(values)[kept[np.minimum(np.arange(count), len(kept) - 1)]]

@@ -7,10 +7,9 @@ from keras import ops
 
 from keras_drsl import _arguments
 from keras_drsl.attacks import balls
-from keras_drsl.attacks.attack import Attack, Batch, search
+from keras_drsl.attacks.attack import Attack, Batch, misclassified, search, where_rows
 from keras_drsl.attacks.classifier import Classifier
 from keras_drsl.attacks.objectives import objective
-from keras_drsl.attacks.pgd import where_rows
 
 
 class Noise(Attack):
@@ -77,9 +76,7 @@ def keep_better(classifier: Classifier, rows: dict, x_adv: Any) -> dict:
     """The rows with `x_adv` as the best point where its margin is the largest so far."""
     logits = classifier(x_adv)
     margin = objective("margin", logits, rows["y"], rows["y"], targeted=False)
-    wrong = ops.logical_or(
-        ops.cast(ops.argmax(logits, axis=-1), "int32") != rows["y"], ops.any(ops.isnan(logits), axis=-1)
-    )
+    wrong = misclassified(logits, rows["y"])
     better = ops.logical_and(ops.logical_not(rows["broken"]), ops.logical_or(wrong, margin > rows["margin"]))
     return rows | {
         "best": where_rows(better, x_adv, rows["best"]),

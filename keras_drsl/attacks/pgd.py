@@ -1,18 +1,17 @@
 """Projected gradient descent, with its one-step form and momentum."""
 
-from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_drsl import _arguments, _backend
+from keras_drsl import _arguments
 from keras_drsl.attacks import balls
-from keras_drsl.attacks.attack import Attack, Batch, search
+from keras_drsl.attacks.attack import Batch, search, where_rows
 from keras_drsl.attacks.classifier import Classifier
-from keras_drsl.attacks.objectives import LOSSES, objective
+from keras_drsl.attacks.gradient import GradientAttack, ascent, rival
 
 
-class PGD(Attack):
+class PGD(GradientAttack):
     """Many gradient steps, each projected back into the ball around the input, from random starts.
 
     Use it for a quick look, with `loss="margin"`; for a number to publish use `APGD`, which needs no step size.
@@ -53,6 +52,8 @@ class PGD(Attack):
     momentum: Dong et al., "Boosting Adversarial Attacks with Momentum", arXiv:1710.06081.
     """
 
+    _family = "pgd"
+
     def __init__(
         self,
         eps: float,
@@ -70,28 +71,15 @@ class PGD(Attack):
         clip_max: float = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
-        self.loss = _arguments.check_choice("loss", loss, LOSSES)
-        self.targeted = bool(targeted)
-        self.targets = _arguments.check_integer("targets", targets, at_least=1)
-        self.steps = _arguments.check_integer("steps", steps, at_least=1)
+        threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, "seed": seed}
+        super().__init__(eps, loss=loss, targeted=targeted, targets=targets, steps=steps, restarts=restarts, **threat)
         self.step_size = _arguments.check_positive(
             "step_size", min(2.5 * self.eps / self.steps, self.eps) if step_size is None else step_size
         )
         self.momentum = _arguments.check_number(
             "momentum", momentum, "a number in [0, 1]", lambda number: 0 <= number <= 1
         )
-        self.restarts = _arguments.check_integer("restarts", restarts, at_least=1)
         self.random_start = bool(random_start)
-
-    @property
-    def name(self) -> str:
-        """What reports call the attack."""
-        return name_of("pgd", self.loss, self.targeted)
-
-    def runs(self, classes: int) -> int:
-        """How many runs an example that withstands them all goes through."""
-        return self.restarts * (min(self.targets, classes - 1) if self.targeted else 1)
 
     def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
         start = batch.x
@@ -144,6 +132,8 @@ class FGSM(PGD):
     Reference: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", arXiv:1412.6572.
     """
 
+    _family = "fgsm"
+
     def __init__(
         self,
         eps: float,
@@ -154,45 +144,6 @@ class FGSM(PGD):
         clip_max: float = 1.0,
     ) -> None:
         super().__init__(eps, loss=loss, steps=1, random_start=False, norm=norm, clip_min=clip_min, clip_max=clip_max)
-
-    @property
-    def name(self) -> str:
-        """What reports call the attack."""
-        return name_of("fgsm", self.loss, self.targeted)
-
-
-def name_of(family: str, loss: str, targeted: bool) -> str:
-    """What reports call an attack that follows a loss."""
-    return f"{family}_t_{loss}" if targeted else f"{family}_{loss}"
-
-
-def rival(batch: Batch, restarts: int) -> np.ndarray:
-    """The rival class a row's run is for, the one of the largest logit first, shape `(batch,)`."""
-    others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
-    order = np.argsort(-others, axis=1, kind="stable")
-    # Untargeted attacks may have more runs than there are rivals, and look at none.
-    place = np.minimum(batch.runs // restarts, order.shape[1] - 1)
-    return np.take_along_axis(order, place[:, None], axis=1)[:, 0].astype("int32")
-
-
-def ascent(classifier: Classifier, x_adv: Any, rows: dict, *, loss: str, targeted: bool) -> tuple[Any, Any, Any]:
-    """The attack's loss at a point, its gradient, and whether the point is misclassified."""
-
-    def value(x: Any) -> tuple[Any, Any]:
-        logits = classifier(x)
-        return objective(loss, logits, rows["y"], rows["target"], targeted=targeted), logits
-
-    values, logits, gradient = _backend.input_gradient(value, x_adv)
-    is_nan = ops.any(ops.isnan(logits), axis=-1)
-    wrong = ops.logical_or(ops.cast(ops.argmax(logits, axis=-1), "int32") != rows["y"], is_nan)
-    # A gradient may be infinite; its direction may not.
-    gradient = ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)
-    return values, gradient, wrong
-
-
-def where_rows(condition: Any, x: Any, other: Any) -> Any:
-    """`ops.where` for one condition a row."""
-    return ops.where(ops.reshape(condition, (-1,) + (1,) * (len(x.shape) - 1)), x, other)
 
 
 def pgd_step(
