@@ -48,7 +48,8 @@ def evaluate_robustness(
 
     An example is robust if the model classifies it correctly and no attack found a misclassified input within the
     threat model: `||x_adv - x|| <= eps`, all values in `[clip_min, clip_max]`. An attack works only on what those
-    before it left standing. The model is not changed.
+    before it left standing; those without gradients come last. Some checks attack too, up to 200 of the images still
+    standing, and what they break is broken. The model is not changed.
 
     Suites:
 
