@@ -5,16 +5,19 @@
     keras-drsl merge part0.json part1.json part2.json part3.json --out report.json
     keras-drsl show report.json
 
-Exit status: 0 for a finished evaluation, 2 for arguments or files that won't do, 3 with --strict if a check failed.
+Exit status: 0 for a finished evaluation, 2 for arguments or files that won't do, 3 with --strict if a check failed or,
+where reports are merged, a shard is missing.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import keras
 
+import keras_drsl
 from keras_drsl.evaluation import RobustnessReport, datasets, evaluate_robustness, files, robustness_curve
 from keras_drsl.evaluation.evaluate import check_threat
 from keras_drsl.evaluation.report import new_figure
@@ -50,6 +53,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     undefended = None if args.undefended is None else _load(args.undefended)
     if args.dataset in datasets.NAMES:
         _, (x, y) = datasets.load(args.dataset, args.data_dir)
+    elif not args.dataset.endswith(".npz"):
+        names = ", ".join(datasets.NAMES)
+        raise ValueError(f"`dataset` must be one of {names}, or an npz file. Received: dataset={args.dataset!r}")
     else:
         x, y = datasets.load_npz(args.dataset)
     knobs = {
@@ -59,7 +65,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         "clip_max": args.clip_max,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        "verbose": 0 if args.quiet else 1,
+        # A file or another program wants the report alone.
+        "verbose": 0 if args.quiet or not sys.stdout.isatty() else 1,
     }
     report = evaluate_robustness(
         model,
@@ -72,15 +79,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         state_path=args.state,
         **knobs,
     )
-    print(report)
-    if args.out is not None:
-        report.to_json(args.out, overwrite=args.overwrite)
     if args.plot is not None:
         span = args.clip_max - args.clip_min
         radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= span]
         at = report.per_example["index"]
         curve = robustness_curve(model, x[at], y[at], eps=radii, **knobs | {"suite": "quick"})
         curve.plot(args.plot, overwrite=args.overwrite)
+    if args.out is not None:
+        report.to_json(args.out, overwrite=args.overwrite)
+    print(report)
     return _status(report, args.strict)
 
 
@@ -89,7 +96,8 @@ def _merge(args: argparse.Namespace) -> int:
     report = RobustnessReport.merge([RobustnessReport.from_json(path) for path in args.reports])
     report.to_json(args.out, overwrite=args.overwrite)
     print(report)
-    return _status(report, args.strict)
+    incomplete = any(check.name == "shards" for check in report.checks)
+    return 3 if args.strict and incomplete else _status(report, args.strict)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -114,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="keras-drsl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=keras_drsl.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     evaluate = commands.add_parser("evaluate", help="evaluate the robustness of a saved model")
@@ -123,17 +132,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", required=True, help="digits, mnist or cifar10 (their test images), or an npz file with x and y"
     )
     evaluate.add_argument("--data-dir", help="where tensorflow-datasets has mnist or cifar10")
-    evaluate.add_argument("--eps", type=float, required=True, help="radius of the attacks, in units of the input")
+    evaluate.add_argument("--eps", type=_number, required=True, help="radius of the attacks, as 0.1 or 8/255")
     evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2")
-    evaluate.add_argument("--suite", choices=SUITES, default="standard")
+    evaluate.add_argument("--suite", choices=SUITES, default="standard", help="by default standard")
     evaluate.add_argument(
         "--undefended", metavar="MODEL.keras", help="a second model without a defence, for two checks"
     )
     evaluate.add_argument("--clip-min", type=float, default=0.0, help="the smallest valid input value")
     evaluate.add_argument("--clip-max", type=float, default=1.0, help="the largest valid input value")
     evaluate.add_argument("--max-samples", type=int, help="how many images, the first ones; by default all")
-    evaluate.add_argument("--batch-size", type=int, default=256)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch-size", type=int, default=256, help="images attacked together, by default 256")
+    evaluate.add_argument("--seed", type=int, default=0, help="of all randomness, by default 0")
     evaluate.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"
     )
@@ -150,13 +159,20 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a report")
     show.set_defaults(run=_show)
     show.add_argument("report", metavar="REPORT.json")
-    show.add_argument("--markdown", action="store_true")
+    show.add_argument("--markdown", action="store_true", help="as Markdown")
 
     for command in (evaluate, merge, show):
-        command.add_argument("--strict", action="store_true", help="exit with status 3 if a check failed")
+        command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")
     for command in (evaluate, merge):
         command.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return parser
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number, as 0.1 or 8/255. Received: {text!r}") from None
 
 
 def _norm(text: str) -> Any:

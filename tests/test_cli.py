@@ -32,6 +32,7 @@ def test_shards_are_evaluated_merged_and_shown(files, tmp_path, capsys):
     assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "whole.json") == 0
     merged, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("all", "whole"))
     assert merged["per_example"] == whole["per_example"]
+    assert cli.main(["merge", parts[0], "--out", str(tmp_path / "part.json"), "--strict"]) == 3
     capsys.readouterr()
     assert cli.main(["show", str(tmp_path / "all.json")]) == 0
     assert f"robust accuracy  {whole['robust_accuracy']:7.1%}" in capsys.readouterr().out
@@ -41,7 +42,7 @@ def test_shards_are_evaluated_merged_and_shown(files, tmp_path, capsys):
 
 def test_a_curve_is_drawn(files, tmp_path):
     pytest.importorskip("matplotlib")
-    assert evaluate(files, "--eps", 0.1, "--plot", tmp_path / "curve.png") == 0
+    assert evaluate(files, "--eps", "1/10", "--plot", tmp_path / "curve.png") == 0
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
@@ -66,6 +67,8 @@ def test_what_will_not_do_ends_with_status_2_and_a_reason(files, tmp_path, capsy
 
     (tmp_path / "there.json").write_text("mine")
     fails(lambda: evaluate(files), "--eps")
+    fails(lambda: evaluate(files, "--eps", "x"), "must be a number, as 0.1 or 8/255")
+    fails(lambda: cli.main(["evaluate", "m", "--dataset", "fashion", "--eps", "0.1"]), "`MODEL` must be a file")
     fails(lambda: evaluate(files, "--eps", 0), "`eps` must be a positive number")
     fails(lambda: evaluate(files, "--eps", 0.1, "--norm", "1"), "`norm` must be one of")
     fails(lambda: evaluate(files, "--eps", 0.1, "--shard", "3"), "must be I/N, as 0/4")

@@ -82,6 +82,10 @@ class Attack:
         """Every setting, by name, as JSON takes it."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
     def runs(self, classes: int) -> int:
         """How many runs an example that withstands them all goes through."""
         return self.restarts
@@ -126,7 +130,7 @@ class Attack:
         if looks_like_probabilities(logits):
             raise ValueError(
                 "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and "
-                "sum to 1. Give the model before its softmax."
+                "sum to 1. Give the model before its softmax: keras_drsl.evaluation.find_logits(model, x).classifier."
             )
         y = class_ids(y, len(x), logits.shape[1])
         ids = np.arange(len(x)) if ids is None else np.asarray(ids)

@@ -1,6 +1,5 @@
 """Projected gradient descent, with its one-step form and momentum."""
 
-
 import numpy as np
 from keras import ops
 

@@ -2,6 +2,7 @@
 
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
 from keras_drsl.evaluation.evaluate import evaluate_robustness
+from keras_drsl.evaluation.head import find_logits
 from keras_drsl.evaluation.report import Check, RobustnessReport
 
-__all__ = ["Check", "RobustnessCurve", "RobustnessReport", "evaluate_robustness", "robustness_curve"]
+__all__ = ["Check", "RobustnessCurve", "RobustnessReport", "evaluate_robustness", "find_logits", "robustness_curve"]

@@ -17,7 +17,7 @@ from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Classifier, Noise, Squar
 from keras_drsl.attacks.classifier import is_wrong, margins
 from keras_drsl.attacks.objectives import LOSSES, objective
 from keras_drsl.evaluation.head import Head
-from keras_drsl.evaluation.report import Check
+from keras_drsl.evaluation.report import Check, wilson
 
 IMAGES = 200  # how many examples a check looks at
 
@@ -129,6 +129,19 @@ def outputs(case: Case) -> Outcome:
         meaning = "the logits found behind the model's softmax do not always give its answer"
         return _outcome("outputs", "fail", float(np.abs(case.logits).max()), meaning)
     return _outcome("outputs", "pass", float(np.abs(case.logits).max()), found[case.head.kind] + "; the largest one")
+
+
+def clean_accuracy(case: Case) -> Outcome:
+    """Whether the model knows its task at all."""
+    right = int((~is_wrong(case.logits, case.y)).sum())
+    commonest = float(np.bincount(case.y).max() / len(case.y))
+    # A model that always says the same could do as well.
+    if wilson(right, len(case.y))[0] <= commonest:
+        meaning = (
+            "share classified correctly, no better than the commonest class: wrong labels, or inputs scaled wrongly?"
+        )
+        return _outcome("clean_accuracy", "warn", right / len(case.y), meaning)
+    return _outcome("clean_accuracy", "pass", right / len(case.y), "share classified correctly without an attack")
 
 
 def few_classes(case: Case) -> Outcome:
@@ -245,30 +258,28 @@ def unbounded(case: Case) -> Outcome:
 def converged(case: Case) -> Outcome:
     """Whether more steps would have broken more."""
     attack = case.attack(APGD, loss="margin", targeted=True, targets=3, steps=200)
-    return _more(
-        case, "converged", attack, "of the standing images fall to twice the steps against the three likeliest rivals"
-    )
+    return _more(case, "converged", attack, "twice the steps against the three likeliest rivals")
 
 
 def restarts(case: Case) -> Outcome:
     """Whether more random starts would have broken more."""
     attack = case.attack(APGD, loss="margin", targeted=True, targets=3)
     attack.seed = case.seed + 1
-    return _more(
-        case, "restarts", attack, "of the standing images fall to other starts against the three likeliest rivals"
-    )
+    return _more(case, "restarts", attack, "other starts against the three likeliest rivals")
 
 
 def noise(case: Case) -> Outcome:
     """Whether chance finds what the attacks did not."""
-    return _more(case, "noise", case.attack(Noise, points=20), "of the standing images fall to 20 random points")
+    return _more(case, "noise", case.attack(Noise, points=20), "20 random points of the ball")
 
 
 def black_box(case: Case) -> Outcome:
     """Whether attacks without gradients break what those with gradients could not."""
     only = sum(one in case.black_box for one in case.broken_by) / len(case.broken_by)
     status = "pass" if only <= 0.005 else "warn" if only <= 0.02 else "fail"
-    meaning = f"of all images fell only to {' and '.join(case.black_box)}: gradient attacks should have found them"
+    meaning = (
+        f"share of all images that fell only to {' and '.join(case.black_box)}: gradient attacks should have found them"
+    )
     return _outcome("black_box", status, only, meaning)
 
 
@@ -304,11 +315,11 @@ def transfer(case: Case) -> Outcome:
     """Whether attacks made on a model without a defence break more."""
     assert case.twin is not None
     attack = Transfer(case.twin.classifier, case.attack(APGD, loss="margin"))
-    return _more(case, "transfer", attack, "of the standing images fall to attacks on the undefended model")
+    return _more(case, "transfer", attack, "attacks made on the undefended model")
 
 
 # What needs no attack to be known, and what does.
-BEFORE = (outputs, deterministic, gradients, logit_scale)
+BEFORE = (clean_accuracy, outputs, deterministic, gradients, logit_scale)
 AFTER = {
     "quick": (perturbations, noise),
     "cleverhans": (perturbations, noise),
@@ -414,7 +425,7 @@ def _largest_eps(case: Case) -> float:
     return span if case.threat["norm"] == "inf" else span * math.sqrt(math.prod(case.x.shape[1:]))
 
 
-def _more(case: Case, name: str, attack: Attack, meaning: str) -> Outcome:
+def _more(case: Case, name: str, attack: Attack, what: str) -> Outcome:
     """A check that attacks what still stands."""
     standing = case.standing
     if len(standing.x) == 0:
@@ -422,6 +433,7 @@ def _more(case: Case, name: str, attack: Attack, meaning: str) -> Outcome:
     withstood = standing.withstand(attack)
     share = float(1 - withstood.mean())
     status = "pass" if share <= 0.01 else "warn" if share <= 0.05 else "fail"
+    meaning = f"share of {len(withstood)} standing images that fall to {what}"
     return Outcome(Check(name, status, share, meaning), standing.ids[~withstood].tolist())
 
 

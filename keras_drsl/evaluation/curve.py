@@ -47,6 +47,17 @@ class RobustnessCurve:
         """The robust accuracy at each radius, in [0, 1], never rising; at radius 0 the clean accuracy."""
         return [float((self.breaking_eps > eps).mean()) for eps in self.eps]
 
+    def __str__(self) -> str:
+        lines = (
+            [] if self.trustworthy else ["NOT TRUSTWORTHY: a check failed. The accuracies are at best upper bounds."]
+        )
+        count = len(self.breaking_eps)
+        lines.append(f"{'eps':>10}{'robust':>9}   95 % interval, {count} examples, norm {self.settings['norm']}")
+        for eps, share in zip(self.eps, self.accuracy, strict=True):
+            low, high = wilson(round(share * count), count)
+            lines.append(f"{eps:>10.4g}{share:>9.1%}   {low:.1%} to {high:.1%}")
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
         content = {
@@ -97,6 +108,8 @@ class RobustnessCurve:
             axes.fill_between(curve.eps, 100 * bounds[:, 0], 100 * bounds[:, 1], color=line.get_color(), alpha=0.2)
         axes.set(xlabel=f"eps (norm {self.settings['norm']})", ylabel="robust accuracy (%)", ylim=(0, 101))
         doubt = "" if all(curve.trustworthy for _, curve in curves) else ", NOT TRUSTWORTHY: a check failed"
+        if self.settings["suite"] == "quick":
+            doubt = ", an upper bound" + doubt
         axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
         axes.grid(alpha=0.3)
         if label is not None or others:
@@ -139,7 +152,7 @@ def robustness_curve(
         batch_size: how many examples are attacked together.
         max_samples: how many examples to evaluate, the first ones; None for all.
         seed: the seed of all randomness, >= 0.
-        verbose: 0 for silence, 1 for progress bars.
+        verbose: 0 for silence, 1 for a line a radius.
 
     Returns:
         A `RobustnessCurve`.
@@ -157,6 +170,8 @@ def robustness_curve(
     """
     check_model("model", model)
     threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+    if isinstance(eps, str) or not isinstance(eps, Iterable):
+        raise ValueError(f"`eps` must hold several radii. Received: eps={eps!r}")
     threats = [None if one == 0 else check_threat(one, **threat) for one in eps]
     radii = [0.0 if one is None else one["eps"] for one in threats]
     if not radii or radii != sorted(set(radii)):
@@ -188,13 +203,13 @@ def robustness_curve(
             standing = np.isinf(breaking)
             if radius == 0 or not standing.any():
                 continue
-            if verbose:
-                print(f"eps {radius:.4g}")
             left = Examples(examples.x[standing], labels[standing], examples.ids[standing], examples.digest)
-            report = evaluate_examples(head, None, left, plan, state_path=None, verbose=verbose)
+            report = evaluate_examples(head, None, left, plan, state_path=None, verbose=0)
             broken = [one is not None for one in report.per_example["broken_by"]]
             breaking[np.flatnonzero(standing)[broken]] = radius
             checks[radius] = report.checks
+            if verbose:
+                print(f"eps {radius:.4g}: robust {np.isinf(breaking).mean():.1%}", flush=True)
     norm = plans[0].threat["norm"]
     kept = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, **settings, "examples": len(breaking)}
     return RobustnessCurve(radii, breaking, kept, checks)

@@ -8,7 +8,10 @@ def check_new(name: str, path: str | os.PathLike, *, overwrite: bool = False) ->
     """The path if a file can be written there and none is lost by it, or `ValueError`."""
     path = Path(path)
     if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"`{name}` must be a path where nothing is yet. Received: {name}={str(path)!r}, which exists")
+        raise ValueError(
+            f"`{name}` must be a path where nothing is yet. Received: {name}={str(path)!r}, which exists (to replace it, "
+            "say so by `overwrite`)"
+        )
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         probe.touch()

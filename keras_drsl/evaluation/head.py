@@ -31,13 +31,16 @@ class Head(NamedTuple):
         return is_wrong(self.model.logits(x), y)
 
 
-def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None) -> Head:
-    """Find the logits of a model, or `ValueError` if its outputs are none and no probabilities either.
+def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None = None) -> Head:
+    """Find the logits of a model, behind its softmax if it ends with one; its `classifier` is what attacks take.
 
     Args:
         model: a classifier.
         x: a few inputs to try it on.
         from_logits: what its outputs are said to be; None to look.
+
+    Raises:
+        ValueError: if the outputs are neither logits nor probabilities, or not what `from_logits` says.
     """
     own = Classifier(model)
     outputs = own.logits(x)

@@ -202,12 +202,14 @@ class RobustnessReport:
         for check in (check for report in reports for check in report.checks):
             known_check = checks.get(check.name)
             if known_check is None or STATUSES.index(check.status) > STATUSES.index(known_check.status):
-                checks[check.name] = check
+                worst = f"{check.meaning} (the worst of {len(reports)} shards)"
+                checks[check.name] = Check(check.name, check.status, check.value, worst)
         shards = [shard for report in reports for shard in report.settings.get("shards", [report.settings["shard"]])]
-        missing = 0 if None in shards else shards[0][1] - len(shards)
+        count = shards[0] and shards[0][1]
+        missing = [f"{one}/{count}" for one in range(count or 0) if [one, count] not in shards]
         if missing:
-            meaning = "shards are missing: this is a report on the others"
-            checks["shards"] = Check("shards", "warn", missing, meaning)
+            meaning = f"shards are missing, {', '.join(missing)}: this is a report on the others"
+            checks["shards"] = Check("shards", "warn", len(missing), meaning)
         settings = _without_shard(first.settings) | {"shards": shards}
         per_example = {name: [row[name] for row in joined] for name in first.per_example}
         return cls(settings, ordered, list(checks.values()), per_example, first.provenance)

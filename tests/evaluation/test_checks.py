@@ -36,8 +36,14 @@ def test_a_model_without_fault_passes_them_all():
     # Of two classes: with more, the cross-entropy's attacks are not exact on a linear model, which a check says.
     checks, report = checks_of(linear_model(WEIGHTS[:, :2]), attacks=("apgd_t_margin", "noise"), classes=2)
     assert {name for name, check in checks.items() if check.status != "pass"} == set()
-    assert len(checks) == 14
+    assert len(checks) == 15
     assert report.trustworthy
+
+
+def test_wrong_labels_are_seen():
+    x, y = inputs(60)
+    report = evaluate_robustness(linear_model(), x, (y + 1) % 3, eps=0.1, suite="quick", verbose=0)
+    assert next(check for check in report.checks if check.name == "clean_accuracy").status == "warn"
 
 
 def test_a_hidden_gradient_is_seen():

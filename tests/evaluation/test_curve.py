@@ -41,7 +41,7 @@ def test_a_model_that_is_wrong_without_an_attack_has_a_curve():
     assert curve.accuracy == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("eps", [[], [0.2, 0.1], [0.1, 0.1], [-0.1], [0.1, 2]])
+@pytest.mark.parametrize("eps", [[], [0.2, 0.1], [0.1, 0.1], [-0.1], [0.1, 2], 0.1, "0.1"])
 def test_radii_that_are_none_are_refused(eps):
     x, y = inputs(5)
     with pytest.raises(ValueError, match="`eps` must"):
@@ -69,3 +69,4 @@ def test_what_cannot_be_believed_says_so():
     curve = robustness_curve(model, x, y, eps=[0.05], suite="quick", verbose=0)
     assert not curve.trustworthy
     assert not curve.to_dict()["trustworthy"]
+    assert str(curve).startswith("NOT TRUSTWORTHY")
