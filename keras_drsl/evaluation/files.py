@@ -9,8 +9,8 @@ def check_new(name: str, path: str | os.PathLike, *, overwrite: bool = False) ->
     path = Path(path)
     if path.exists() and not (overwrite and path.is_file()):
         raise ValueError(
-            f"`{name}` must be a path where nothing is yet. Received: {name}={str(path)!r}, which exists (to replace it, "
-            "say so by `overwrite`)"
+            f"`{name}` must be a path where nothing is yet. Received: {name}={str(path)!r}, which exists (to replace "
+            "it, say so by `overwrite`)"
         )
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
