@@ -21,7 +21,6 @@ from keras_drsl.evaluation.report import Check, wilson
 
 IMAGES = 200  # how many examples a check looks at
 
-
 # Attacks that see no gradient of the model.
 BLACK_BOX = (Square, Noise, Transfer)
 
