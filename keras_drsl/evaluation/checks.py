@@ -247,7 +247,8 @@ def budget(case: Case) -> Outcome:
 def unbounded(case: Case) -> Outcome:
     """Whether an attack without bounds breaks everything."""
     case = case.correct
-    attack = case.attack(PGD, eps=_largest_eps(case), loss="margin", steps=50)
+    # Of the suite's strongest kind: a lone PGD stalls on models that the suite breaks.
+    attack = case.attack(APGD, eps=_largest_eps(case), loss="margin", targeted=True, targets=3)
     left = case.accuracy(attack)
     status = "pass" if left == 0 else "warn" if left <= 0.02 else "fail"
     meaning = "accuracy left when any valid input is allowed; above 0, the attack cannot follow the gradient"
