@@ -432,7 +432,7 @@ def _more(case: Case, name: str, attack: Attack, what: str) -> Outcome:
         return Outcome(Check(name, "pass", 0.0, "nothing was left standing to try it on"), [])
     withstood = standing.withstand(attack)
     share = float(1 - withstood.mean())
-    status = "pass" if share <= 0.01 else "warn" if share <= 0.05 else "fail"
+    status = "pass" if share <= 0.01 + 1e-9 else "warn" if share <= 0.05 + 1e-9 else "fail"
     meaning = f"share of {len(withstood)} standing images that fall to {what}"
     return Outcome(Check(name, status, share, meaning), standing.ids[~withstood].tolist())
 
