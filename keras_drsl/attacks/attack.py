@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_drsl import _arguments, _backend
 from keras_drsl.attacks import balls
-from keras_drsl.attacks.classifier import Classifier, class_ids, is_wrong, looks_like_probabilities, margins
+from keras_drsl.attacks.classifier import Classifier, as_array, class_ids, is_wrong, looks_like_probabilities, margins
 
 
 class Batch(NamedTuple):
@@ -115,14 +115,10 @@ class Attack:
             ValueError: for inputs outside the clip range, labels that don't match or are no classes, or a function
                 that returns probabilities.
         """
-        x = np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x, dtype="float32")
+        x = np.asarray(as_array(x), dtype="float32")
         if len(x) == 0:
             return x
-        if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
-            raise ValueError(
-                f"`x` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
-                f"Received: values from {x.min():g} to {x.max():g}"
-            )
+        balls.check_range("x", x, self.clip_min, self.clip_max)
         classifier = self._last
         if classifier is None or logits_fn not in (classifier, classifier.logits_fn) or not classifier.stays_current:
             classifier = self._last = Classifier.of(logits_fn)

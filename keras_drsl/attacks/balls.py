@@ -8,6 +8,15 @@ from keras import ops
 NORMS = ("inf", 2)
 
 
+def check_range(name: str, x: np.ndarray, clip_min: float, clip_max: float) -> None:
+    """`ValueError` unless all values lie in the valid range; NaN does not."""
+    if not (x.min() >= clip_min and x.max() <= clip_max):
+        raise ValueError(
+            f"`{name}` must lie in [clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]. "
+            f"Received: values from {x.min():g} to {x.max():g}"
+        )
+
+
 def size(delta: np.ndarray, norm: str | int) -> np.ndarray:
     """The norm of each row of an array, in float64."""
     delta = np.abs(delta.reshape(len(delta), -1).astype("float64"))

@@ -125,9 +125,14 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def as_array(x: Any) -> np.ndarray:
+    """An array of a tensor, a list or an array."""
+    return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
+
+
 def class_ids(y: Any, count: int, classes: int) -> np.ndarray:
     """Labels of any form as class ids `(count,)`, int32, or `ValueError`."""
-    y = np.asarray(ops.convert_to_numpy(y) if ops.is_tensor(y) else y)
+    y = as_array(y)
     if y.ndim == 2 and y.shape[1] in (1, classes):
         if y.shape[1] > 1 and not (y.max(axis=1) > 0).all():
             raise ValueError(f"`y` must name a class in each row. Received: row {np.argmin(y.max(axis=1))} of zeros")

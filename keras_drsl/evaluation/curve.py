@@ -8,14 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _arguments
 from keras_drsl.attacks.classifier import class_ids
 from keras_drsl.evaluation import files
-from keras_drsl.evaluation.evaluate import Plan, check_inputs, check_model, check_threat, evaluate_examples
+from keras_drsl.evaluation.evaluate import check_inputs, check_model, check_threat, evaluate_examples, make_plan
 from keras_drsl.evaluation.examples import Examples, read_examples
 from keras_drsl.evaluation.head import find_logits, unchanged
 from keras_drsl.evaluation.report import Check, new_figure, plain, wilson
-from keras_drsl.evaluation.suites import make_attacks
 
 
 class RobustnessCurve:
@@ -176,21 +174,15 @@ def robustness_curve(
     radii = [0.0 if one is None else one["eps"] for one in threats]
     if not radii or radii != sorted(set(radii)):
         raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={list(eps)}")
-    settings = {
-        "suite": suite if attacks is None else "custom",
-        "checks": suite,
-        "seed": _arguments.check_integer("seed", seed, at_least=0),
-        "batch_size": _arguments.check_integer("batch_size", batch_size, at_least=1),
-        "max_samples": max_samples,
-        "shard": None,
-    }
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=None)
     plans = []
     for one in threats:
         # Radius 0 is known from any other.
         known = one or check_threat(1e-6 * (clip_max - clip_min), **threat)
         check_inputs(examples.x, known)
-        plans.append(Plan(suite, make_attacks(suite, attacks, known, seed), known, known | settings))
+        plans.append(
+            make_plan(suite, attacks, known, seed=seed, batch_size=batch_size, max_samples=max_samples, shard=None)
+        )
 
     breaking, checks = np.full(len(examples.x), np.inf), {}
     with unchanged(model):
@@ -210,6 +202,5 @@ def robustness_curve(
             checks[radius] = report.checks
             if verbose:
                 print(f"eps {radius:.4g}: robust {np.isinf(breaking).mean():.1%}", flush=True)
-    norm = plans[0].threat["norm"]
-    kept = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, **settings, "examples": len(breaking)}
-    return RobustnessCurve(radii, breaking, kept, checks)
+    kept = {key: value for key, value in plans[0].settings.items() if key != "eps"}
+    return RobustnessCurve(radii, breaking, kept | {"examples": len(breaking)}, checks)

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_drsl import _arguments, _backend
-from keras_drsl.attacks import Attack, Classifier
+from keras_drsl.attacks import Attack, Classifier, balls
 from keras_drsl.attacks.classifier import class_ids, fingerprint, is_wrong
 from keras_drsl.evaluation import checks
 from keras_drsl.evaluation.examples import Examples, digest, read_examples
@@ -102,20 +102,7 @@ def evaluate_robustness(
     """
     check_model("model", model)
     threat = check_threat(eps, norm, clip_min, clip_max)
-    plan = Plan(
-        suite=suite,
-        attacks=make_attacks(suite, attacks, threat, _arguments.check_integer("seed", seed, at_least=0)),
-        threat=threat,
-        settings={
-            **threat,
-            "suite": suite if attacks is None else "custom",
-            "checks": suite,
-            "seed": seed,
-            "batch_size": _arguments.check_integer("batch_size", batch_size, at_least=1),
-            "max_samples": max_samples,
-            "shard": None if shard is None else list(_check_shard(shard)),
-        },
-    )
+    plan = make_plan(suite, attacks, threat, seed=seed, batch_size=batch_size, max_samples=max_samples, shard=shard)
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard)
     check_inputs(examples.x, threat)
     with unchanged(model, undefended):
@@ -138,6 +125,33 @@ class Plan(NamedTuple):
     attacks: dict[str, Attack]
     threat: dict[str, Any]
     settings: dict[str, Any]
+
+
+def make_plan(
+    suite: str,
+    attacks: Iterable[Any] | None,
+    threat: dict[str, Any],
+    *,
+    seed: int,
+    batch_size: int,
+    max_samples: int | None,
+    shard: tuple[int, int] | None,
+) -> Plan:
+    """What the arguments of an evaluation ask for, or `ValueError`."""
+    return Plan(
+        suite=suite,
+        attacks=make_attacks(suite, attacks, threat, _arguments.check_integer("seed", seed, at_least=0)),
+        threat=threat,
+        settings={
+            **threat,
+            "suite": suite if attacks is None else "custom",
+            "checks": suite,
+            "seed": seed,
+            "batch_size": _arguments.check_integer("batch_size", batch_size, at_least=1),
+            "max_samples": max_samples,
+            "shard": None if shard is None else list(_check_shard(shard)),
+        },
+    )
 
 
 def evaluate_examples(
@@ -183,7 +197,7 @@ def evaluate_examples(
     before, after = checks.choose(plan.suite, case)
     _run_checks(before, case, state, verbose)
     for name, attack in attacks.items():
-        _run_attack(name, attack, head, examples, plan.threat, batch_size, state, verbose)
+        _run_attack(name, attack, case, state, verbose)
     _run_checks(after, case, state, verbose)
 
     found = [Check(**state.checks[check.__name__]) for check in before + after]
@@ -229,11 +243,7 @@ def check_threat(eps: Any, norm: Any, clip_min: Any, clip_max: Any) -> dict[str,
 def check_inputs(x: np.ndarray, threat: dict[str, Any]) -> None:
     """`ValueError` for inputs the threat model does not fit."""
     low, high = threat["clip_min"], threat["clip_max"]
-    if not (x.min() >= low and x.max() <= high):
-        raise ValueError(
-            f"`x_or_dataset` must lie in [clip_min, clip_max] = [{low:g}, {high:g}]. "
-            f"Received: values from {x.min():g} to {x.max():g}"
-        )
+    balls.check_range("x_or_dataset", x, low, high)
     largest = (high - low) * math.sqrt(math.prod(x.shape[1:]))
     if threat["norm"] == 2 and threat["eps"] > largest:
         raise ValueError(
@@ -271,20 +281,11 @@ def _in_batches(classifier: Classifier, x: np.ndarray, batch_size: int) -> np.nd
     return np.concatenate([classifier.logits(x[at : at + batch_size]) for at in range(0, len(x), batch_size)])
 
 
-def _run_attack(
-    name: str,
-    attack: Attack,
-    head: Head,
-    examples: Examples,
-    threat: dict[str, Any],
-    batch_size: int,
-    state: State,
-    verbose: int,
-) -> None:
+def _run_attack(name: str, attack: Attack, case: checks.Case, state: State, verbose: int) -> None:
     """Attack what stands, batch by batch, from where the state says."""
     # What stood when the attack began, whatever it has broken since.
     standing = np.array([place for place, one in enumerate(state.broken_by) if one in (None, name)], dtype=int)
-    starts = range(0, len(standing), batch_size)
+    starts = range(0, len(standing), case.batch_size)
     state.done.setdefault(name, 0)
     state.seconds.setdefault(name, 0.0)
     bar = keras.utils.Progbar(len(standing), stateful_metrics=["standing"], verbose=1) if verbose and starts else None
@@ -294,17 +295,17 @@ def _run_attack(
         if place < state.done[name]:
             continue
         began = time.perf_counter()
-        at = standing[start : start + batch_size]
-        x, y = examples.x[at], examples.y[at]
-        x_adv = attack(head.classifier, x, y, ids=examples.ids[at], batch_size=batch_size)
-        for one in at[checks.breaks(head, x_adv, x, y, threat, state.audit)]:
+        at = standing[start : start + case.batch_size]
+        x, y = case.x[at], case.y[at]
+        x_adv = attack(case.head.classifier, x, y, ids=case.ids[at], batch_size=case.batch_size)
+        for one in at[checks.breaks(case.head, x_adv, x, y, case.threat, case.audit)]:
             state.broken_by[one] = name
         state.done[name] = place + 1
         state.seconds[name] += time.perf_counter() - began
         state.save()
         if bar:
             left = state.broken_by.count(None) / len(state.broken_by)
-            bar.update(min(start + batch_size, len(standing)), values=[("standing", left)])
+            bar.update(min(start + case.batch_size, len(standing)), values=[("standing", left)])
 
 
 def _run_checks(chosen: list[checks.Rule], case: checks.Case, state: State, verbose: int) -> None:

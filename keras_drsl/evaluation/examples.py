@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _arguments
+from keras_drsl.attacks.classifier import as_array
 
 
 class Examples(NamedTuple):
@@ -35,7 +36,7 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
         if y is None:
             raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
-        x, y = _array(x)[:max_samples], _array(y)[:max_samples]
+        x, y = as_array(x)[:max_samples], as_array(y)[:max_samples]
     else:
         if y is not None:
             raise ValueError(
@@ -66,10 +67,6 @@ def digest(*arrays: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def _array(x: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
-
-
 def _collect(dataset: Any, max_samples: int | None) -> tuple[np.ndarray, np.ndarray]:
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
@@ -80,7 +77,7 @@ def _collect(dataset: Any, max_samples: int | None) -> tuple[np.ndarray, np.ndar
                 "`x_or_dataset` must give batches (inputs, labels), maybe with sample weights, which are not used. "
                 f"Received: {type(batch).__name__}"
             )
-        one, labels = _array(batch[0]), _array(batch[1])
+        one, labels = as_array(batch[0]), as_array(batch[1])
         if one.ndim == 0 or labels.ndim == 0 or len(one) != len(labels):
             raise ValueError(
                 "`x_or_dataset` must give batches of as many labels as inputs (a tf.data.Dataset: call `.batch`). "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Noise, Square
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Noise, Square, cleverhans
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm_ce": FGSM,
@@ -21,14 +21,13 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "square": Square,
     "noise": Noise,
 }
-CLEVERHANS = ("fgm", "pgd", "bim", "madry", "mim")
 NOT_OFFERED = {
-    "carlini_wagner_l2": "it stops with an error on Keras 3's optimizers and, made to run, reports 100 % robust",
-    "spsa": "it stops with an error on Keras 3's optimizers and takes one image at a time",
+    "carlini_wagner_l2": cleverhans.NOT_OFFERED["CarliniWagnerL2"],
+    "spsa": cleverhans.NOT_OFFERED["SPSA"],
 }
 SUITES = {
     "quick": ("fgsm_ce", partial(PGD, loss="margin", steps=20)),
-    "cleverhans": tuple(f"cleverhans_{name}" for name in CLEVERHANS),
+    "cleverhans": tuple(f"cleverhans_{name}" for name in cleverhans.BY_NAME),
     "standard": ("apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"),
 }
 
@@ -72,9 +71,7 @@ def _make(one: Any, threat: dict[str, Any], seed: int) -> Attack:
         name = one.removeprefix("cleverhans_")
         if name in NOT_OFFERED:
             raise ValueError(f"`attacks` cannot hold {one!r} of cleverhans: {NOT_OFFERED[name]}")
-        if one.startswith("cleverhans_") and name in CLEVERHANS:
-            from keras_drsl.attacks import cleverhans
-
+        if one.startswith("cleverhans_") and name in cleverhans.BY_NAME:
             one = cleverhans.BY_NAME[name]
         elif one in ATTACKS:
             one = ATTACKS[one]

@@ -9,6 +9,7 @@ from keras_drsl.attacks import APGD, FGSM, PGD, Classifier, Noise, Square, Trans
 from keras_drsl.attacks.apgd import checkpoints
 from keras_drsl.attacks.square import bump, tiling, window_shape
 from tests.backends import on_tensorflow
+from tests.layers import Quantised
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
 ATTACKS = {
@@ -119,13 +120,6 @@ def test_huge_logits_blind_the_cross_entropy_and_nothing_else():
     left = lambda attack: withstands(huge, attack(huge, x, y), y)
     assert left(APGD(0.15)).mean() > expected.mean() + 0.1
     np.testing.assert_array_equal(left(APGD(0.15, loss="margin", targeted=True)), expected)
-
-
-class Quantised(keras.layers.Layer):
-    """Inputs rounded to steps of 0.1, with no gradient."""
-
-    def call(self, x):
-        return ops.round(x * 10) / 10
 
 
 def test_a_model_that_hides_its_gradient_falls_to_square_and_to_transfer_only():

@@ -7,23 +7,8 @@ from keras import ops
 
 from keras_drsl import evaluate_robustness
 from keras_drsl.evaluation.checks import breakable
+from tests.layers import Quantised, Random
 from tests.linear import WEIGHTS, inputs, linear_model
-
-
-class Quantised(keras.layers.Layer):
-    """Inputs rounded to steps of 0.1, with no gradient."""
-
-    def call(self, x):
-        return ops.round(x * 10) / 10
-
-
-class Random(keras.layers.Layer):
-    def __init__(self):
-        super().__init__()
-        self.seed = keras.random.SeedGenerator(0)
-
-    def call(self, x):
-        return x + 0.3 * keras.random.normal(ops.shape(x), seed=self.seed)
 
 
 def checks_of(model, *, eps=0.15, attacks=("apgd_t_margin",), classes=3, **knobs):

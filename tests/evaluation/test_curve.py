@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_drsl import robustness_curve
+from tests.layers import Random
 from tests.linear import distance, inputs, linear_model
 
 RADII = [0.0, 0.05, 0.1, 0.2, 0.3]
@@ -56,14 +57,6 @@ def test_no_radius_is_evaluated_before_all_are_known_to_fit(capsys):
 
 
 def test_what_cannot_be_believed_says_so():
-    class Random(keras.layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.seed = keras.random.SeedGenerator(0)
-
-        def call(self, x):
-            return x + 0.3 * keras.random.normal(keras.ops.shape(x), seed=self.seed)
-
     x, y = inputs(20)
     model = keras.Sequential([keras.Input((4,)), Random(), linear_model()])
     curve = robustness_curve(model, x, y, eps=[0.05], suite="quick", verbose=0)

@@ -15,6 +15,7 @@ from keras_drsl import evaluate_robustness
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square, Transfer
 from keras_drsl.evaluation.suites import SUITES
 from tests.backends import BACKEND, on_tensorflow
+from tests.layers import Random
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
 QUIET = {"verbose": 0}
@@ -246,15 +247,7 @@ class TestTheModelIsLeftAsItWas:
         np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
 
     def test_though_it_draws_random_numbers(self):
-        class Random(keras.layers.Layer):
-            def __init__(self):
-                super().__init__()
-                self.seed = keras.random.SeedGenerator(0)
-
-            def call(self, x):
-                return x + 0.1 * keras.random.normal(ops.shape(x), seed=self.seed)
-
-        model = keras.Sequential([keras.Input((4,)), Random(), linear_model()])
+        model = keras.Sequential([keras.Input((4,)), Random(0.1), linear_model()])
         x, y = inputs(10)
         before = [ops.convert_to_numpy(one).tolist() for one in model.variables]
         evaluate_robustness(model, x, y, eps=0.05, suite="quick", **QUIET)

@@ -1,0 +1,23 @@
+"""Layers that make a model's robustness hard to judge."""
+
+import keras
+from keras import ops
+
+
+class Quantised(keras.layers.Layer):
+    """Inputs rounded to steps of 0.1, with no gradient."""
+
+    def call(self, x):
+        return ops.round(x * 10) / 10
+
+
+class Random(keras.layers.Layer):
+    """Inputs with noise on them, another in each pass."""
+
+    def __init__(self, scale=0.3):
+        super().__init__()
+        self.scale = scale
+        self.seed = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + self.scale * keras.random.normal(ops.shape(x), seed=self.seed)
