@@ -20,7 +20,7 @@ test-slow: .venv/test
 
 # The tests of what runs on every backend, each in an environment of its own.
 BACKEND_TESTS := tests/test_spread.py tests/test_one_pass.py tests/test_metrics.py tests/losses tests/attacks tests/evaluation \
-	tests/test_distribution.py tests/test_benchmarks.py
+	tests/test_distribution.py tests/test_benchmarks.py tests/test_training.py tests/test_callbacks.py
 # No build of torch for a graphics card is needed to test on a processor; 2.13.0 has one without.
 TORCH ?= torch==2.13.0
 

@@ -13,12 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def arguments(doc, *, data_dir=False):
+def arguments(doc, *, data_dir=False, more=None):
     """Parse the arguments; sets the backend and the device, so it must run before Keras is imported.
 
     Args:
         doc: the script's description.
         data_dir: whether it takes a folder of data sets.
+        more: a function that adds a script's own arguments to the parser.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
@@ -28,6 +29,8 @@ def arguments(doc, *, data_dir=False):
     parser.add_argument("--memory", action="store_true", help="measure memory alone, and print it")
     if data_dir:
         parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST; without it, digits alone")
+    if more:
+        more(parser)
     args = parser.parse_args()
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -144,23 +147,29 @@ def verdict(rows):
     return rows
 
 
-def write(args, name, record, more_packages=()):
-    """Write the record with what is needed to run it again, and say where."""
-    packages = ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy", *more_packages)
-    versions = {"python": platform.python_version()}
-    for package in packages:
+def versions(more_packages=()):
+    """What is installed of the packages the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy", *more_packages):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    command = ["python", f"benchmarks/{name}.py", "--backend", args.backend, "--device", args.device]
+    return found
+
+
+def command(args, name):
+    """What to run to get the same again."""
+    words = ["python", f"benchmarks/{name}.py", "--backend", args.backend, "--device", args.device]
+    words += ["--dataset", args.dataset] if hasattr(args, "dataset") else []
+    return " ".join(words + ["--quick"] * args.quick)
+
+
+def write(args, name, record, more_packages=()):
+    """Write the record with what is needed to run it again, and say where."""
     path = Path(args.out) / f"{name}_{args.backend}_{args.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {
-        "command": " ".join(command + ["--quick"] * args.quick),
-        "device": args.device_name,
-        "versions": versions,
-    }
+    head = {"command": command(args, name), "device": args.device_name, "versions": versions(more_packages)}
     path.write_text(json.dumps(head | record, indent=1))
     print(f"Written: {path}", file=sys.stderr)
     return path

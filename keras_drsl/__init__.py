@@ -1,14 +1,18 @@
 """Classifiers that withstand attack, for Keras 3: losses, metrics, attacks, and an honest evaluation."""
 
+from keras_drsl.callbacks import RobustnessMonitor
 from keras_drsl.evaluation import RobustnessCurve, RobustnessReport, evaluate_robustness, robustness_curve
 from keras_drsl.losses import DRSLoss, drs_loss, linear_drs_loss
 from keras_drsl.metrics import SoftmaxDiversity, softmax_diversity
+from keras_drsl.training import AdversarialTraining
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialTraining",
     "DRSLoss",
     "RobustnessCurve",
+    "RobustnessMonitor",
     "RobustnessReport",
     "SoftmaxDiversity",
     "drs_loss",

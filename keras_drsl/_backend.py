@@ -211,6 +211,19 @@ def stepper(step: Callable, variables: list) -> Callable:
     return several
 
 
+def repeat(step: Callable, times: int, x: Any) -> Any:
+    """A step taken several times, within a program."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        # In a loop of its own, XLA on a processor computes convolutions several times slower.
+        if jax.default_backend() == "cpu":
+            for _ in range(times):
+                x = step(x)
+            return x
+    return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
+
+
 def looks_up_weights() -> bool:
     """Whether a compiled function reads the weights it closes over anew in each call."""
     return keras.config.backend() != "jax"

@@ -1,7 +1,9 @@
 """The perturbations an attack may make: an L-inf or L2 ball around each input, cut by the valid range."""
 
+import math
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -65,3 +67,19 @@ def random_points(generators: list[np.random.Generator], shape: tuple[int, ...],
             radius = eps * generator.uniform() ** (1 / point.size)
             points.append(point * radius / np.sqrt((point**2).sum()))
     return np.asarray(points, dtype="float32").reshape(-1, *shape)
+
+
+def draw(shape: Any, eps: Any, norm: str | int, seed: Any) -> Any:
+    """Points of the ball around 0, uniformly distributed, in a program that trains.
+
+    Args:
+        shape: `(batch, ...)`.
+        eps: a scalar.
+        norm: "inf" or 2.
+        seed: a `keras.random.SeedGenerator`.
+    """
+    if norm == "inf":
+        return eps * keras.random.uniform(shape, -1.0, 1.0, seed=seed)
+    features = math.prod(shape[1:])
+    radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), seed=seed) ** (1 / features)
+    return eps * radius * direction(keras.random.normal(shape, seed=seed), norm)

@@ -1,5 +1,6 @@
 """What attacks that follow a gradient share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,11 @@ def ascent(classifier: Classifier, x_adv: Any, rows: dict, *, loss: str, targete
         logits = classifier(x)
         return objective(loss, logits, rows["y"], rows["target"], targeted=targeted), logits
 
-    values, logits, gradient = _backend.input_gradient(value, x_adv)
-    wrong = misclassified(logits, rows["y"])
-    # A gradient may be infinite; its direction may not.
-    gradient = ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)
-    return values, gradient, wrong
+    values, logits, gradient = slope(value, x_adv)
+    return values, gradient, misclassified(logits, rows["y"])
+
+
+def slope(function: Callable, x: Any) -> tuple[Any, Any, Any]:
+    """Both results of a function, one value a row and anything else, and a gradient to follow: finite, 0 for NaN."""
+    values, rest, gradient = _backend.input_gradient(function, x)
+    return values, rest, ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)

@@ -160,8 +160,8 @@ def evaluate_examples(
     """The report on a model whose logits are known."""
     settings = plan.settings | {"outputs": head.kind}
     batch_size, seed = settings["batch_size"], settings["seed"]
-    logits = _in_batches(head.classifier, examples.x, batch_size)
-    outputs = logits if head.kind == "logits" else _in_batches(head.model, examples.x, batch_size)
+    logits = in_batches(head.classifier, examples.x, batch_size)
+    outputs = logits if head.kind == "logits" else in_batches(head.model, examples.x, batch_size)
     labels = class_ids(examples.y, len(examples.x), logits.shape[1])
     examples = examples._replace(y=labels)
     if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
@@ -277,7 +277,8 @@ def _check_shard(shard: Any) -> tuple[int, int]:
     return shard[0], shard[1]
 
 
-def _in_batches(classifier: Classifier, x: np.ndarray, batch_size: int) -> np.ndarray:
+def in_batches(classifier: Classifier, x: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits of an array of any length, shape `(count, C)`."""
     return np.concatenate([classifier.logits(x[at : at + batch_size]) for at in range(0, len(x), batch_size)])
 
 

@@ -1,0 +1,386 @@
+"""What adversarial training and DRSLoss are worth together: a study that can be stopped and started again.
+
+It trains one model after another (a data set, a method of `keras_drsl.AdversarialTraining`, a loss, a `lam`, a seed),
+evaluates it and appends a line to `OUT/robust_accuracy_DATASET.jsonl`. What stands there is not done again. When
+nothing is left to do, it writes the table and the figure beside it.
+
+1. Choice: models trained without the validation images, drawn anew for each seed, and the worst case of two attacks on
+   these. It settles `lam` for each method, and how to use the restraint best: on the attacked images (`pgd`), on clean
+   and attacked ones (`pgd_both`), with inner attacks on the margin (`pgd_margin`) or on the whole loss (`pgd_loss`),
+   with `lam` rising in the first half of the epochs (`pgd_rising`), in TRADES' clean term (`trades`).
+2. Test: models trained on all training images, evaluated on the test images by the standard suite.
+
+    python benchmarks/robust_accuracy.py --dataset digits --out results
+    python benchmarks/robust_accuracy.py --dataset mnist --out results
+
+Two processes share the work with `--worker 0/2` and `--worker 1/2`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import measure
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
+# `choose`: for which methods `lam` is chosen, among `lams`, by `choice_seeds` models each, on `validation` images;
+# `seeds`: how many models of each method the test is made of; `variants`: of which method, with how many of the `lams`
+# around the chosen one. `attacks` make the choice.
+STUDIES = {
+    "digits": {
+        "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
+        "variants": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"),
+        "losses": ("ce", "ls", "drs"), "seeds": {"clean": 5, "fgsm": 5, "pgd": 5, "trades": 5}, "images": None,
+        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {},
+    },
+    "mnist": {
+        "choose": ("fgsm",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 500,
+        "variants": (),
+        "losses": ("ce", "drs"), "seeds": {"fgsm": 3, "pgd": 1}, "images": 500,
+        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
+    },
+    "cifar10": {
+        "choose": ("fgsm",), "lams": (0.03,), "choice_seeds": 1, "validation": 1000,
+        "variants": (),
+        "losses": ("ce", "drs"), "seeds": {"fgsm": 1}, "images": 500,
+        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 10},
+    },
+}  # fmt: skip
+# The recipe of a graphics card: PreAct-ResNet-18 on attacks of ten steps.
+ON_GPU = {
+    "mnist": {"seeds": {"fgsm": 3, "pgd": 3}},
+    "cifar10": {
+        "choose": (), "seeds": {"pgd": 1}, "images": 1000,
+        "recipe": {"network": "resnet18", "epochs": 30, "peak": 0.1, "watch": True},
+    },
+}  # fmt: skip
+NAMES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
+
+
+def main():
+    args = measure.arguments(__doc__, data_dir=True, more=add_arguments)
+    study = STUDIES[args.dataset] | (ON_GPU.get(args.dataset, {}) if args.device == "gpu" else {})
+    if args.quick:
+        study = quick(study)
+    out = Path(args.out)
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    path = out / f"robust_accuracy_{args.dataset}.jsonl"
+    turn, workers = map(int, args.worker.split("/"))
+
+    from keras_drsl.evaluation import datasets
+
+    data = datasets.load(args.dataset, args.data_dir)
+    if args.quick:
+        data = tuple((x[:512], y[:512]) for x, y in data)
+    for stage in (choice_of_lam, choice_of_variant, test):
+        jobs = stage(study, read(path))
+        for job in jobs[turn::workers]:
+            if find(job, read(path)) is None:
+                run(job, study, data, path, args)
+        while workers > 1 and any(find(job, read(path)) is None for job in jobs):
+            time.sleep(5)
+    if turn == 0:
+        write_summary(path, study, args)
+
+
+def add_arguments(parser):
+    parser.add_argument("--dataset", choices=STUDIES, default="digits")
+    parser.add_argument("--worker", default="0/1", help="which of how many processes that share the work")
+
+
+def quick(study):
+    """As small as it can be and still go through all of it."""
+    return study | {
+        "choose": study["choose"][-1:] and ("pgd",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 64,
+        "variants": study["variants"][:1], "seeds": {"pgd": 2}, "images": 32, "attacks": ("fgsm_ce", "fgsm_margin"),
+        "recipe": study["recipe"] | {"epochs": 1, "steps": 2, "warmup_epochs": 0},
+    }  # fmt: skip
+
+
+def choice_of_lam(study, done):
+    """The jobs that settle `lam`: DRSLoss with each, and the losses without one for comparison."""
+    settings = [("drs", lam) for lam in study["lams"]] + [(loss, None) for loss in study["losses"] if loss != "drs"]
+    return [
+        make_job("validation", method, loss, lam, seed)
+        for method in study["choose"]
+        for loss, lam in settings
+        for seed in range(study["choice_seeds"])
+    ]
+
+
+def choice_of_variant(study, done):
+    """The jobs that settle how to use the restraint: each variant of PGD, with `lam` as chosen and its neighbours."""
+    if not study["variants"]:
+        return []
+    at = study["lams"].index(chosen_lam("pgd", study, done))
+    lams = study["lams"][max(at - 1, 0) : at + 2]
+    jobs = []
+    for method in study["variants"]:
+        # Rising from nothing, and an attack on the whole loss, mean the same for cross-entropy as PGD does.
+        controls = [("ce", None)] if method in ("pgd_both", "pgd_margin") else []
+        for loss, lam in [*(("drs", lam) for lam in lams), *controls]:
+            jobs += [make_job("validation", method, loss, lam, seed) for seed in range(study["choice_seeds"])]
+    return jobs
+
+
+def test(study, done):
+    """The jobs of the test: each method and loss, and the variant of PGD that was best on validation."""
+    jobs = []
+    for method, seeds in study["seeds"].items():
+        for loss in study["losses"]:
+            lam = chosen_lam(method, study, done) if loss == "drs" else None
+            jobs += [make_job("test", method, loss, lam, seed) for seed in range(seeds)]
+    variant, lam = best_variant(study, done)
+    if variant is not None and variant != "pgd":
+        controls = [("ce", None)] if variant in ("pgd_both", "pgd_margin") else []
+        for loss, its_lam in [("drs", lam), *controls]:
+            jobs += [make_job("test", variant, loss, its_lam, seed) for seed in range(study["seeds"]["pgd"])]
+    return jobs
+
+
+def chosen_lam(method, study, done):
+    """The `lam` of the best worst case on validation; for a method without a choice, that of the first that has one."""
+    if not study["choose"]:
+        return study["lams"][0]
+    method = method if method in study["choose"] else study["choose"][0]
+    return max(study["lams"], key=lambda lam: validated(method, "drs", lam, study, done))
+
+
+def best_variant(study, done):
+    """The use of DRSLoss in PGD's training that is best on validation, and its `lam`; None without variants."""
+    if not study["variants"]:
+        return None, None
+    tried = {(one["method"], one["lam"]) for one in done if one["split"] == "validation" and one["loss"] == "drs"}
+    mine = sorted(one for one in tried if one[0] in ("pgd", *study["variants"]))
+    return max(mine, key=lambda one: validated(one[0], "drs", one[1], study, done))
+
+
+def validated(method, loss, lam, study, done):
+    """The mean worst case on validation."""
+    jobs = [make_job("validation", method, loss, lam, seed) for seed in range(study["choice_seeds"])]
+    return sum(find(job, done)["robust"] for job in jobs) / len(jobs)
+
+
+def make_job(split, method, loss, lam, seed):
+    return {"split": split, "method": method, "loss": loss, "lam": lam, "seed": seed}
+
+
+def find(job, done):
+    """The record of a job, or None."""
+    return next((one for one in done if all(one[name] == value for name, value in job.items())), None)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(job, study, data, path, args):
+    """Train the model of a job, or take up what was begun of it, evaluate it, and append the record."""
+    import adversarial_training as example
+    import keras
+
+    import keras_drsl
+
+    print(args.dataset, job, flush=True)
+    recipe = example.RECIPES[args.dataset] | study["recipe"]
+    train, test = data
+    if job["split"] == "validation" or recipe.get("watch"):
+        train, validation = example.split(train, study["validation"], seed=job["seed"])
+    name = "_".join(str(value) for value in (path.stem, *job.values()))
+    model_path = path.parent / "models" / f"{name}.keras"
+    state_path, facts_path = model_path.with_suffix(".state"), model_path.with_suffix(".json")
+    if facts_path.exists():
+        model, facts = keras.models.load_model(model_path), json.loads(facts_path.read_text())
+    else:
+        loss, method, callbacks = prepare(job, recipe)
+        if recipe.get("watch"):
+            stop = {"monitor": "val_robust_accuracy", "mode": "max", "patience": 100, "restore_best_weights": True}
+            callbacks += [
+                keras_drsl.RobustnessMonitor(*validation, eps=recipe["eps"], max_samples=500),
+                keras.callbacks.EarlyStopping(**stop),
+            ]
+        backup = keras.callbacks.BackupAndRestore(str(model_path.with_suffix(".backup")))
+        began = time.perf_counter()
+        model, history = example.fit(recipe, train, method, loss, job["seed"], callbacks=[*callbacks, backup])
+        seconds = time.perf_counter() - began
+        model.save(model_path)
+        rounded = {key: [round(float(value), 4) for value in values] for key, values in history.items()}
+        facts = {"seconds_of_training": round(seconds, 1), "history": rounded}
+        facts_path.write_text(json.dumps(facts))
+    how = {"suite": "standard"} if job["split"] == "test" else {"attacks": study["attacks"], "suite": "quick"}
+    if args.quick:
+        how = {"attacks": study["attacks"], "suite": "quick"}
+    images = test if job["split"] == "test" else validation
+    began = time.perf_counter()
+    report = keras_drsl.evaluate_robustness(
+        model, *images, eps=recipe["eps"], max_samples=study["images"], state_path=state_path, verbose=0, **how
+    )
+    record = job | {
+        "clean": report.clean_accuracy,
+        "robust": report.robust_accuracy,
+        "after": {name: one["cumulative"] for name, one in report.accuracy.items()},
+        "images": report.images,
+        "withstood": "".join("1" if one is None else "0" for one in report.per_example["broken_by"]),
+        "warnings": [f"{check.name} ({check.status})" for check in report.checks if check.status != "pass"],
+        "evaluation": report.settings | {"attacks": [one["name"] for one in report.attacks]},
+        "recipe": recipe,
+        **facts,
+        "seconds_of_evaluation": round(time.perf_counter() - began, 1),
+        "command": measure.command(args, "robust_accuracy"),
+        "device": args.device_name,
+        "versions": measure.versions(),
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    for one in (state_path, facts_path):
+        one.unlink(missing_ok=True)
+    if job["split"] == "validation":
+        model_path.unlink()
+
+
+def prepare(job, recipe):
+    """The loss of a job, its method as `AdversarialTraining` takes it, and callbacks it needs."""
+    import adversarial_training as example
+
+    from keras_drsl import drs_loss
+    from keras_drsl.attacks.objectives import objective
+    from keras_drsl.training import ADVERSARIAL, CLEAN, METHODS
+
+    loss = example.make_loss(job["loss"], job["lam"])
+    base, _, variant = job["method"].partition("_")
+    method, callbacks = METHODS[base], []
+    if variant == "both":
+        method = method._replace(learns_from=(CLEAN, ADVERSARIAL))
+    elif variant == "margin":
+        method = method._replace(drive=lambda z, rows: objective("margin", z, rows["y"], None, targeted=False))
+    elif variant == "loss":
+        method = method._replace(drive=lambda z, rows: drs_loss(rows["y"], z, job["lam"], from_logits=True))
+    elif variant == "rising":
+        loss, callback = rising(job["lam"], recipe["epochs"])
+        callbacks.append(callback)
+    return loss, method, callbacks
+
+
+def rising(lam, epochs):
+    """DRSLoss whose `lam` rises from 0 in the first half of the epochs, and the callback that raises it."""
+    import keras
+
+    from keras_drsl import drs_loss
+
+    share = keras.Variable(0.0, trainable=False)
+
+    class Rising(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            plain, whole = (drs_loss(y_true, y_pred, one, from_logits=True) for one in (0.0, lam))
+            return plain + share * (whole - plain)
+
+    class Raise(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            share.assign(min(1.0, 2 * (epoch + 1) / epochs))
+
+    return Rising(), Raise()
+
+
+def write_summary(path, study, args):
+    """The table and the figure."""
+    done = read(path)
+    lines = [
+        f"# {args.dataset}: adversarial training and DRSLoss",
+        "",
+        f"From `{path.name}`, which holds each run. Accuracy in %, mean +- standard deviation over the seeds.",
+        "",
+        "## Test: suite standard",
+        "",
+        "The difference is to cross-entropy in plain training by the same method, seed by seed, with its 95 % interval "
+        "(Student's t).",
+        "",
+        "| method | loss | lam | seeds | images | clean | after APGD on CE | robust | difference | training, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = groups(one for one in done if one["split"] == "test")
+    for (method, loss, lam), runs in rows.items():
+        first = next(iter(runs[0]["after"]))
+        base = rows.get((method.partition("_")[0], "ce", None), [])
+        cells = [
+            method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs)), str(runs[0]["images"]),
+            spread([one["clean"] for one in runs]), spread([one["after"][first] for one in runs]),
+            f"**{spread([one['robust'] for one in runs])}**", difference(runs, base) if runs is not base else "",
+            f"{measure.quartiles([one['seconds_of_training'] for one in runs])[1]:.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"## Choice: worst case of {', '.join(study['attacks'])} on validation images",
+        "",
+        "| method | loss | lam | seeds | clean | robust |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (method, loss, lam), runs in groups(one for one in done if one["split"] == "validation").items():
+        cells = [method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs))]
+        cells += [spread([one[name] for one in runs]) for name in ("clean", "robust")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Written by `{measure.command(args, 'robust_accuracy')}`.", ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines))
+    plot(rows, path.with_suffix(".png"), args)
+
+
+def groups(runs):
+    """The runs that differ in nothing but the seed, in the order they were made."""
+    result = {}
+    for one in sorted(runs, key=lambda one: (one["method"], one["loss"], one["lam"] or 0, one["seed"])):
+        result.setdefault((one["method"], one["loss"], one["lam"]), []).append(one)
+    return result
+
+
+def spread(values):
+    import numpy as np
+
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def difference(runs, base):
+    """By how much the runs are better than those of the same seeds, with the 95 % interval."""
+    import numpy as np
+    from scipy import stats
+
+    others = {one["seed"]: one["robust"] for one in base}
+    values = 100 * np.array([one["robust"] - others[one["seed"]] for one in runs if one["seed"] in others])
+    if len(values) == 0:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.1f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():+.1f} ({values.mean() - half:+.1f} to {values.mean() + half:+.1f})"
+
+
+def plot(rows, path, args):
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    methods = list(dict.fromkeys(method for method, _, _ in rows))
+    losses = [loss for loss in NAMES if any(key[1] == loss for key in rows)]
+    for place, loss in enumerate(losses):
+        keys = [key for key in rows if key[1] == loss]
+        at = [methods.index(method) + (place - (len(losses) - 1) / 2) * 0.25 for method, _, _ in keys]
+        values = [100 * np.array([one["robust"] for one in rows[key]]) for key in keys]
+        axes.bar(at, [one.mean() for one in values], 0.23, label=NAMES[loss], alpha=0.6)
+        for x, one in zip(at, values, strict=True):
+            axes.plot([x] * len(one), one, "k.", ms=3)
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set(ylabel="robust accuracy (%)", title=f"{args.dataset}, suite standard; a dot a seed")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
