@@ -18,6 +18,7 @@ How long: about five minutes on two cores for the digits; MNIST takes hours. CIF
 
 import argparse
 import json
+import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +31,14 @@ import keras_drsl
 from keras_drsl.evaluation import datasets
 from keras_drsl.training import METHODS
 
-# What the arguments default to. From the images in `validation` no model learns. With `peak`, SGD with momentum, up to
-# that learning rate and down to 0, on images cropped and flipped at random; else Adam.
+# What the arguments default to. From the images in `validation` no model learns. With `peak` the learning rate rises to
+# that and falls to 0; with `augment` the images are cropped and flipped at random.
 RECIPES = {
     "digits": {"network": "cnn", "epochs": 30, "warmup_epochs": 10, "batch_size": 64, "eps": 0.15, "validation": 240},
-    "mnist": {"network": "cnn", "epochs": 20, "warmup_epochs": 5, "batch_size": 128, "eps": 0.3, "validation": 500},
+    "mnist": {"network": "cnn", "epochs": 20, "warmup_epochs": 5, "batch_size": 128, "eps": 0.3, "validation": 500,
+              "peak": 0.002},
     "cifar10": {"network": "small_resnet", "epochs": 30, "warmup_epochs": 0, "batch_size": 128, "eps": 8 / 255,
-                "validation": 1000, "peak": 0.1},
+                "validation": 1000, "optimizer": "sgd", "peak": 0.1, "augment": True},
 }  # fmt: skip
 LOSSES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
 
@@ -100,12 +102,14 @@ def fit(recipe, train, method, loss, seed, *, callbacks=(), verbose=0):
     robust = keras_drsl.AdversarialTraining(
         model, recipe["eps"], method=method, warmup_epochs=recipe["warmup_epochs"], seed=seed, **options
     )
-    data, optimizer = {"x": x, "y": y, "batch_size": recipe["batch_size"]}, "adam"
+    data = {"x": x, "y": y, "batch_size": recipe["batch_size"]}
+    if recipe.get("augment"):
+        data = {"x": networks.CroppedAndFlipped(x, y, recipe["batch_size"], seed)}
+    rate = 0.001
     if recipe.get("peak"):
-        batches = networks.CroppedAndFlipped(x, y, recipe["batch_size"], seed)
-        steps = recipe["epochs"] * batches.num_batches
-        optimizer = keras.optimizers.SGD(networks.UpAndDown(recipe["peak"], steps), momentum=0.9)
-        data = {"x": batches}
+        rate = networks.UpAndDown(recipe["peak"], recipe["epochs"] * math.ceil(len(x) / recipe["batch_size"]))
+    sgd = recipe.get("optimizer") == "sgd"
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9) if sgd else keras.optimizers.Adam(rate)
     robust.compile(optimizer, loss, metrics=["accuracy"])
     history = robust.fit(**data, epochs=recipe["epochs"], callbacks=list(callbacks), verbose=verbose)
     return model, history.history
@@ -128,8 +132,9 @@ def split(data, count, seed):
 
 def command(args):
     """What to run to get the same again."""
-    given = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "overwrite", "peak")}
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
+    unsaid = ("out", "data_dir", "overwrite", "peak", "optimizer", "augment")
+    given = {name: value for name, value in vars(args).items() if name not in unsaid and value is not None}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return f"python examples/adversarial_training.py {' '.join(words)}"
 
 

@@ -30,6 +30,36 @@ def test_each_benchmark_runs_small_and_writes_what_it_measured(name, tmp_path):
         assert f"{target['value']:.3f}" in done.stdout
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="the study is for TensorFlow and JAX")
+def test_the_study_goes_on_where_it_was_and_writes_its_table(tmp_path):
+    arguments = ("--quick", "--backend", BACKEND, "--out", tmp_path)
+    done = run("robust_accuracy.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = tmp_path / "robust_accuracy_digits.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in whole]
+    test = [record for record in records if record["split"] == "test"]
+    validated = {one["lam"]: one["robust"] for one in records if one["split"] == "validation" and one["loss"] == "drs"}
+    assert {(one["method"], one["loss"]) for one in test} >= {("pgd", "ce"), ("pgd", "ls"), ("pgd", "drs")}
+    assert all(one["robust"] == one["withstood"].count("1") / one["images"] for one in records)
+    assert {one["lam"] for one in test if one["loss"] == "drs"} <= set(validated)
+    table = path.with_suffix(".md").read_text()
+    pairs = zip(*([one["robust"] for one in test if (one["method"], one["loss"]) == ("pgd", loss)] for loss in (
+        "ls", "ce")), strict=True)  # fmt: skip
+    gains = [100 * (one - other) for one, other in pairs]
+    mean, half = sum(gains) / 2, 12.706 * abs(gains[0] - gains[1]) / 2
+    assert f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})" in table
+
+    # Killed in the middle of a line that never got written: what is missing is made, and nothing else.
+    path.write_text("".join(whole[:-1]))
+    done = run("robust_accuracy.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("'split'") == 1
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:-1] == whole[:-1]
+    assert json.loads(again[-1])["withstood"] == records[-1]["withstood"]
+
+
 def test_a_device_that_is_not_there_is_named():
     done = run("loss_speed.py", "--quick", "--backend", BACKEND, "--device", "gpu")
     if done.returncode == 0:

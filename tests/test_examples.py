@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -93,6 +94,72 @@ def test_evaluate_robustness_puts_two_reports_side_by_side_and_goes_on_where_it_
     again = run(*arguments, script="evaluate_robustness.py").stdout
     assert again.count("is there already") == 2
     assert table in again
+
+
+def test_adversarial_training_compares_four_models_and_draws_them_by_epoch(tmp_path):
+    small = ("--epochs", "2", "--steps", "2", "--watch", "20", "--every", "1", "--max-images", "12")
+    arguments = (*small, "--method", "fgsm", "--lam", "0.1", "--out", tmp_path)
+    printed = run(*arguments, script="adversarial_training.py").stdout
+    table = (tmp_path / "adversarial_digits.md").read_text()
+    assert table in printed
+    assert (tmp_path / "adversarial_digits.png").stat().st_size > 1000
+    rows = json.loads((tmp_path / "adversarial_digits.json").read_text())["rows"]
+    names = [(row["method"], row["loss"], row["lam"]) for row in rows]
+    assert names == [("clean", "ce", None), ("clean", "drs", 0.3), ("fgsm", "ce", None), ("fgsm", "drs", 0.1)]
+    for row, line in zip(rows, table.splitlines()[4:], strict=False):
+        (found,) = row["runs"]
+        assert 0 <= found["robust"] <= min(found["after"].values()) <= found["clean"] <= 1
+        assert f"| {100 * found['robust']:.1f} |" in line
+        assert {"accuracy", "clean_accuracy", "attack_strength", "val_robust_accuracy"} <= set(found["history"])
+        assert all(len(values) == 2 for values in found["history"].values())
+    assert len(list((tmp_path / "models").glob("*.keras"))) == 4
+    again = run(*arguments, script="adversarial_training.py", check=False)
+    assert again.returncode != 0
+    assert "--overwrite" in again.stderr
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("networks")
+
+
+def test_the_residual_networks_return_logits_and_resnet18_has_the_weights_of_its_paper(networks):
+    sizes = {}
+    for name in networks.NAMES:
+        model = networks.build(name, (32, 32, 3))
+        assert model.output_shape == (None, 10)
+        assert model.layers[-1].activation is keras.activations.linear
+        sizes[name] = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+    # 3x3 convolutions, 1x1 shortcuts where the width changes, a scale and a shift a normalised channel, and the head.
+    widths = (64, 128, 256, 512)
+    expected = 27 * 64 + 512 * 10 + 10 + 2 * 512
+    for stage, width in enumerate(widths):
+        before = widths[max(stage - 1, 0)]
+        expected += 9 * width * (before + 3 * width) + (before * width if stage else 0) + 2 * (before + 3 * width)
+    assert sizes["resnet18"] == expected
+    assert sizes["small_resnet"] < 400_000
+
+
+def test_augmented_batches_hold_each_image_once_moved_or_flipped(networks):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((10, 8, 8, 3)).astype("float32"), np.arange(10)
+    batches = networks.CroppedAndFlipped(x, y, 4, seed=0)
+    images, labels = (np.concatenate(parts) for parts in zip(*(batches[place] for place in range(3)), strict=True))
+    assert sorted(labels) == list(range(10))
+    flips = 0
+    for image, label in zip(images, labels, strict=True):
+        padded = np.pad(x[label], ((4, 4), (4, 4), (0, 0)))
+        crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+        straight, flipped = (any(np.array_equal(image, one) for one in both) for both in (
+            crops, [crop[:, ::-1] for crop in crops]
+        ))  # fmt: skip
+        assert straight or flipped
+        flips += flipped
+    assert 0 < flips < 10
+    before = [batch[1].tolist() for batch in (batches[0], batches[1])]
+    batches.on_epoch_end()
+    assert before != [batch[1].tolist() for batch in (batches[0], batches[1])]
 
 
 def test_a_data_set_that_is_not_there_is_explained(tmp_path):
