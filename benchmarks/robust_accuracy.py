@@ -5,10 +5,12 @@ evaluates it and appends a line to `OUT/robust_accuracy_DATASET.jsonl`. What sta
 nothing is left to do, it writes the table and the figure beside it.
 
 1. Choice: models trained without the validation images, drawn anew for each seed, and the worst case of two attacks on
-   these. It settles `lam` for each method, and how to use the restraint best: on the attacked images (`pgd`), on clean
-   and attacked ones (`pgd_both`), with inner attacks on the margin (`pgd_margin`) or on the whole loss (`pgd_loss`),
-   with `lam` rising in the first half of the epochs (`pgd_rising`), in TRADES' clean term (`trades`).
-2. Test: models trained on all training images, evaluated on the test images by the standard suite.
+   these. It settles `lam` for each method, and how to use the restraint best. In PGD's training: on the attacked images
+   (`pgd`), on clean and attacked ones (`pgd_both`), with inner attacks on the margin (`pgd_margin`) or on the whole
+   loss (`pgd_loss`), with `lam` rising in the first half of the epochs (`pgd_rising`). In TRADES: in its clean term
+   (`trades`), or on the attacked images alone (`trades_attacked`).
+2. Test: models trained on all training images (on a graphics card, all but those watched to stop in time), evaluated
+   on the test images by the standard suite.
 
     python benchmarks/robust_accuracy.py --dataset digits --out results
     python benchmarks/robust_accuracy.py --dataset mnist --out results
@@ -16,6 +18,7 @@ nothing is left to do, it writes the table and the figure beside it.
 Two processes share the work with `--worker 0/2` and `--worker 1/2`.
 """
 
+import csv
 import json
 import sys
 import time
@@ -27,24 +30,24 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
 # `choose`: for which methods `lam` is chosen, among `lams`, by `choice_seeds` models each, on `validation` images;
-# `seeds`: how many models of each method the test is made of; `variants`: of which method, with how many of the `lams`
-# around the chosen one. `attacks` make the choice.
+# `variants`: other uses of the restraint in a method; `seeds`: how many models of each method the test is made of.
+# `attacks` make the choice.
 STUDIES = {
     "digits": {
         "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
-        "variants": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"),
+        "variants": {"pgd": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"), "trades": ("trades_attacked",)},
         "losses": ("ce", "ls", "drs"), "seeds": {"clean": 5, "fgsm": 5, "pgd": 5, "trades": 5}, "images": None,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {},
     },
     "mnist": {
         "choose": ("fgsm",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 500,
-        "variants": (),
+        "variants": {},
         "losses": ("ce", "drs"), "seeds": {"fgsm": 3, "pgd": 1}, "images": 500,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
     },
     "cifar10": {
         "choose": (), "lams": (0.03,), "choice_seeds": 0, "validation": 1000,
-        "variants": (),
+        "variants": {},
         "losses": ("ce", "drs"), "seeds": {"fgsm": 1}, "images": 500,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 10},
     },
@@ -62,26 +65,28 @@ NAMES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
 
 def main():
     args = measure.arguments(__doc__, data_dir=True, more=add_arguments)
-    study = STUDIES[args.dataset] | (ON_GPU.get(args.dataset, {}) if args.device == "gpu" else {})
-    if args.quick:
-        study = quick(study)
-    out = Path(args.out)
-    (out / "models").mkdir(parents=True, exist_ok=True)
-    path = out / f"robust_accuracy_{args.dataset}.jsonl"
-    turn, workers = map(int, args.worker.split("/"))
+    import adversarial_training as example
 
     from keras_drsl.evaluation import datasets
 
+    study = STUDIES[args.dataset] | (ON_GPU.get(args.dataset, {}) if args.device == "gpu" else {})
+    study = quick(study) if args.quick else study
+    study = study | {"recipe": example.RECIPES[args.dataset] | study["recipe"]}
+    out = Path(args.out)
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    path = out / f"robust_accuracy_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
+    turn, workers = map(int, args.worker.split("/"))
     data = datasets.load(args.dataset, args.data_dir)
     if args.quick:
         data = tuple((x[:512], y[:512]) for x, y in data)
     for stage in (choice_of_lam, choice_of_variant, test):
-        jobs = stage(study, read(path))
+        jobs = stage(study, read(path, study))
         for job in jobs[turn::workers]:
-            if find(job, read(path)) is None:
+            if find(job, read(path, study)) is None:
                 run(job, study, data, path, args)
-        while workers > 1 and any(find(job, read(path)) is None for job in jobs):
-            time.sleep(5)
+        while missing := [job for job in jobs if find(job, read(path, study)) is None]:
+            print(f"waiting for the other workers: {len(missing)} to do", flush=True)
+            time.sleep(30)
     if turn == 0:
         write_summary(path, study, args)
 
@@ -95,7 +100,8 @@ def quick(study):
     """As small as it can be and still go through all of it."""
     return study | {
         "choose": study["choose"][-1:] and ("pgd",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 64,
-        "variants": study["variants"][:1], "seeds": {"pgd": 2}, "images": 32, "attacks": ("fgsm_ce", "fgsm_margin"),
+        "variants": {"pgd": ("pgd_margin",)} if study["variants"] else {}, "seeds": {"pgd": 2}, "images": 32,
+        "attacks": ("fgsm_ce", "fgsm_margin"),
         "recipe": study["recipe"] | {"epochs": 1, "steps": 2, "warmup_epochs": 0},
     }  # fmt: skip
 
@@ -112,32 +118,32 @@ def choice_of_lam(study, done):
 
 
 def choice_of_variant(study, done):
-    """The jobs that settle how to use the restraint: each variant of PGD, with `lam` as chosen and its neighbours."""
-    if not study["variants"]:
-        return []
-    at = study["lams"].index(chosen_lam("pgd", study, done))
-    lams = study["lams"][max(at - 1, 0) : at + 2]
+    """The jobs that settle how to use the restraint: each variant, with the `lam` chosen and those around it."""
     jobs = []
-    for method in study["variants"]:
-        # Rising from nothing, and an attack on the whole loss, mean the same for cross-entropy as PGD does.
-        controls = [("ce", None)] if method in ("pgd_both", "pgd_margin") else []
-        for loss, lam in [*(("drs", lam) for lam in lams), *controls]:
-            jobs += [make_job("validation", method, loss, lam, seed) for seed in range(study["choice_seeds"])]
+    for method, variants in study["variants"].items():
+        at = study["lams"].index(chosen_lam(method, study, done))
+        lams = study["lams"][max(at - 1, 0) : at + 3]
+        for variant in variants:
+            for loss, lam in [*(("drs", lam) for lam in lams), *controls(variant)]:
+                jobs += [make_job("validation", variant, loss, lam, seed) for seed in range(study["choice_seeds"])]
     return jobs
 
 
+def controls(variant):
+    """Cross-entropy in a variant, where that is not the method itself."""
+    return [("ce", None)] if variant in ("pgd_both", "pgd_margin") else []
+
+
 def test(study, done):
-    """The jobs of the test: each method and loss, and the variant of PGD that was best on validation."""
+    """The jobs of the test: each method and loss, and the variant that was best on validation."""
     jobs = []
     for method, seeds in study["seeds"].items():
-        for loss in study["losses"]:
-            lam = chosen_lam(method, study, done) if loss == "drs" else None
-            jobs += [make_job("test", method, loss, lam, seed) for seed in range(seeds)]
-    variant, lam = best_variant(study, done)
-    if variant is not None and variant != "pgd":
-        controls = [("ce", None)] if variant in ("pgd_both", "pgd_margin") else []
-        for loss, its_lam in [("drs", lam), *controls]:
-            jobs += [make_job("test", variant, loss, its_lam, seed) for seed in range(study["seeds"]["pgd"])]
+        settings = [(method, loss, None) for loss in study["losses"] if loss != "drs"]
+        settings.append((method, "drs", chosen_lam(method, study, done)))
+        variant, lam = best_variant(method, study, done)
+        if variant != method:
+            settings += [(variant, "drs", lam), *((variant, *control) for control in controls(variant))]
+        jobs += [make_job("test", *setting, seed) for setting in settings for seed in range(seeds)]
     return jobs
 
 
@@ -149,13 +155,15 @@ def chosen_lam(method, study, done):
     return max(study["lams"], key=lambda lam: validated(method, "drs", lam, study, done))
 
 
-def best_variant(study, done):
-    """The use of DRSLoss in PGD's training that is best on validation, and its `lam`; None without variants."""
-    if not study["variants"]:
-        return None, None
+def best_variant(method, study, done):
+    """The use of DRSLoss in a method's training that is best on validation, and its `lam`."""
+    if method not in study["variants"]:
+        return method, None
+    mine = (method, *study["variants"][method])
     tried = {(one["method"], one["lam"]) for one in done if one["split"] == "validation" and one["loss"] == "drs"}
-    mine = sorted(one for one in tried if one[0] in ("pgd", *study["variants"]))
-    return max(mine, key=lambda one: validated(one[0], "drs", one[1], study, done))
+    return max(
+        sorted(one for one in tried if one[0] in mine), key=lambda one: validated(one[0], "drs", one[1], study, done)
+    )
 
 
 def validated(method, loss, lam, study, done):
@@ -173,8 +181,18 @@ def find(job, done):
     return next((one for one in done if all(one[name] == value for name, value in job.items())), None)
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read(path, study):
+    """The records of runs made as the study makes them."""
+    done = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError:
+            # What was being written when the process was killed.
+            continue
+        if one["recipe"] == study["recipe"] and one["evaluation"]["max_samples"] == study["images"]:
+            done.append(one)
+    return done
 
 
 def run(job, study, data, path, args):
@@ -183,9 +201,10 @@ def run(job, study, data, path, args):
     import keras
 
     import keras_drsl
+    from keras_drsl.evaluation import files
 
     print(args.dataset, job, flush=True)
-    recipe = example.RECIPES[args.dataset] | study["recipe"]
+    recipe = study["recipe"]
     train, test = data
     if job["split"] == "validation" or recipe.get("watch"):
         train, validation = example.split(train, study["validation"], seed=job["seed"])
@@ -196,20 +215,27 @@ def run(job, study, data, path, args):
         model, facts = keras.models.load_model(model_path), json.loads(facts_path.read_text())
     else:
         loss, method, callbacks = prepare(job, recipe)
+        log, best = model_path.with_suffix(".csv"), model_path.with_suffix(".best.keras")
+        before = read_history(log)
         if recipe.get("watch"):
-            stop = {"monitor": "val_robust_accuracy", "mode": "max", "patience": 100, "restore_best_weights": True}
+            highest = max(before.get("val_robust_accuracy", [-1.0]))
+            keep = {"monitor": "val_robust_accuracy", "mode": "max", "save_best_only": True}
             callbacks += [
                 keras_drsl.RobustnessMonitor(*validation, eps=recipe["eps"], max_samples=500),
-                keras.callbacks.EarlyStopping(**stop),
+                keras.callbacks.ModelCheckpoint(best, initial_value_threshold=highest, **keep),
             ]
         backup = keras.callbacks.BackupAndRestore(str(model_path.with_suffix(".backup")))
+        callbacks += [keras.callbacks.CSVLogger(log, append=True), backup]
         began = time.perf_counter()
-        model, history = example.fit(recipe, train, method, loss, job["seed"], callbacks=[*callbacks, backup])
-        seconds = time.perf_counter() - began
+        model, _ = example.fit(recipe, train, method, loss, job["seed"], callbacks=callbacks)
+        seconds = None if before else round(time.perf_counter() - began, 1)  # of a whole training alone
+        if best.exists():
+            model = keras.models.load_model(best, compile=False)
         model.save(model_path)
-        rounded = {key: [round(float(value), 4) for value in values] for key, values in history.items()}
-        facts = {"seconds_of_training": round(seconds, 1), "history": rounded}
-        facts_path.write_text(json.dumps(facts))
+        facts = {"seconds_of_training": seconds, "history": read_history(log)}
+        files.write(facts_path, json.dumps(facts))
+        for one in (log, best):
+            one.unlink(missing_ok=True)
     how = {"suite": "standard"} if job["split"] == "test" else {"attacks": study["attacks"], "suite": "quick"}
     if args.quick:
         how = {"attacks": study["attacks"], "suite": "quick"}
@@ -234,11 +260,24 @@ def run(job, study, data, path, args):
         "versions": measure.versions(),
     }
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        # On a line of its own, even if the last one was never finished.
+        whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
+        file.write(("" if whole else "\n") + json.dumps(record) + "\n")
     for one in (state_path, facts_path):
         one.unlink(missing_ok=True)
     if job["split"] == "validation":
         model_path.unlink()
+
+
+def read_history(path):
+    """What `CSVLogger` wrote: for each name the values by epoch, the last ones where an epoch was begun anew."""
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        rows = {row.pop("epoch"): row for row in csv.DictReader(file)}
+    columns = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()), {})}
+    # It writes columns for validation even where there is none.
+    return {name: [round(float(one), 4) for one in values] for name, values in columns.items() if "NA" not in values}
 
 
 def prepare(job, recipe):
@@ -247,7 +286,7 @@ def prepare(job, recipe):
 
     from keras_drsl import drs_loss
     from keras_drsl.attacks.objectives import objective
-    from keras_drsl.training import ADVERSARIAL, CLEAN, METHODS
+    from keras_drsl.training import ADVERSARIAL, CLEAN, METHODS, trades_penalty
 
     loss = example.make_loss(job["loss"], job["lam"])
     base, _, variant = job["method"].partition("_")
@@ -261,6 +300,15 @@ def prepare(job, recipe):
     elif variant == "rising":
         loss, callback = rising(job["lam"], recipe["epochs"])
         callbacks.append(callback)
+    elif variant == "attacked":
+
+        def penalty(log_p, log_q, y, beta):
+            plain, whole = (drs_loss(y, log_q, lam, from_logits=True) for lam in (0.0, job["lam"]))
+            return trades_penalty(log_p, log_q, y, beta) + whole - plain
+
+        loss, method = example.make_loss("ce", None), method._replace(penalty=penalty)
+    elif variant:
+        raise ValueError(f"no variant {variant} of {base}")
     return loss, method, callbacks
 
 
@@ -286,7 +334,7 @@ def rising(lam, epochs):
 
 def write_summary(path, study, args):
     """The table and the figure."""
-    done = read(path)
+    done = read(path, study)
     lines = [
         f"# {args.dataset}: adversarial training and DRSLoss",
         "",
@@ -294,8 +342,8 @@ def write_summary(path, study, args):
         "",
         "## Test: suite standard",
         "",
-        "The difference is to cross-entropy in plain training by the same method, seed by seed, with its 95 % interval "
-        "(Student's t).",
+        "The difference is to cross-entropy by the same method, seed by seed, with its 95 % interval (Student's t): it "
+        "tells how training varies, not how images do, which are the same for all.",
         "",
         "| method | loss | lam | seeds | images | clean | after APGD on CE | robust | difference |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -313,6 +361,9 @@ def write_summary(path, study, args):
     lines += [
         "",
         f"## Choice: worst case of {', '.join(study['attacks'])} on validation images",
+        "",
+        "DRSLoss has had more to choose from than the others: cross-entropy has nothing to set, and label smoothing is "
+        "0.1 throughout.",
         "",
         "| method | loss | lam | seeds | clean | robust |",
         "|---|---|---|---|---|---|",

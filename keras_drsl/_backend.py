@@ -211,17 +211,52 @@ def stepper(step: Callable, variables: list) -> Callable:
     return several
 
 
-def repeat(step: Callable, times: int, x: Any) -> Any:
-    """A step taken several times, within a program."""
-    if keras.config.backend() == "jax":
-        import jax
+def repeat(step: Callable, times: int, x: Any, variables: list) -> Any:
+    """A step taken several times, within a program.
 
-        # In a loop of its own, XLA on a processor computes convolutions several times slower.
-        if jax.default_backend() == "cpu":
-            for _ in range(times):
-                x = step(x)
-            return x
-    return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
+    Args:
+        step: maps a tensor to the next.
+        times: how often.
+        x: the first tensor.
+        variables: the Keras variables the step reads.
+    """
+    if keras.config.backend() != "jax":
+        return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
+
+    import jax
+
+    # In a loop of its own, XLA on a processor computes convolutions several times slower.
+    if jax.default_backend() == "cpu":
+        for _ in range(times):
+            x = step(x)
+        return x
+    values = [(variable, variable.value) for variable in variables]
+
+    def body(_: Any, x: Any) -> Any:
+        # What the step does to variables, a layer's random numbers for example, cannot leave the loop.
+        with keras.StatelessScope(state_mapping=values):
+            return step(x)
+
+    return jax.lax.fori_loop(0, times, body, x)
+
+
+def replica() -> Any:
+    """Which of the replicas of `tf.distribute` computes this program; 0 without them."""
+    if keras.config.backend() != "tensorflow":
+        return 0
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return context.replica_id_in_sync_group if context else 0
+
+
+def one_replicas(x: Any) -> Any:
+    """What one of the replicas of `tf.distribute` has of a batch; anything else as it is."""
+    if keras.config.backend() != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    return x.values[0] if isinstance(x, tf.distribute.DistributedValues) else x
 
 
 def looks_up_weights() -> bool:

@@ -14,10 +14,10 @@ from keras_drsl import _arguments, _backend
 from keras_drsl._inputs import logits_behind
 from keras_drsl.attacks import balls
 from keras_drsl.attacks.classifier import Classifier, as_array
-from keras_drsl.attacks.gradient import slope
+from keras_drsl.attacks.gradient import finite, slope
 from keras_drsl.attacks.objectives import objective
 from keras_drsl.evaluation.evaluate import check_model, check_threat
-from keras_drsl.evaluation.head import find_logits, unchanged
+from keras_drsl.evaluation.head import counters_of, find_logits, unchanged
 
 # The names under which a batch that was attacked reaches `call`, and its outputs leave it.
 CLEAN, ADVERSARIAL, RIGHT, RISE = "clean", "adversarial", "right", "rise"
@@ -105,9 +105,13 @@ class AdversarialTraining(keras.Model):
     `clean_accuracy`, before the attack; and `attack_strength`, by how much the attack raised the cross-entropy, the
     model as at inference. With sample or class weights these two count each example once.
 
-    Under `tf.distribute` make it in the strategy's scope, the model too. `save` saves the plain model. `save_weights`
-    and `load_weights` are those of the training, with the state of the optimizer and of the random starts, so that
-    `keras.callbacks.BackupAndRestore` resumes it exactly.
+    Layers that draw random numbers, noise or crops, draw the same for x and x'. `fit` looks at the first batch before
+    it begins: a data set that shuffles itself begins with its second order.
+
+    Under `tf.distribute` make it in the strategy's scope, the model too. `save` and `export` take the plain model.
+    `save_weights` and `load_weights` are those of the training, with the state of the optimizer and of all random
+    numbers, so that with `keras.callbacks.BackupAndRestore` a training that was killed goes on as if it had not been,
+    but for the order in which Keras shuffles arrays.
 
     Args:
         model: the classifier: one input of float values, outputs `(batch, C)`, logits or a softmax.
@@ -123,9 +127,9 @@ class AdversarialTraining(keras.Model):
         seed: the seed of the random starts, >= 0.
 
     Raises:
-        ValueError: for arguments out of their range. In `fit` and `train_on_batch`: for a first batch whose inputs lie
-            outside the clip range, outputs that don't match the loss's `from_logits`, a loss that returns a scalar. In
-            `fit`: at a loss that is not finite, with the model put back to where the epoch began.
+        ValueError: for arguments out of their range. In `fit` and the first `train_on_batch`: for a first batch whose
+            inputs lie outside the clip range, outputs that don't match the loss's `from_logits`, a loss that returns a
+            scalar. In `fit`: at a loss that is not finite, with model and optimizer put back to where the epoch began.
 
     Example:
 
@@ -156,11 +160,15 @@ class AdversarialTraining(keras.Model):
         seed: int = 0,
     ) -> None:
         check_model("model", model)
+        for one in getattr(model, "inputs", None) or []:
+            if "float" not in one.dtype or len(model.inputs) > 1:
+                received = ", ".join(f"{one.name} of dtype {one.dtype}" for one in model.inputs)
+                raise ValueError(f"`model` must have one input, of float values. Received: {received}")
         # Its inputs must keep their precision until the attack is done; the model casts them itself.
         super().__init__(dtype=model.dtype_policy, autocast=False)
         self.threat = check_threat(eps, norm, clip_min, clip_max)
         if not isinstance(method, Method):
-            method = METHODS[_arguments.check_choice("method", method, METHODS)]
+            method = METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
         self.method = method
         steps = _arguments.check_integer("steps", steps, at_least=1)
         self.steps = 1 if self.method.one_step else steps
@@ -170,8 +178,10 @@ class AdversarialTraining(keras.Model):
         self.beta = _arguments.check_non_negative("beta", beta)
         self.warmup_epochs = _arguments.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
-        self._starts = keras.random.SeedGenerator(_arguments.check_integer("seed", seed, at_least=0))
-        self._share_of_eps = self.add_weight(name="share_of_eps", shape=(), initializer="ones", trainable=False)
+        self._starts = _Starts(_arguments.check_integer("seed", seed, at_least=0))
+        self._share_of_eps = self.add_weight(
+            name="share_of_eps", shape=(), initializer="ones", dtype="float32", trainable=False
+        )
         self._clean_accuracy = keras.metrics.Mean(name="clean_accuracy")
         self._attack_strength = keras.metrics.Mean(name="attack_strength")
         self._head: Any = None
@@ -183,12 +193,21 @@ class AdversarialTraining(keras.Model):
         if not _was_attacked(inputs):
             return self.model(inputs, training=training)
         needed = {*self.method.learns_from, ADVERSARIAL, *([CLEAN] if self.method.penalty else [])}
-        return {name: self.model(inputs[name], training=training) for name in sorted(needed)}
+        # What the layers draw, noise or crops, must be the same for both, or it would tell them apart.
+        counters = counters_of(self.model)
+        before = [ops.copy(counter) for counter in counters]
+        outputs = {}
+        for name in sorted(needed):
+            for counter, value in zip(counters, before, strict=True):
+                counter.assign(value)
+            outputs[name] = self.model(inputs[name], training=training)
+        return outputs
 
     def train_step(self, *arguments: Any) -> Any:
         """One step on an attacked batch; arguments and results are those of the backend's own `train_step`."""
         *state, data = arguments
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x = _only(x)
         if not state:
             return super().train_step((self._attacked(x, y), y, sample_weight))
         # On JAX the values of variables come and go with the state.
@@ -227,10 +246,12 @@ class AdversarialTraining(keras.Model):
             start = balls.draw(shape, ball["eps"], norm, self._starts)
 
         def step(x_adv: Any) -> Any:
-            _, _, gradient = slope(lambda x: (drive(classifier(x), rows), ()), x_adv)
-            return balls.project(x_adv + share * self.step_size * balls.direction(gradient, norm), x, ball, norm)
+            _, _, gradient = slope(classifier, lambda logits: drive(logits, rows), x_adv)
+            ahead = x_adv + share * self.step_size * balls.direction(finite(gradient), norm)
+            return balls.project(ahead, x, ball, norm)
 
-        return _backend.repeat(step, self.steps, balls.project(x + start, x, ball, norm))
+        start = balls.project(x + start, x, ball, norm)
+        return _backend.repeat(step, self.steps, start, self.model.variables)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -275,20 +296,22 @@ class AdversarialTraining(keras.Model):
         epochs: int = 1,
         verbose: Any = "auto",
         callbacks: Any = None,
+        *arguments: Any,
         **options: Any,
     ) -> Any:
         """`keras.Model.fit`, after a look at the first batch."""
         x = self._prepare(x, y)
         own: list[Any] = [_Warmup(self), _StopAtNaN(self)]
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.callbacks[:0] = own
-            for callback in own:
-                callback.set_params(callbacks.params)
-                callback.set_model(self)
+            callbacks = keras.callbacks.CallbackList([*own, *callbacks.callbacks], model=self, **callbacks.params)
         else:
             callbacks = [*own, *keras.tree.flatten(callbacks or [])]
-        with self._attacking(True):
-            return super().fit(x, y, batch_size, epochs, verbose, callbacks, **options)
+        try:
+            with self._attacking(True):
+                return super().fit(x, y, batch_size, epochs, verbose, callbacks, *arguments, **options)
+        finally:
+            # A callback may have put weights of an early epoch back.
+            self._share_of_eps.assign(1.0)
 
     def evaluate(self, *arguments: Any, **options: Any) -> Any:
         """`keras.Model.evaluate`, on the inputs as they are."""
@@ -314,26 +337,43 @@ class AdversarialTraining(keras.Model):
         """Save the plain model."""
         self.model.save(*arguments, **options)
 
+    def export(self, *arguments: Any, **options: Any) -> None:
+        """Export the plain model."""
+        self.model.export(*arguments, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """Not there: the training of a model is not part of it."""
+        raise NotImplementedError(
+            "Save the plain model: `save` does, and so does `keras.saving.save_model` on `model`."
+        )
+
     def save_own_variables(self, store: Any) -> None:
         """Keras does not save the state of random numbers by itself."""
         super().save_own_variables(store)
-        store["starts"] = ops.convert_to_numpy(self._starts.state)
+        for place, counter in enumerate(counters_of(self)):
+            store[f"random_{place}"] = ops.convert_to_numpy(counter)
 
     def load_own_variables(self, store: Any) -> None:
         """What `save_own_variables` saved."""
-        self._starts.state.assign(store["starts"])
-        own = set(store.keys()) - {"starts"}
-        super().load_own_variables({name: store[name] for name in own})
+        names = [name for name in store.keys() if not name.startswith("random_")]  # noqa: SIM118, no dictionary
+        super().load_own_variables({name: store[name] for name in names})
+        for place, counter in enumerate(counters_of(self)):
+            counter.assign(store[f"random_{place}"])
 
     def _prepare(self, x: Any, y: Any) -> Any:
         """Look at the first batch and find the model's logits; returns the data, nothing of it lost."""
         x, (inputs, labels) = _peek(x, y)
         balls.check_range("x", inputs, self.threat["clip_min"], self.threat["clip_max"])
+        if not (isinstance(self.loss, str) or callable(self.loss)):
+            raise ValueError(f"`loss` must be one loss, for one output. Received: loss={self.loss!r}")
         loss = keras.losses.get(self.loss)
         with unchanged(self.model):
-            self._head = self._head or find_logits(self.model, inputs, _from_logits(loss))
-        if callable(loss) and labels is not None:
-            _check_per_sample(loss, labels, self.model(ops.convert_to_tensor(inputs), training=False))
+            outputs = self.model(ops.convert_to_tensor(inputs), training=False)
+            if not ops.is_tensor(outputs):
+                raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
+            self._head = find_logits(self.model, inputs, _from_logits(loss))
+            if labels is not None:
+                _check_per_sample(loss, labels, outputs)
         return x
 
 
@@ -342,6 +382,14 @@ class _Average(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         return y_pred
+
+
+class _Starts(keras.random.SeedGenerator):
+    """Random numbers that differ from replica to replica."""
+
+    def next(self, ordered: bool = True) -> Any:
+        seed = super().next(ordered)
+        return seed + ops.cast(ops.stack([65536 * _backend.replica(), 0]), seed.dtype)
 
 
 class _Warmup(keras.callbacks.Callback):
@@ -356,7 +404,7 @@ class _Warmup(keras.callbacks.Callback):
 
 
 class _StopAtNaN(keras.callbacks.Callback):
-    """Ends training at a loss that is not finite, with the weights the epoch began with."""
+    """Ends training at a loss that is not finite, with model and optimizer as the epoch found them."""
 
     def __init__(self, trainer: AdversarialTraining) -> None:
         super().__init__()
@@ -364,7 +412,8 @@ class _StopAtNaN(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
-        self._weights = self._trainer.model.get_weights()
+        kept = [*self._trainer.model.variables, *self._trainer.optimizer.variables]
+        self._kept = [(variable, ops.convert_to_numpy(variable)) for variable in kept]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -372,10 +421,11 @@ class _StopAtNaN(keras.callbacks.Callback):
             return
         if hasattr(self._trainer, "jax_state_sync"):
             self._trainer.jax_state_sync()
-        self._trainer.model.set_weights(self._weights)
+        for variable, value in self._kept:
+            variable.assign(value)
         raise ValueError(
             f"The loss must be finite. Received: loss={loss} in epoch {self._epoch + 1}, step {batch + 1}. "
-            "The model has the weights that epoch began with."
+            "Model and optimizer are as that epoch found them."
         )
 
 
@@ -390,6 +440,11 @@ def _class_ids(y: Any, logits: Any) -> Any:
     return ops.cast(y, "int32")
 
 
+def _only(x: Any) -> Any:
+    """The one input of an example, which Keras may be given as a list of one."""
+    return x[0] if isinstance(x, list | tuple) and len(x) == 1 else x
+
+
 def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
     """The data, and some of its first inputs and labels."""
     batch = (x, y)
@@ -402,10 +457,11 @@ def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
     elif y is None:
         batch = next(iter(x))
     inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    inputs, labels = _only(inputs), _only(labels)
     if isinstance(inputs, dict | list | tuple):
         raise ValueError(f"`x` must hold one input an example, not several. Received: {type(inputs).__name__}")
-    inputs = as_array(inputs[:32]).astype("float32")
-    return x, (inputs, None if labels is None else as_array(labels[:32]))
+    inputs, labels = map(_backend.one_replicas, (inputs, labels))
+    return x, (as_array(inputs[:32]).astype("float32"), None if labels is None else as_array(labels[:32]))
 
 
 def _from_logits(loss: Any) -> bool | None:

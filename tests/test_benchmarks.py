@@ -35,7 +35,7 @@ def test_the_study_goes_on_where_it_was_and_writes_its_table(tmp_path):
     arguments = ("--quick", "--backend", BACKEND, "--out", tmp_path)
     done = run("robust_accuracy.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    path = tmp_path / "robust_accuracy_digits.jsonl"
+    path = tmp_path / "robust_accuracy_digits_quick.jsonl"
     whole = path.read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in whole]
     test = [record for record in records if record["split"] == "test"]
@@ -50,13 +50,13 @@ def test_the_study_goes_on_where_it_was_and_writes_its_table(tmp_path):
     mean, half = sum(gains) / 2, 12.706 * abs(gains[0] - gains[1]) / 2
     assert f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})" in table
 
-    # Killed in the middle of a line that never got written: what is missing is made, and nothing else.
-    path.write_text("".join(whole[:-1]))
+    # Killed while it wrote the last line: that is made again, and nothing else.
+    path.write_text("".join(whole[:-1]) + whole[-1][:50])
     done = run("robust_accuracy.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("'split'") == 1
     again = path.read_text().splitlines(keepends=True)
-    assert again[:-1] == whole[:-1]
+    assert again[:-2] == whole[:-1]
     assert json.loads(again[-1])["withstood"] == records[-1]["withstood"]
 
 

@@ -16,7 +16,8 @@ import keras_drsl
 from keras_drsl import training
 from keras_drsl.attacks import balls
 from tests import reference
-from tests.backends import BACKEND
+from tests.backends import BACKEND, on_tensorflow
+from tests.layers import Random
 
 RATE, EPS, LAM = 0.5, 0.05, 0.3
 # Two rivals of the same slope: whatever the logits, the cross-entropy rises along one direction, so the worst input in
@@ -53,6 +54,11 @@ def train(model, x, y, *, epochs=1, batch_size=12, loss=None, compiled=None, fit
     )
     history = robust.fit(x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **(fit or {}))
     return model.get_weights(), history.history
+
+
+def share(robust):
+    """The share of eps that it attacks by."""
+    return float(ops.convert_to_numpy(robust._share_of_eps))
 
 
 def softmax(z):
@@ -113,6 +119,13 @@ class NumPyMLP:
 
 def given_start(monkeypatch, start):
     monkeypatch.setattr(balls, "draw", lambda shape, eps, norm, seed: ops.convert_to_tensor(start.astype("float32")))
+
+
+@pytest.fixture
+def dtype_policy():
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
 
 
 class TestAStep:
@@ -220,6 +233,18 @@ class TestAStep:
         gaps = np.minimum(*[np.abs(end - one).max(1) for one in both])
         np.testing.assert_allclose(gaps, 0, atol=1e-5)
 
+    @pytest.mark.parametrize("method", ["trades", "mart"])
+    def test_compares_the_same_random_view_of_both_inputs(self, method, monkeypatch):
+        x, y = data()
+        monkeypatch.setattr(keras_drsl.AdversarialTraining, "_search", lambda self, classifier, rows, drive: rows["x"])
+        losses = []
+        for beta in (0.0, 100.0):
+            keras.utils.set_random_seed(0)
+            noisy = keras.Sequential([keras.Input((4,)), keras.layers.GaussianNoise(0.5, seed=0), linear()])
+            losses.append(train(noisy, x, y, method=method, beta=beta, epochs=2)[1]["loss"])
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        assert losses[0][0] != pytest.approx(losses[0][1], abs=1e-3)
+
     def test_weighs_samples_and_classes(self, monkeypatch):
         x, y = data()
         start = np.zeros_like(x)
@@ -304,16 +329,57 @@ class TestAStep:
             assert seen[-1].min() >= 0
             assert seen[-1].max() <= 255
 
-    def test_trains_in_mixed_precision(self):
-        before = keras.config.dtype_policy()
-        keras.config.set_dtype_policy("mixed_bfloat16" if BACKEND == "torch" else "mixed_float16")
-        try:
-            x, y = data(48)
-            _, history = train(smooth(), x, y, epochs=20, compiled={"optimizer": keras.optimizers.SGD(0.1)})
-        finally:
-            keras.config.set_dtype_policy(before)
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+    def test_trains_in_other_precisions(self, policy, dtype_policy):
+        dtype_policy(policy)
+        x, y = data(48)
+        _, history = train(smooth(), x, y, epochs=20, compiled={"optimizer": keras.optimizers.SGD(0.1)})
         assert history["loss"][-1] < history["loss"][0]
         assert min(history["attack_strength"]) > 0
+
+    def test_attacks_a_confident_model_in_half_precision_as_well(self, dtype_policy):
+        # Where the model is sure, the gradient of the cross-entropy at the logits is smaller than float16 can hold.
+        x, slopes = data(400)[0], 40 * SLOPES
+        z = x @ slopes + BIAS
+        x = x[z[:, 0] > z[:, 1] + 28]
+        y = np.zeros(len(x), int)
+        expected = ((worst_inputs(x, y, 0.2).clip(0, 1) @ slopes + BIAS).argmax(1) == 0).mean()
+        assert 0.1 < expected < 0.9
+        dtype_policy("mixed_float16")
+        model = linear()
+        model.layers[0].set_weights([slopes, BIAS])
+        still = keras.optimizers.SGD(0.0)
+        _, history = train(model, x, y, eps=0.2, batch_size=len(x), compiled={"optimizer": still})
+        assert history["clean_accuracy"] == [1.0]
+        assert history["accuracy"] == pytest.approx([expected], abs=0.03)
+
+    def test_of_a_model_that_is_random_at_inference_runs_in_the_loop_of_an_accelerator(self, monkeypatch):
+        import jax
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        x, y = data()
+        for norm in ("inf", 2):
+            model = keras.Sequential([keras.Input((4,)), Random(0.01), linear()])
+            _, history = train(model, x, y, norm=norm, epochs=2)
+            assert min(history["attack_strength"]) > 0
+        (kernel, _), _ = train(linear(), x, y, step_size=2 * EPS)
+        worst = worst_inputs(x, y)
+        pulls = pull(worst @ SLOPES + BIAS, y, LAM) / len(x)
+        np.testing.assert_allclose(kernel, SLOPES - RATE * worst.T @ pulls, atol=1e-5)
+
+    @on_tensorflow
+    def test_takes_batches_of_a_shape_not_known_in_advance(self):
+        import tensorflow as tf
+
+        x, y = data()
+        batches = tf.data.Dataset.from_generator(
+            lambda: iter([(x[:, :, None], y)]),
+            output_signature=(tf.TensorSpec((None, None, 1), "float32"), tf.TensorSpec((None,), "int32")),
+        )
+        for norm in ("inf", 2):
+            layers = [keras.Input((None, 1)), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(3)]
+            _, history = train(keras.Sequential(layers), batches, None, batch_size=None, norm=norm)
+            assert history["attack_strength"][0] > 0
 
 
 class TestTraining:
@@ -385,7 +451,8 @@ class TestTraining:
         rng = np.random.default_rng(0)
         x, y = rng.uniform(size=(24, 4)).astype("float32"), rng.integers(0, 3, 24)
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
+        layers = [keras.layers.Dense(8, "tanh"), keras.layers.Dropout(0.3), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
         robust = keras_drsl.AdversarialTraining(model, 0.1, steps=2, warmup_epochs=3)
         robust.compile(keras.optimizers.Adam(0.01), keras_drsl.DRSLoss(from_logits=True))
         class Dies(keras.callbacks.Callback):
@@ -436,16 +503,33 @@ class TestTraining:
 
     def test_takes_a_list_of_callbacks_that_keras_made(self):
         x, y = data()
-        model = linear()
-        robust = keras_drsl.AdversarialTraining(model, EPS, warmup_epochs=1)
+        robust = keras_drsl.AdversarialTraining(linear(), EPS, warmup_epochs=1)
         robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
         shares = []
-        look = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: shares.append(float(ops.convert_to_numpy(robust._share_of_eps)))
-        )
+        look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: shares.append(share(robust)))
         callbacks = keras.callbacks.CallbackList([look], add_history=True, model=robust)
-        robust.fit(x, y, epochs=2, callbacks=callbacks, verbose=0)
-        assert shares == [0.5, 1.0]
+        for _ in range(2):
+            robust.fit(x, y, epochs=2, callbacks=callbacks, verbose=0)
+        assert shares == [0.5, 1.0, 0.5, 1.0]
+        assert len(callbacks.callbacks) == 2
+
+    def test_attacks_in_full_once_it_has_ended(self):
+        class Worse(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                logs["worse"] = epoch
+
+        x, y = data()
+        robust = keras_drsl.AdversarialTraining(linear(), EPS, warmup_epochs=9)
+        robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
+        stop = keras.callbacks.EarlyStopping("worse", mode="min", restore_best_weights=True)
+        robust.fit(x, y, epochs=3, verbose=0, callbacks=[Worse(), stop])
+        assert share(robust) == 1.0
+
+    def test_takes_the_one_input_in_a_list(self):
+        x, y = data()
+        expected, _ = train(smooth(), x, y, step_size=2 * EPS)
+        weights, _ = train(smooth(), [x], y, step_size=2 * EPS)
+        np.testing.assert_array_equal(weights[0], expected[0])
 
     def test_on_a_batch_is_a_step_of_fit(self):
         x, y = data()
@@ -481,6 +565,7 @@ class TestTraining:
             import tensorflow as tf
             cpu = tf.config.list_physical_devices("CPU")[0]
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+            strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
         rng = np.random.default_rng(0)
         x, y = rng.uniform(0.2, 0.8, (24, 4)).astype("float32"), rng.integers(0, 3, 24)
         balls.draw = lambda shape, eps, norm, seed: keras.ops.zeros(shape)
@@ -491,7 +576,7 @@ class TestTraining:
                 data_parallel = keras.distribution.DataParallel(devices=jax.devices()) if devices == 2 else None
                 keras.distribution.set_distribution(data_parallel)
             elif devices == 2:
-                scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+                scope = strategy.scope()
             with scope:
                 keras.utils.set_random_seed(0)
                 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)])
@@ -502,6 +587,19 @@ class TestTraining:
             options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
             history = robust.fit(x, y, validation_data=(x, y), **options).history
             return [np.asarray(weight) for weight in model.get_weights()], history
+
+        if not jax:
+            with strategy.scope():
+                robust = keras_drsl.AdversarialTraining(keras.Sequential([keras.Input((4,))]), 0.1)
+            drawn = strategy.run(lambda: keras.random.uniform((5,), seed=robust._starts))
+            one, two = map(np.asarray, strategy.experimental_local_results(drawn))
+            assert np.abs(one - two).max() > 0.1
+            dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+            with strategy.scope():
+                model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+                robust = keras_drsl.AdversarialTraining(model, 0.1)
+                robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
+            robust.fit(strategy.experimental_distribute_dataset(dataset), verbose=0)
 
         for method in ("pgd", "mart"):
             one, two = train(1, method), train(2, method)
@@ -521,7 +619,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "options",
         [
-            {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "PGD"}, {"steps": 0}, {"steps": 2.5},
+            {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "PGD"}, {"method": 1}, {"steps": 0},
             {"step_size": 0}, {"norm": 1}, {"beta": -1}, {"clip_min": 1.0}, {"warmup_epochs": -1}, {"seed": -1},
         ],
     )  # fmt: skip
@@ -533,6 +631,35 @@ class TestBadInput:
     def test_a_model_must_be_one(self):
         with pytest.raises(ValueError, match="`model` must be a keras.Model. Received: Dense"):
             keras_drsl.AdversarialTraining(keras.layers.Dense(3), EPS)
+
+    def test_a_model_must_take_one_input_of_floats(self):
+        one = keras.Input((4,), dtype="uint8", name="pixels")
+        model = keras.Model(one, keras.layers.Dense(3)(keras.layers.Rescaling(1 / 255)(one)))
+        with pytest.raises(
+            ValueError, match="`model` must have one input, of float values. Received: pixels of dtype uint"
+        ):
+            keras_drsl.AdversarialTraining(model, EPS)
+        two = [keras.Input((4,), name=name) for name in ("a", "b")]
+        with pytest.raises(ValueError, match="Received: a of dtype float32, b of dtype float32"):
+            keras_drsl.AdversarialTraining(keras.Model(two, keras.layers.Add()(two)), EPS)
+
+    def test_a_model_must_have_one_output_and_one_loss(self):
+        x, y = data()
+        one = keras.Input((4,))
+        model = keras.Model(one, {"a": keras.layers.Dense(3)(one)})
+        with pytest.raises(ValueError, match="`model` must have one output"):
+            train(model, x, y)
+        with pytest.raises(ValueError, match="`loss` must be one loss, for one output"):
+            train(linear(), x, y, loss=[keras_drsl.DRSLoss(from_logits=True)])
+
+    def test_a_loss_compiled_later_must_fit_as_well(self):
+        x, y = data()
+        robust = keras_drsl.AdversarialTraining(linear(keras.layers.Softmax()), EPS)
+        robust.compile("sgd", keras_drsl.DRSLoss())
+        robust.fit(x, y, verbose=0)
+        robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
+        with pytest.raises(ValueError, match="`from_logits=True`, but the outputs of `model` look like probabilities"):
+            robust.fit(x, y, verbose=0)
 
     def test_inputs_must_lie_in_the_range(self):
         x, y = data()
@@ -568,21 +695,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`x` must hold one input an example, not several. Received: dict"):
             train(linear(), {"a": x, "b": x}, y)
 
-    def test_a_nan_stops_training_and_leaves_the_last_good_weights(self):
+    @pytest.mark.parametrize("made_by_keras", [False, True])
+    def test_a_nan_stops_training_and_leaves_the_last_good_weights(self, made_by_keras):
+        class Rate(keras.optimizers.schedules.LearningRateSchedule):
+            """NaN for the fifth batch, so that its update makes the weights NaN, and the loss of the sixth."""
+
+            def __call__(self, step):
+                return ops.where(ops.equal(ops.cast(step, "int32"), 4), math.nan, 0.1)
+
         x, y = data(24)
         kept = []
-        keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: kept.append(model.get_weights()))
         model = smooth()
+        keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: kept.append(model.get_weights()))
         robust = keras_drsl.AdversarialTraining(model, EPS, steps=1)
-
-        # The update after the fifth batch makes the weights NaN, and the loss of the sixth.
-        class Rate(keras.optimizers.schedules.LearningRateSchedule):
-            def __call__(self, step):
-                return ops.where(ops.cast(step, "int32") < 4, 0.1, math.nan)
-
-        robust.compile(keras.optimizers.SGD(Rate()), keras_drsl.DRSLoss(from_logits=True))
+        robust.compile(keras.optimizers.Adam(Rate()), keras_drsl.DRSLoss(from_logits=True))
+        settings = {"batch_size": 8, "shuffle": False, "verbose": 0}
+        callbacks = keras.callbacks.CallbackList([keep], model=robust) if made_by_keras else [keep]
         with pytest.raises(ValueError, match="The loss must be finite. Received: loss=nan in epoch 2, step 3"):
-            robust.fit(x, y, epochs=5, batch_size=8, shuffle=False, verbose=0, callbacks=[keep])
+            robust.fit(x, y, epochs=5, callbacks=callbacks, **settings)
         assert len(kept) == 1
         for one, other in zip(model.get_weights(), kept[0], strict=True):
             np.testing.assert_array_equal(one, other)
+        robust.optimizer.iterations.assign(5)
+        assert np.isfinite(robust.fit(x, y, **settings).history["loss"][0])

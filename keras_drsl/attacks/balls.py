@@ -80,6 +80,6 @@ def draw(shape: Any, eps: Any, norm: str | int, seed: Any) -> Any:
     """
     if norm == "inf":
         return eps * keras.random.uniform(shape, -1.0, 1.0, seed=seed)
-    features = math.prod(shape[1:])
+    features = ops.cast(math.prod(shape[1:]), "float32")
     radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), seed=seed) ** (1 / features)
     return eps * radius * direction(keras.random.normal(shape, seed=seed), norm)

@@ -60,17 +60,32 @@ def rival(batch: Batch, restarts: int) -> np.ndarray:
 
 
 def ascent(classifier: Classifier, x_adv: Any, rows: dict, *, loss: str, targeted: bool) -> tuple[Any, Any, Any]:
-    """The attack's loss at a point, its gradient, and whether the point is misclassified."""
+    """The attack's loss at a point, a gradient to follow, and whether the point is misclassified."""
 
-    def value(x: Any) -> tuple[Any, Any]:
+    def drive(logits: Any) -> Any:
+        return objective(loss, logits, rows["y"], rows["target"], targeted=targeted)
+
+    values, logits, gradient = slope(classifier, drive, x_adv)
+    return values, finite(gradient), misclassified(logits, rows["y"])
+
+
+def slope(classifier: Classifier, drive: Callable, x: Any) -> tuple[Any, Any, Any]:
+    """What drives an attack, one value a row, the logits, and the gradient of each value, of whatever length.
+
+    The gradient is brought to length 1 at the logits: on its way back through a model of half precision the small one
+    of a confident prediction would vanish. Its direction is all that attacks follow.
+    """
+
+    def along(x: Any) -> tuple[Any, Any]:
         logits = classifier(x)
-        return objective(loss, logits, rows["y"], rows["target"], targeted=targeted), logits
+        values, _, pulls = _backend.input_gradient(lambda z: (drive(z), ()), ops.stop_gradient(logits))
+        largest = ops.max(ops.abs(pulls), axis=-1, keepdims=True)
+        return ops.sum(logits * ops.stop_gradient(pulls / ops.maximum(largest, 1e-30)), axis=-1), (values, logits)
 
-    values, logits, gradient = slope(value, x_adv)
-    return values, gradient, misclassified(logits, rows["y"])
+    _, (values, logits), gradient = _backend.input_gradient(along, x)
+    return values, logits, gradient
 
 
-def slope(function: Callable, x: Any) -> tuple[Any, Any, Any]:
-    """Both results of a function, one value a row and anything else, and a gradient to follow: finite, 0 for NaN."""
-    values, rest, gradient = _backend.input_gradient(function, x)
-    return values, rest, ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)
+def finite(gradient: Any) -> Any:
+    """A gradient that has a direction: 0 for NaN, and large numbers for infinite ones."""
+    return ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)

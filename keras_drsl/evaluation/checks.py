@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_drsl import _backend
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Classifier, Noise, Square, Transfer, balls
 from keras_drsl.attacks.classifier import is_wrong, margins
+from keras_drsl.attacks.gradient import slope
 from keras_drsl.attacks.objectives import LOSSES, objective
 from keras_drsl.evaluation.head import Head
 from keras_drsl.evaluation.report import Check, wilson
@@ -407,13 +407,12 @@ def breakable(shape: tuple[int, ...], threat: dict[str, Any], seed: int) -> tupl
 
 
 def _largest_gradient(classifier: Classifier, rows: dict, *, loss: str) -> Any:
-    """The largest element of a loss's gradient, one a row; NaN where any is."""
+    """The largest element of the gradient that an attack follows, one a row; NaN where any is."""
 
-    def value(x: Any) -> tuple[Any, Any]:
-        logits = classifier(x)
-        return objective(loss, logits, rows["y"], rows["target"], targeted=False), logits
+    def drive(logits: Any) -> Any:
+        return objective(loss, logits, rows["y"], rows["target"], targeted=False)
 
-    _, _, gradient = _backend.input_gradient(value, rows["x"])
+    _, _, gradient = slope(classifier, drive, rows["x"])
     axes = tuple(range(1, len(gradient.shape)))
     # A maximum may pass over NaN; a sum does not.
     return ops.max(ops.abs(gradient), axis=axes) + 0.0 * ops.sum(gradient, axis=axes)

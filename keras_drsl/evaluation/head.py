@@ -78,10 +78,15 @@ def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None = No
     return Head(Classifier(_Function(model.variables, lambda x: _log_probabilities(model, x))), own, "probabilities")
 
 
+def counters_of(model: keras.Model) -> list:
+    """The variables that random numbers are drawn from."""
+    return [one for one in model.variables if "float" not in one.dtype]
+
+
 @contextmanager
 def unchanged(*models: keras.Model | None) -> Iterator[None]:
     """Puts the state of the models' random numbers back, whatever happens."""
-    counters = [one for model in models if model is not None for one in model.variables if "float" not in one.dtype]
+    counters = [one for model in models if model is not None for one in counters_of(model)]
     before = [ops.convert_to_numpy(one) for one in counters]
     try:
         yield
