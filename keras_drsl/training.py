@@ -105,11 +105,12 @@ class AdversarialTraining(keras.Model):
     `clean_accuracy`, before the attack; and `attack_strength`, by how much the attack raised the cross-entropy, the
     model as at inference. With sample or class weights these two count each example once.
 
-    Layers that draw random numbers, noise or crops, draw the same for x and x'. `fit` looks at the first batch before
-    it begins: a data set that shuffles itself begins with its second order.
+    Layers that draw random numbers, noise or crops, draw the same for x and x' (on torch, those that were given a
+    seed). `fit` looks at the first batch before it begins: a data set that shuffles itself begins with its second
+    order.
 
     Under `tf.distribute` make it in the strategy's scope, the model too. `save` and `export` take the plain model.
-    `save_weights` and `load_weights` are those of the training, with the state of the optimizer and of all random
+    `save_weights` and `load_weights` are those of the training, with the state of the optimizer and of these random
     numbers, so that with `keras.callbacks.BackupAndRestore` a training that was killed goes on as if it had not been,
     but for the order in which Keras shuffles arrays.
 
