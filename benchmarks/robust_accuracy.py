@@ -31,24 +31,22 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
 # `choose`: for which methods `lam` is chosen, among `lams`, by `choice_seeds` models each, on `validation` images;
 # `variants`: other uses of the restraint in a method; `seeds`: how many models of each method the test is made of.
-# `attacks` make the choice.
+# `attacks` make the choice. Where nothing is chosen, `lam` and `uses` are what was best on digits' validation images.
 STUDIES = {
     "digits": {
         "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
         "variants": {"pgd": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"), "trades": ("trades_attacked",)},
-        "losses": ("ce", "ls", "drs"), "seeds": {"clean": 5, "fgsm": 5, "pgd": 5, "trades": 5}, "images": None,
-        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {},
+        "uses": {}, "losses": ("ce", "ls", "drs"), "seeds": {"clean": 5, "fgsm": 5, "pgd": 5, "trades": 5},
+        "images": None, "attacks": ("apgd_ce", "apgd_margin"), "recipe": {},
     },
     "mnist": {
-        "choose": ("fgsm",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 500,
-        "variants": {},
-        "losses": ("ce", "drs"), "seeds": {"fgsm": 3, "pgd": 1}, "images": 500,
+        "choose": (), "lams": (0.1,), "choice_seeds": 0, "validation": 500, "variants": {},
+        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"fgsm": 3, "pgd": 1}, "images": 500,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
     },
     "cifar10": {
-        "choose": (), "lams": (0.03,), "choice_seeds": 0, "validation": 1000,
-        "variants": {},
-        "losses": ("ce", "drs"), "seeds": {"fgsm": 1}, "images": 500,
+        "choose": (), "lams": (0.1,), "choice_seeds": 0, "validation": 1000, "variants": {},
+        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"fgsm": 1}, "images": 500,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 10},
     },
 }  # fmt: skip
@@ -139,7 +137,7 @@ def test(study, done):
     jobs = []
     for method, seeds in study["seeds"].items():
         settings = [(method, loss, None) for loss in study["losses"] if loss != "drs"]
-        settings.append((method, "drs", chosen_lam(method, study, done)))
+        settings.append((study["uses"].get(method, method), "drs", chosen_lam(method, study, done)))
         variant, lam = best_variant(method, study, done)
         if variant != method:
             settings += [(variant, "drs", lam), *((variant, *control) for control in controls(variant))]
