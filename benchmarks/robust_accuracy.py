@@ -7,8 +7,8 @@ nothing is left to do, it writes the table and the figure beside it.
 1. Choice: models trained without the validation images, drawn anew for each seed, and the worst case of two attacks on
    these. It settles `lam` for each method, and how to use the restraint best. In PGD's training: on the attacked images
    (`pgd`), on clean and attacked ones (`pgd_both`), with inner attacks on the margin (`pgd_margin`) or on the whole
-   loss (`pgd_loss`), with `lam` rising in the first half of the epochs (`pgd_rising`). In TRADES: in its clean term
-   (`trades`), or on the attacked images alone (`trades_attacked`).
+   loss (`pgd_loss`; both for `fgsm` too), with `lam` rising in the first half of the epochs (`pgd_rising`). In TRADES:
+   in its clean term (`trades`), or on the attacked images alone (`trades_attacked`).
 2. Test: models trained on all training images (on a graphics card, all but those watched to stop in time), evaluated
    on the test images by the standard suite.
 
@@ -35,7 +35,10 @@ LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
 STUDIES = {
     "digits": {
         "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
-        "variants": {"pgd": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"), "trades": ("trades_attacked",)},
+        "variants": {
+            "fgsm": ("fgsm_margin", "fgsm_loss"), "trades": ("trades_attacked",),
+            "pgd": ("pgd_both", "pgd_margin", "pgd_loss", "pgd_rising"),
+        },
         "uses": {}, "losses": ("ce", "ls", "drs"), "seeds": {"clean": 5, "fgsm": 5, "pgd": 5, "trades": 5},
         "images": None, "attacks": ("apgd_ce", "apgd_margin"), "recipe": {},
     },
@@ -129,7 +132,7 @@ def choice_of_variant(study, done):
 
 def controls(variant):
     """Cross-entropy in a variant, where that is not the method itself."""
-    return [("ce", None)] if variant in ("pgd_both", "pgd_margin") else []
+    return [("ce", None)] if variant.endswith(("_both", "_margin")) else []
 
 
 def test(study, done):
@@ -212,7 +215,7 @@ def run(job, study, data, path, args):
     if facts_path.exists():
         model, facts = keras.models.load_model(model_path), json.loads(facts_path.read_text())
     else:
-        loss, method, callbacks = prepare(job, recipe)
+        loss, method, options, callbacks = prepare(job, recipe)
         log, best = model_path.with_suffix(".csv"), model_path.with_suffix(".best.keras")
         before = read_history(log)
         if recipe.get("watch"):
@@ -225,7 +228,7 @@ def run(job, study, data, path, args):
         backup = keras.callbacks.BackupAndRestore(str(model_path.with_suffix(".backup")))
         callbacks += [keras.callbacks.CSVLogger(log, append=True), backup]
         began = time.perf_counter()
-        model, _ = example.fit(recipe, train, method, loss, job["seed"], callbacks=callbacks)
+        model, _ = example.fit(recipe | options, train, method, loss, job["seed"], callbacks=callbacks)
         seconds = None if before else round(time.perf_counter() - began, 1)  # of a whole training alone
         if best.exists():
             model = keras.models.load_model(best, compile=False)
@@ -279,22 +282,19 @@ def read_history(path):
 
 
 def prepare(job, recipe):
-    """The loss of a job, its method as `AdversarialTraining` takes it, and callbacks it needs."""
+    """The loss of a job, its method and options as `AdversarialTraining` takes them, and callbacks it needs."""
     import adversarial_training as example
 
     from keras_drsl import drs_loss
-    from keras_drsl.attacks.objectives import objective
     from keras_drsl.training import ADVERSARIAL, CLEAN, METHODS, trades_penalty
 
     loss = example.make_loss(job["loss"], job["lam"])
     base, _, variant = job["method"].partition("_")
-    method, callbacks = METHODS[base], []
+    method, options, callbacks = METHODS[base], {}, []
     if variant == "both":
         method = method._replace(learns_from=(CLEAN, ADVERSARIAL))
-    elif variant == "margin":
-        method = method._replace(drive=lambda z, rows: objective("margin", z, rows["y"], None, targeted=False))
-    elif variant == "loss":
-        method = method._replace(drive=lambda z, rows: drs_loss(rows["y"], z, job["lam"], from_logits=True))
+    elif variant in ("margin", "loss"):
+        options = {"attack_loss": variant}
     elif variant == "rising":
         loss, callback = rising(job["lam"], recipe["epochs"])
         callbacks.append(callback)
@@ -307,7 +307,7 @@ def prepare(job, recipe):
         loss, method = example.make_loss("ce", None), method._replace(penalty=penalty)
     elif variant:
         raise ValueError(f"no variant {variant} of {base}")
-    return loss, method, callbacks
+    return loss, method, options, callbacks
 
 
 def rising(lam, epochs):

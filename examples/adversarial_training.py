@@ -29,7 +29,7 @@ import numpy as np
 
 import keras_drsl
 from keras_drsl.evaluation import datasets
-from keras_drsl.training import METHODS
+from keras_drsl.training import ATTACK_LOSSES, METHODS
 
 # What the arguments default to. From the images in `validation` no model learns. With `peak` the learning rate rises to
 # that and falls to 0; with `augment` the images are cropped and flipped at random.
@@ -79,7 +79,8 @@ def run(method, loss, lam, seed, train, validation, test, args):
     """Train one model, save it, evaluate it."""
     print(f"\n{args.dataset}: method={method} loss={loss} seed={seed}")
     monitor = keras_drsl.RobustnessMonitor(*validation, eps=args.eps, max_samples=args.watch, every=args.every)
-    model, history = fit(vars(args), train, method, make_loss(loss, lam), seed, callbacks=[monitor], verbose=2)
+    recipe = vars(args) | {"attack_loss": (args.attack_loss or "loss") if method in ("pgd", "fgsm", "mart") else None}
+    model, history = fit(recipe, train, method, make_loss(loss, lam), seed, callbacks=[monitor], verbose=2)
     model.save(Path(args.out) / "models" / f"adversarial_{args.dataset}_{method}_{loss}_seed{seed}.keras")
     report = keras_drsl.evaluate_robustness(model, *test, eps=args.eps, max_samples=args.max_images, verbose=0)
     print(report)
@@ -98,7 +99,7 @@ def fit(recipe, train, method, loss, seed, *, callbacks=(), verbose=0):
     keras.utils.set_random_seed(seed)
     x, y = train
     model = networks.build(recipe["network"], x.shape[1:])
-    options = {name: recipe[name] for name in ("steps", "beta") if recipe.get(name) is not None}
+    options = {name: recipe[name] for name in ("steps", "attack_loss") if recipe.get(name) is not None}
     robust = keras_drsl.AdversarialTraining(
         model, recipe["eps"], method=method, warmup_epochs=recipe["warmup_epochs"], seed=seed, **options
     )
@@ -187,10 +188,11 @@ def parse_arguments():
     parser.add_argument("--dataset", choices=RECIPES, default="digits")
     parser.add_argument("--method", choices=METHODS, default="pgd")
     parser.add_argument("--loss", choices=LOSSES, default="drs", help="beside cross-entropy")
-    parser.add_argument("--lam", type=float, default=0.03, help="DRSLoss's restraint on attacked images")
+    parser.add_argument("--lam", type=float, default=0.1, help="DRSLoss's restraint on attacked images")
     parser.add_argument("--clean-lam", type=float, default=0.3, help="DRSLoss's restraint without adversarial training")
     parser.add_argument("--eps", type=float, help="radius of all attacks, L-inf, the input range being [0, 1]")
     parser.add_argument("--steps", type=int, help="inner steps, by default 10")
+    parser.add_argument("--attack-loss", choices=ATTACK_LOSSES, help="what they drive up, by default the whole loss")
     parser.add_argument("--network", choices=networks.NAMES)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--warmup-epochs", type=int, help="epochs in which eps rises")

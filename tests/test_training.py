@@ -174,6 +174,31 @@ class TestAStep:
         for one, other in zip(weights, expected.weights, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-5)
 
+    @pytest.mark.parametrize("head", ["logits", "softmax"])
+    @pytest.mark.parametrize("attack_loss", ["margin", "loss"])
+    def test_attacks_another_loss(self, attack_loss, head, monkeypatch):
+        # For class 1, pulling the rivals 0 and 2 apart and making 0 win ask for opposite inputs: with a large `lam` the
+        # whole loss rises where the cross-entropy falls.
+        x, _ = data(12)
+        y = np.ones(12, int)
+        given_start(monkeypatch, np.zeros_like(x))
+        slopes = np.stack([np.zeros(4), SLOPES[:, 1], -2 * SLOPES[:, 1]], axis=1)
+        layers = [keras.layers.Softmax()] if head == "softmax" else []
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, use_bias=False), *layers])
+        model.layers[0].set_weights([slopes])
+        loss = keras_drsl.DRSLoss(5.0, from_logits=head == "logits")
+        still = {"optimizer": keras.optimizers.SGD(0.0)}
+        _, history = train(model, x, y, loss=loss, attack_loss=attack_loss, step_size=2 * EPS, compiled=still)
+        down = -EPS * np.sign(SLOPES[:, 1])
+        corners = {one: (x + one * down).astype("float64") @ slopes for one in (1, -1)}
+        values = {
+            "margin": lambda z: np.maximum(z[:, 0], z[:, 2]) - z[:, 1],
+            "loss": lambda z: reference.each(reference.drs_loss, reference.one_hot(y, 3), z, lam=5.0),
+        }[attack_loss]
+        best = np.where((values(corners[1]) > values(corners[-1]))[:, None], corners[1], corners[-1])
+        expected = reference.each(reference.drs_loss, reference.one_hot(y, 3), best, lam=5.0).mean()
+        assert history["loss"] == pytest.approx([expected], rel=1e-4)
+
     def test_without_attack_is_plain_training(self):
         x, y = data()
         plain = smooth()
@@ -621,6 +646,7 @@ class TestBadInput:
         "options",
         [
             {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "PGD"}, {"method": 1}, {"steps": 0},
+            {"attack_loss": "ce"},
             {"step_size": 0}, {"norm": 1}, {"beta": -1}, {"clip_min": 1.0}, {"warmup_epochs": -1}, {"seed": -1},
         ],
     )  # fmt: skip
@@ -628,6 +654,13 @@ class TestBadInput:
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=f"`{name}`.*Received: .*{value}"):
             keras_drsl.AdversarialTraining(linear(), **{"eps": EPS} | options)
+
+    def test_a_method_with_an_attack_of_its_own_takes_no_other(self):
+        for method in ("trades", "clean"):
+            with pytest.raises(
+                ValueError, match="`attack_loss` must be 'cross_entropy' .* Received: attack_loss='loss'"
+            ):
+                keras_drsl.AdversarialTraining(linear(), EPS, method=method, attack_loss="loss")
 
     def test_a_model_must_be_one(self):
         with pytest.raises(ValueError, match="`model` must be a keras.Model. Received: Dense"):
