@@ -65,6 +65,8 @@ def _device_name(args):
 def interleave(contestants, rounds):
     """Seconds of each call, `rounds` a contestant, the contestants taking turns; a first call each is not counted.
 
+    Each round begins with another of them: what one leaves behind would always meet the same next one.
+
     Args:
         contestants: a dict from name to a function without arguments that returns when its work is done.
         rounds: how many turns each has.
@@ -75,10 +77,12 @@ def interleave(contestants, rounds):
     for call in contestants.values():
         call()
     seconds = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
+    names = list(contestants)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            call()
+            contestants[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
