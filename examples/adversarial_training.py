@@ -173,8 +173,9 @@ def plot(rows, path, args):
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for row in rows:
         values = 100 * np.array(row["runs"][0]["history"]["val_robust_accuracy"])
+        watched = np.unique([*range(0, len(values), args.every), len(values) - 1])
         style = {"color": "C0" if row["loss"] == "drs" else "C1", "ls": "--" if row["method"] == "clean" else "-"}
-        axes.plot(np.arange(1, len(values) + 1), values, label=label(row), **style)
+        axes.plot(watched + 1, values[watched], "o", ms=3, label=label(row), **style)
     title = f"{args.dataset}, eps {args.eps:.3g}, suite quick on validation images: an upper bound"
     axes.set(xlabel="epoch", ylabel="val_robust_accuracy (%)", ylim=(0, 100))
     axes.set_title(title, fontsize=10)
@@ -206,10 +207,10 @@ def parse_arguments():
     parser.add_argument("--out", default="runs", help="folder for the table, the figure and the models")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
     args = parser.parse_args()
-    recipe = RECIPES[args.dataset]
-    for name, value in recipe.items():
+    for name, value in RECIPES[args.dataset].items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
+            # In a short training the warm-up is short as well.
+            setattr(args, name, min(value, args.epochs // 3) if name == "warmup_epochs" else value)
     if not 0 < args.eps <= 1:
         parser.error(f"--eps must lie in (0, 1]. Received: {args.eps}")
     for name in ("lam", "clean_lam", "warmup_epochs"):

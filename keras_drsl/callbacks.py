@@ -36,10 +36,10 @@ class RobustnessMonitor(keras.callbacks.Callback):
         x: inputs `(count, ...)` within the clip range; or a data set of batches `(inputs, labels)`, and `y` None.
         y: their labels, in any form `evaluate_robustness` takes.
         eps: the radius of the ball, > 0, in units of the input.
-        suite: as in `evaluate_robustness`.
+        suite: `"quick"`, `"cleverhans"` or `"standard"`, as in `evaluate_robustness`.
         max_samples: how many examples to evaluate, the first ones; None for all.
-        every: of how many epochs one ends with an evaluation, >= 1, the first of them included; the values are carried
-            through the others.
+        every: of how many epochs one ends with an evaluation, >= 1, the first and the last included; the values are
+            carried through the others, which the `patience` of other callbacks counts as well.
         prefix: what the names in the logs begin with.
         norm: `"inf"` or 2.
         clip_min: the smallest valid input value.
@@ -106,7 +106,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add to the logs what the model is worth now, or was when it was last evaluated."""
-        if self._found is None or epoch % self.every == 0:
+        is_last = epoch + 1 == self.params.get("epochs")
+        if self._found is None or epoch % self.every == 0 or is_last:
             with unchanged(self._head.model.logits_fn):
                 self._found = self._evaluate()
         if logs is not None:

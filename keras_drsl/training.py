@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from keras import ops
 from keras_drsl import _arguments, _backend
 from keras_drsl._inputs import logits_behind
 from keras_drsl.attacks import balls
-from keras_drsl.attacks.classifier import Classifier, as_array
+from keras_drsl.attacks.classifier import Classifier, as_array, class_ids, looks_like_probabilities
 from keras_drsl.attacks.gradient import finite, slope
 from keras_drsl.attacks.objectives import objective
 from keras_drsl.evaluation.evaluate import check_model, check_threat
@@ -21,6 +22,7 @@ from keras_drsl.evaluation.head import counters_of, find_logits, unchanged
 
 # The names under which a batch that was attacked reaches `call`, and its outputs leave it.
 CLEAN, ADVERSARIAL, RIGHT, RISE = "clean", "adversarial", "right", "rise"
+ROWS = 32  # of the first ones, to try model and loss on
 
 
 def cross_entropy(logits: Any, rows: dict) -> Any:
@@ -100,7 +102,7 @@ class AdversarialTraining(keras.Model):
     Methods, with x the input, x' the attacked one, z and z' the logits of the two, p and p' their softmax, L the loss
     given to `compile`; each is averaged over the batch:
 
-    - `"pgd"`: `L(y, z')`, x' by `steps` steps up the cross-entropy from a random point of the ball (Madry et al.).
+    - `"pgd"`: `L(y, z')`, x' by `steps` steps up the `attack_loss` from a random point of the ball (Madry et al.).
     - `"fgsm"`: the same by one step (Wong et al.). Cheap, and apt to fail all at once ("catastrophic overfitting"):
       `attack_strength` then falls to nothing or below while `accuracy` soars.
     - `"trades"`: `L(y, z) + beta * KL(p || p')`, x' by `steps` steps up that divergence from beside x (Zhang et al.).
@@ -109,18 +111,20 @@ class AdversarialTraining(keras.Model):
     - `"clean"`: `L(y, z)`: the control.
 
     The inner steps see the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
-    they don't change. `History` holds `accuracy` and all other compiled metrics on the attacked batch;
+    they don't change. `History` holds `loss`, `accuracy` and all other compiled metrics on the attacked batch;
     `clean_accuracy`, before the attack; and `attack_strength`, by how much the attack raised the cross-entropy, the
-    model as at inference. With sample or class weights these two count each example once.
+    model as at inference. These last two count each example once, whatever its weight. With `validation_data`,
+    `val_loss`, `val_accuracy` and so on are without attack.
 
     Layers that draw random numbers, noise or crops, draw the same for x and x' (on torch, those that were given a
-    seed). `fit` looks at the first batch before it begins: a data set that shuffles itself begins with its second
-    order.
+    seed). `fit` checks arrays whole, and of other data the first batch, which is drawn once more beforehand: a data set
+    that shuffles itself then goes on to its next order.
 
-    Under `tf.distribute` make it in the strategy's scope, the model too. `save` and `export` take the plain model.
-    `save_weights` and `load_weights` are those of the training, with the state of the optimizer and of these random
-    numbers, so that with `keras.callbacks.BackupAndRestore` a training that was killed goes on as if it had not been,
-    but for the order in which Keras shuffles arrays.
+    Under `tf.distribute` make it in the strategy's scope, the model too. `save` and `export` take the plain model, not
+    compiled. `save_weights` and `load_weights` are those of the training, random numbers included, for another
+    `AdversarialTraining`: with `keras.callbacks.BackupAndRestore` a training that was killed goes on as if it had not
+    been, but for the order in which Keras shuffles arrays. The weights of the plain model alone are saved by its own
+    `save_weights`.
 
     Args:
         model: the classifier: one input of float values, outputs `(batch, C)`, logits or a softmax.
@@ -128,20 +132,22 @@ class AdversarialTraining(keras.Model):
         method: one of the above, or a `keras_drsl.training.Method` of your own.
         steps: how many inner steps, >= 1. `"fgsm"` takes one, `"clean"` none, whatever it says.
         step_size: the size of one, > 0; by default `2.5 * eps / steps`, at most `eps`, and `1.25 * eps` for `"fgsm"`.
-        attack_loss: what the inner steps of `"pgd"`, `"fgsm"` and `"mart"` drive up: `"cross_entropy"`, `"margin"` (the
-            largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`. With `DRSLoss` that
-            last one did best in our study.
+        attack_loss: what the inner steps of `"pgd"`, `"fgsm"` and `"mart"` drive up: `"cross_entropy"` (by default),
+            `"margin"` (the largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`, which
+            did best with `DRSLoss` in the study that README quotes.
         norm: `"inf"` or 2.
         beta: the weight of the divergence in `"trades"` and `"mart"`, >= 0.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
-        warmup_epochs: how many epochs train with less than `eps`, evenly rising, >= 0.
+        warmup_epochs: how many epochs train with less than `eps`, evenly rising, >= 0. Each `fit` begins anew, unless
+            it is given an `initial_epoch`.
         seed: the seed of the random starts, >= 0.
 
     Raises:
-        ValueError: for arguments out of their range. In `fit` and the first `train_on_batch`: for a first batch whose
-            inputs lie outside the clip range, outputs that don't match the loss's `from_logits`, a loss that returns a
-            scalar. In `fit`: at a loss that is not finite, with model and optimizer put back to where the epoch began.
+        ValueError: for arguments out of their range. In `fit` and the first `train_on_batch`: for inputs outside the
+            clip range, labels that are no classes, outputs that don't match the loss's `from_logits`, a loss that
+            returns a scalar. In `fit`: at a loss that is not finite, with model and optimizer put back to where the
+            epoch began.
 
     Example:
 
@@ -164,7 +170,7 @@ class AdversarialTraining(keras.Model):
         method: str | Method = "pgd",
         steps: int = 10,
         step_size: float | None = None,
-        attack_loss: str = "cross_entropy",
+        attack_loss: str | None = None,
         norm: str | int = "inf",
         beta: float = 6.0,
         clip_min: float = 0.0,
@@ -173,6 +179,8 @@ class AdversarialTraining(keras.Model):
         seed: int = 0,
     ) -> None:
         check_model("model", model)
+        if isinstance(model, AdversarialTraining):
+            raise ValueError("`model` must be a plain model. Received: an AdversarialTraining")
         for one in getattr(model, "inputs", None) or []:
             if "float" not in one.dtype or len(model.inputs) > 1:
                 received = ", ".join(f"{one.name} of dtype {one.dtype}" for one in model.inputs)
@@ -182,12 +190,12 @@ class AdversarialTraining(keras.Model):
         self.threat = check_threat(eps, norm, clip_min, clip_max)
         if not isinstance(method, Method):
             method = METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
-        _arguments.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
-        if attack_loss != "cross_entropy":
+        if attack_loss is not None:
+            _arguments.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
             if method.drive is not cross_entropy:
                 raise ValueError(
-                    "`attack_loss` must be 'cross_entropy' for a method that drives up something else, or nothing. "
-                    f"Received: attack_loss={attack_loss!r}"
+                    "`attack_loss` must be left out where the method says what the attack drives up, as 'trades' does, "
+                    f"or attacks nothing. Received: attack_loss={attack_loss!r}"
                 )
             method = method._replace(drive=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
         self.method = method
@@ -327,6 +335,12 @@ class AdversarialTraining(keras.Model):
     ) -> Any:
         """`keras.Model.fit`, after a look at the first batch."""
         x = self._prepare(x, y)
+        if epochs <= self.warmup_epochs:
+            warnings.warn(
+                f"`epochs={epochs}` ends before `warmup_epochs={self.warmup_epochs}` do: the model never meets an "
+                "attack of the full `eps`.",
+                stacklevel=2,
+            )
         own: list[Any] = [_Warmup(self), _StopAtNaN(self)]
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.callbacks.CallbackList([*own, *callbacks.callbacks], model=self, **callbacks.params)
@@ -388,18 +402,24 @@ class AdversarialTraining(keras.Model):
 
     def _prepare(self, x: Any, y: Any) -> Any:
         """Look at the first batch and find the model's logits; returns the data, nothing of it lost."""
+        if not self.compiled:
+            raise ValueError(
+                "Call `compile` of the AdversarialTraining first: what `model` was compiled with is not used."
+            )
         x, (inputs, labels) = _peek(x, y)
         balls.check_range("x", inputs, self.threat["clip_min"], self.threat["clip_max"])
         if not (isinstance(self.loss, str) or callable(self.loss)):
             raise ValueError(f"`loss` must be one loss, for one output. Received: loss={self.loss!r}")
         loss = keras.losses.get(self.loss)
         with unchanged(self.model):
-            outputs = self.model(ops.convert_to_tensor(inputs), training=False)
+            outputs = self.model(ops.convert_to_tensor(inputs[:ROWS]), training=False)
             if not ops.is_tensor(outputs):
                 raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
-            self._head = find_logits(self.model, inputs, _from_logits(loss))
+            _check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
+            self._head = find_logits(self.model, inputs[:ROWS])
             if labels is not None:
-                _check_per_sample(loss, labels, outputs)
+                class_ids(labels, len(inputs), outputs.shape[-1])
+                _check_per_sample(loss, labels[:ROWS], outputs)
         return x
 
 
@@ -472,7 +492,7 @@ def _only(x: Any) -> Any:
 
 
 def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
-    """The data, and some of its first inputs and labels."""
+    """The data, and the inputs and labels that can be seen: all of arrays, else those of the first batch."""
     batch = (x, y)
     if isinstance(x, keras.utils.PyDataset):
         batch = x[0]
@@ -486,8 +506,14 @@ def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
     inputs, labels = _only(inputs), _only(labels)
     if isinstance(inputs, dict | list | tuple):
         raise ValueError(f"`x` must hold one input an example, not several. Received: {type(inputs).__name__}")
-    inputs, labels = map(_backend.one_replicas, (inputs, labels))
-    return x, (as_array(inputs[:32]).astype("float32"), None if labels is None else as_array(labels[:32]))
+    inputs = as_array(_backend.one_replicas(inputs))
+    labels = None if labels is None else as_array(_backend.one_replicas(labels))
+    if inputs.ndim < 2 or (labels is not None and labels.ndim == 0):
+        raise ValueError(
+            "`x` must hold inputs of shape (count, ...), or give batches of them (a tf.data.Dataset: call `.batch`). "
+            f"Received: inputs of shape {inputs.shape}"
+        )
+    return x, (inputs.astype("float32"), labels)
 
 
 def _from_logits(loss: Any) -> bool | None:
@@ -499,6 +525,21 @@ def _from_logits(loss: Any) -> bool | None:
     except (TypeError, ValueError, KeyError):
         return None
     return parameter.default
+
+
+def _check_outputs(loss: Any, outputs: np.ndarray) -> None:
+    """`ValueError` for a model whose outputs are not what the loss takes them for."""
+    from_logits, found = _from_logits(loss), f"Received: values from {outputs.min():g} to {outputs.max():g}"
+    if from_logits is False and not looks_like_probabilities(outputs):
+        raise ValueError(
+            "`loss` has `from_logits=False`, but the outputs of `model` are no probabilities: give the loss "
+            f"`from_logits=True`, or the model a softmax. {found}"
+        )
+    if from_logits and looks_like_probabilities(outputs):
+        raise ValueError(
+            "`loss` has `from_logits=True`, but the outputs of `model` look like probabilities: leave its "
+            f"`from_logits` out. {found}"
+        )
 
 
 def _values_of(loss: Any) -> Callable:

@@ -58,11 +58,11 @@ def test_the_accuracy_is_that_of_the_closed_form():
 
 
 def test_values_are_carried_between_evaluations():
-    monitor = keras_drsl.RobustnessMonitor(*inputs(), eps=EPS, every=2, prefix="")
+    monitor = keras_drsl.RobustnessMonitor(*inputs(), eps=EPS, every=3, prefix="")
     history = train(linear_model(), [monitor], epochs=5)
     found = history["softmax_diversity"]
     assert len(found) == 5
-    assert found[0] == found[1] != found[2] == found[3] != found[4]
+    assert found[0] == found[1] == found[2] != found[3] != found[4]  # the last epoch is evaluated too
     assert {name for name in history if name != "loss"} == set(NAMES)
 
 
