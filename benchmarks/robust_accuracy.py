@@ -44,7 +44,7 @@ STUDIES = {
     },
     "mnist": {
         "choose": (), "lams": (0.1,), "choice_seeds": 0, "validation": 500, "variants": {},
-        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"fgsm": 3, "pgd": 1}, "images": 500,
+        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"pgd": 1, "fgsm": 3}, "images": 500,
         "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
     },
     "cifar10": {
@@ -237,10 +237,9 @@ def run(job, study, data, path, args):
         files.write(facts_path, json.dumps(facts))
         for one in (log, best):
             one.unlink(missing_ok=True)
-    how = {"suite": "standard"} if job["split"] == "test" else {"attacks": study["attacks"], "suite": "quick"}
-    if args.quick:
-        how = {"attacks": study["attacks"], "suite": "quick"}
-    images = test if job["split"] == "test" else validation
+    is_test = job["split"] == "test"
+    images = test if is_test else validation
+    how = {"suite": "standard"} if is_test and not args.quick else {"attacks": study["attacks"], "suite": "quick"}
     began = time.perf_counter()
     report = keras_drsl.evaluate_robustness(
         model, *images, eps=recipe["eps"], max_samples=study["images"], state_path=state_path, verbose=0, **how

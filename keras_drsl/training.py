@@ -14,11 +14,12 @@ from keras import ops
 from keras_drsl import _arguments, _backend
 from keras_drsl._inputs import logits_behind
 from keras_drsl.attacks import balls
+from keras_drsl.attacks.attack import misclassified
 from keras_drsl.attacks.classifier import Classifier, as_array, class_ids, looks_like_probabilities
 from keras_drsl.attacks.gradient import finite, slope
 from keras_drsl.attacks.objectives import objective
 from keras_drsl.evaluation.evaluate import check_model, check_threat
-from keras_drsl.evaluation.head import counters_of, find_logits, unchanged
+from keras_drsl.evaluation.head import counters_of, find_logits, log_of, unchanged
 
 # The names under which a batch that was attacked reaches `call`, and its outputs leave it.
 CLEAN, ADVERSARIAL, RIGHT, RISE = "clean", "adversarial", "right", "rise"
@@ -260,7 +261,7 @@ class AdversarialTraining(keras.Model):
         if self.method.drive is not None:
             x_adv = ops.stop_gradient(self._search(classifier, rows, self.method.drive))
             rise = cross_entropy(classifier(x_adv), rows) - cross_entropy(logits, rows)
-        right = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), rows["y"])
+        right = ops.logical_not(misclassified(logits, rows["y"]))
         return {CLEAN: x, ADVERSARIAL: x_adv, RIGHT: ops.cast(right, "float32"), RISE: ops.stop_gradient(rise)}
 
     def _search(self, classifier: Classifier, rows: dict[str, Any], drive: Callable) -> Any:
@@ -306,7 +307,7 @@ class AdversarialTraining(keras.Model):
     def _log_probabilities(self, outputs: Any) -> Any:
         outputs, are_logits = logits_behind(outputs, self._head.kind == "logits", -1)
         outputs = ops.cast(outputs, "float32")
-        return ops.log_softmax(outputs) if are_logits else ops.log(ops.maximum(outputs, 1e-30))
+        return ops.log_softmax(outputs) if are_logits else log_of(outputs)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The compiled metrics, and those of the training for a batch that was attacked."""
@@ -333,7 +334,7 @@ class AdversarialTraining(keras.Model):
         *arguments: Any,
         **options: Any,
     ) -> Any:
-        """`keras.Model.fit`, after a look at the first batch."""
+        """`keras.Model.fit`, after a look at the data."""
         x = self._prepare(x, y)
         if epochs <= self.warmup_epochs:
             warnings.warn(
@@ -401,7 +402,7 @@ class AdversarialTraining(keras.Model):
             counter.assign(store[f"random_{place}"])
 
     def _prepare(self, x: Any, y: Any) -> Any:
-        """Look at the first batch and find the model's logits; returns the data, nothing of it lost."""
+        """Look at the data and find the model's logits; returns the data, nothing of it lost."""
         if not self.compiled:
             raise ValueError(
                 "Call `compile` of the AdversarialTraining first: what `model` was compiled with is not used."
@@ -411,12 +412,13 @@ class AdversarialTraining(keras.Model):
         if not (isinstance(self.loss, str) or callable(self.loss)):
             raise ValueError(f"`loss` must be one loss, for one output. Received: loss={self.loss!r}")
         loss = keras.losses.get(self.loss)
+        few = inputs[:ROWS].astype("float32")
         with unchanged(self.model):
-            outputs = self.model(ops.convert_to_tensor(inputs[:ROWS]), training=False)
+            outputs = self.model(ops.convert_to_tensor(few), training=False)
             if not ops.is_tensor(outputs):
                 raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
             _check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
-            self._head = find_logits(self.model, inputs[:ROWS])
+            self._head = find_logits(self.model, few)
             if labels is not None:
                 class_ids(labels, len(inputs), outputs.shape[-1])
                 _check_per_sample(loss, labels[:ROWS], outputs)
@@ -513,7 +515,7 @@ def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
             "`x` must hold inputs of shape (count, ...), or give batches of them (a tf.data.Dataset: call `.batch`). "
             f"Received: inputs of shape {inputs.shape}"
         )
-    return x, (inputs.astype("float32"), labels)
+    return x, (inputs, labels)
 
 
 def _from_logits(loss: Any) -> bool | None:

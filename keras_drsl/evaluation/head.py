@@ -75,7 +75,8 @@ def find_logits(model: keras.Model, x: np.ndarray, from_logits: bool | None = No
             continue
         if not looks_like_probabilities(logits) and _gives(logits, outputs):
             return Head(classifier, own, "softmax")
-    return Head(Classifier(_Function(model.variables, lambda x: _log_probabilities(model, x))), own, "probabilities")
+    classifier = Classifier(_Function(model.variables, lambda x: log_of(model(x, training=False))))
+    return Head(classifier, own, "probabilities")
 
 
 def counters_of(model: keras.Model) -> list:
@@ -168,6 +169,7 @@ def _behind_output(model: keras.Model, x: Any) -> Any:
     return logits_behind(model(x, training=False), False, -1)[0]
 
 
-def _log_probabilities(model: keras.Model, x: Any) -> Any:
+def log_of(probabilities: Any) -> Any:
+    """Their logarithms in float32, finite."""
     # Smaller ones differ by nothing an attack could follow.
-    return ops.log(ops.maximum(ops.cast(model(x, training=False), "float32"), 1e-30))
+    return ops.log(ops.maximum(ops.cast(probabilities, "float32"), 1e-30))
