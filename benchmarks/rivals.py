@@ -28,24 +28,17 @@ def train(kind, x, y, *, epochs, eps):
     import keras
 
     import keras_drsl
-    from keras_drsl.attacks import PGD, Classifier
 
     keras.utils.set_random_seed(0)
-    model = small_cnn(x.shape[1:])
+    model = trained = small_cnn(x.shape[1:])
+    if kind == "adversarial":
+        # From nothing up to eps over the first half, or it never learns.
+        trained = keras_drsl.AdversarialTraining(model, eps, method="pgd", steps=5, warmup_epochs=epochs // 2)
     loss = keras_drsl.DRSLoss(LAM, from_logits=True)
     if kind != "drs":
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss, metrics=["accuracy"])
-    if kind != "adversarial":
-        model.fit(x, y, epochs=epochs, batch_size=64, verbose=0)
-        return model
-    classifier = Classifier(model)
-    rng = np.random.default_rng(0)
-    for epoch in range(epochs):
-        # From nothing up to eps over the first half, or it never learns.
-        attack = PGD(eps * min(1, (epoch + 1) / (epochs / 2)), steps=5, seed=epoch)
-        for rows in np.array_split(rng.permutation(len(x)), max(len(x) // 64, 1)):
-            model.train_on_batch(attack(classifier, x[rows], y[rows], ids=rows), y[rows])
+    trained.compile("adam", loss)
+    trained.fit(x, y, epochs=epochs, batch_size=64, verbose=0)
     return model
 
 

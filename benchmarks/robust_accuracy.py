@@ -44,13 +44,13 @@ STUDIES = {
     },
     "mnist": {
         "choose": (), "lams": (0.1,), "choice_seeds": 0, "validation": 500, "variants": {},
-        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"pgd": 1, "fgsm": 3}, "images": 500,
-        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
+        "uses": {"pgd": "pgd_loss", "fgsm": "fgsm_margin"}, "losses": ("ce", "drs"), "seeds": {"pgd": 1, "fgsm": 3},
+        "images": 500, "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 15},
     },
     "cifar10": {
         "choose": (), "lams": (0.1,), "choice_seeds": 0, "validation": 1000, "variants": {},
-        "uses": {"pgd": "pgd_loss"}, "losses": ("ce", "drs"), "seeds": {"fgsm": 1}, "images": 500,
-        "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 10},
+        "uses": {"pgd": "pgd_loss", "fgsm": "fgsm_margin"}, "losses": ("ce", "drs"), "seeds": {"fgsm": 1},
+        "images": 500, "attacks": ("apgd_ce", "apgd_margin"), "recipe": {"epochs": 10},
     },
 }  # fmt: skip
 # The recipe of a graphics card: PreAct-ResNet-18 on attacks of ten steps.
@@ -140,7 +140,9 @@ def test(study, done):
     jobs = []
     for method, seeds in study["seeds"].items():
         settings = [(method, loss, None) for loss in study["losses"] if loss != "drs"]
-        settings.append((study["uses"].get(method, method), "drs", chosen_lam(method, study, done)))
+        use = study["uses"].get(method, method)
+        settings.append((use, "drs", chosen_lam(method, study, done)))
+        settings += [(use, *control) for control in controls(use)]
         variant, lam = best_variant(method, study, done)
         if variant != method:
             settings += [(variant, "drs", lam), *((variant, *control) for control in controls(variant))]
