@@ -52,6 +52,69 @@ def drs_loss(y, z, lam=0.3, space="log_softmax", kind="sum_of_squares", label_sm
     return cross_entropy(y, z, label_smoothing) + lam * spread(y, z, space, kind)
 
 
+def mean_of_rivals(y, values):
+    w = [1 - label for label in y]
+    return math.fsum(weight * value for weight, value in zip(w, values, strict=True)) / math.fsum(w)
+
+
+def shares_of_rivals(y, z):
+    """The non-true probabilities, made to sum to 1."""
+    top = max(value for label, value in zip(y, z, strict=True) if label < 1)
+    mass = [(1 - label) * math.exp(value - top) if label < 1 else 0.0 for label, value in zip(y, z, strict=True)]
+    return [one / math.fsum(mass) for one in mass]
+
+
+def complement_entropy(y, z):
+    return -math.fsum(share * math.log(share) for share in shares_of_rivals(y, z) if share > 0)
+
+
+def squentropy(y, z, lam):
+    return cross_entropy(y, z) + lam * mean_of_rivals(y, [value**2 for value in z])
+
+
+def logit_squeezing(y, z, lam):
+    return cross_entropy(y, z) + lam * math.fsum(value**2 for value in z)
+
+
+def z_loss(y, z, lam, base=cross_entropy):
+    top = max(z)
+    return base(y, z) + lam * (top + math.log(math.fsum(math.exp(value - top) for value in z))) ** 2
+
+
+def guided_complement_entropy(y, z, alpha):
+    # For a class id the power of the true probability.
+    guide = math.exp(alpha * math.fsum(label * value for label, value in zip(y, log_softmax(z), strict=True)))
+    return -guide * (1.0 if len(z) == 2 else complement_entropy(y, z) / math.log(len(z) - 1))
+
+
+def complement_objective(y, z, lam):
+    return cross_entropy(y, z) - lam * complement_entropy(y, z) / (len(z) - 1)
+
+
+def probabilistically_compact(y, z, margin, lam):
+    p = [math.exp(value) for value in log_softmax(z)]
+    p_true, z_true = (math.fsum(a * b for a, b in zip(y, one, strict=True)) for one in (p, z))
+    gaps = mean_of_rivals(y, [max(0.0, value + margin - p_true) for value in p])
+    leads = [share * max(0.0, z_true - value) for share, value in zip(shares_of_rivals(y, z), z, strict=True)]
+    return gaps + lam * math.fsum(leads)
+
+
+def prs_loss(y, z, lam, start, end, weights=None, number=None):
+    """Of all tokens of a batch at once: `y` label distributions, `z` logits, one row a token; a value a token."""
+    means = []
+    for one_y, one_z in zip(y, z, strict=True):
+        true = max(range(len(one_z)), key=lambda k, one_y=one_y: one_y[k])
+        others = sorted((value for k, value in enumerate(one_z) if k != true), reverse=True)
+        means.append(math.fsum(others[start:end]) / (end - start))
+    weights = [1.0] * len(means) if weights is None else weights
+    top = max(means)
+    total = top + math.log(math.fsum(s * math.exp(a - top) for s, a in zip(weights, means, strict=True)))
+    number = len(means) if number is None else number
+    return [
+        cross_entropy(one_y, one_z) - lam * number * (a - total) for one_y, one_z, a in zip(y, z, means, strict=True)
+    ]
+
+
 def each(function, y, z, **options):
     """`function` for each sample: `y` a label distribution and `z` logits, shape `(..., C)`; returns `(...)`."""
     y, z = np.asarray(y, "float64"), np.asarray(z, "float64")

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_drsl import _arguments, _inputs, one_pass
-from keras_drsl._backend import with_mask
+from keras_drsl.losses.base import ClassificationLoss, cross_entropy, finish
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
 
@@ -66,18 +66,11 @@ def drs_loss(
     _arguments.check_choice("spread", spread, SPREADS)
 
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    classes = inputs.scores.shape[-1]
-    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and one_pass.helps(classes):
-        values = one_pass.drs_loss(
-            inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
-        )
-    else:
-        values = inputs.finish(_by_formula(inputs, lam, space, spread, label_smoothing))
-    return values if ignore_class is None else with_mask(values, inputs.valid)
+    return finish(_values(inputs, lam, space, spread, label_smoothing), inputs, ignore_class)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
-class DRSLoss(keras.losses.Loss):
+class DRSLoss(ClassificationLoss):
     """Distribution-restrained softmax loss: cross-entropy that keeps the non-true classes alike.
 
     Use it in place of `SparseCategoricalCrossentropy` or `CategoricalCrossentropy` (it takes the labels of both) when
@@ -149,6 +142,8 @@ class DRSLoss(keras.losses.Loss):
     Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
 
+    hyperparameters = ("lam", "space", "spread", "label_smoothing")
+
     def __init__(
         self,
         lam: float = 0.3,
@@ -163,58 +158,31 @@ class DRSLoss(keras.losses.Loss):
         name: str = "drs_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(
+            from_logits=from_logits, ignore_class=ignore_class, axis=axis, reduction=reduction, name=name, dtype=dtype
+        )
         self.lam = _arguments.check_non_negative("lam", lam)
-        self.from_logits = bool(from_logits)
         self.space = _arguments.check_choice("space", space, SPACES)
         self.spread = _arguments.check_choice("spread", spread, SPREADS)
         self.label_smoothing = check_smoothing(label_smoothing)
-        self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
-        self.axis = _arguments.check_integer("axis", axis)
-        self._own_dtype = None if dtype is None else self.dtype
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The reduced loss; the arguments are explained in the class docstring."""
-        # Keras's cast before `call` would lose what `call` needs to know of half-precision predictions.
-        return super().__call__(y_true, _inputs.cast_keeping_attributes(y_pred, self.dtype), sample_weight)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value a position; Keras applies weights, masks and the reduction."""
-        return drs_loss(y_true, y_pred, **self._options())
-
-    def get_config(self) -> dict[str, Any]:
-        """All arguments, for saving."""
-        return {**super().get_config(), **self._options(), "dtype": self._own_dtype}
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "lam": self.lam,
-            "from_logits": self.from_logits,
-            "space": self.space,
-            "spread": self.spread,
-            "label_smoothing": self.label_smoothing,
-            "ignore_class": self.ignore_class,
-            "axis": self.axis,
-        }
+    def values(self, inputs: _inputs.Inputs) -> Any:
+        """One value a position."""
+        return _values(inputs, self.lam, self.space, self.spread, self.label_smoothing)
 
 
-def _by_formula(inputs: _inputs.Inputs, lam: float, space: str, spread: str, label_smoothing: float) -> Any:
-    """The formula as it is written, for every form of labels and predictions; `lam=0` is Keras's cross-entropy."""
-    values = _cross_entropy(inputs, label_smoothing)
+def _values(inputs: _inputs.Inputs, lam: float, space: str, spread: str, label_smoothing: float) -> Any:
+    """In one pass where that helps; else the formula as it is written. `lam=0` is Keras's cross-entropy."""
+    helps = one_pass.helps(inputs.scores.shape[-1])
+    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and helps:
+        return one_pass.drs_loss(
+            inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
+        )
+    values = cross_entropy(inputs, label_smoothing)
     if lam > 0:
         v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
         values = values + lam * spread_of(v, inputs.distribution, kind=spread)
     return values
-
-
-def _cross_entropy(inputs: _inputs.Inputs, label_smoothing: float) -> Any:
-    if inputs.sparse and not label_smoothing:
-        return keras.losses.sparse_categorical_crossentropy(
-            inputs.labels, inputs.safe_scores, from_logits=inputs.from_logits
-        )
-    return keras.losses.categorical_crossentropy(
-        inputs.distribution, inputs.safe_scores, from_logits=inputs.from_logits, label_smoothing=label_smoothing
-    )
 
 
 def check_smoothing(value: Any) -> float:

@@ -1,8 +1,4 @@
 import math
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import keras
@@ -16,32 +12,9 @@ import keras_drsl
 from keras_drsl import DRSLoss, drs_loss
 from tests import reference
 from tests.backends import BACKEND, compiled, gradient, on_tensorflow, values
+from tests.losses.cases import draw, run_python, small_data, small_model, softmax
 
 CROSS_ENTROPY = {"sparse": keras.losses.SparseCategoricalCrossentropy, "one_hot": keras.losses.CategoricalCrossentropy}
-
-
-def draw(shape=(6, 5), scale=3.0, seed=0):
-    """Logits, class ids and the same as one-hot."""
-    rng = np.random.default_rng(seed)
-    z = rng.normal(0, scale, shape).astype("float32")
-    ids = rng.integers(0, shape[-1], shape[:-1])
-    return z, ids, reference.one_hot(ids, shape[-1]).astype("float32")
-
-
-def softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def small_model(classes=4, activation="softmax", **options):
-    keras.utils.set_random_seed(1)
-    layers = [keras.Input((3,)), keras.layers.Dense(8, activation="tanh")]
-    return keras.Sequential([*layers, keras.layers.Dense(classes, activation=activation, **options)])
-
-
-def small_data(count=20, classes=4):
-    rng = np.random.default_rng(5)
-    return rng.normal(size=(count, 3)).astype("float32"), rng.integers(0, classes, count)
 
 
 class TestValue:
@@ -620,16 +593,3 @@ class TestBadInput:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             drs_loss(ids, ops.softmax(z))
-
-
-def run_python(code):
-    """Run a program in a fresh process; its error is the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,186 @@
+"""The partially recentralized softmax loss."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_drsl import _arguments, _inputs
+from keras_drsl.losses.base import ClassificationLoss, check_logits, cross_entropy, finish
+
+
+@keras.saving.register_keras_serializable(package="keras_drsl")
+def prs_loss(
+    y_true: Any,
+    y_pred: Any,
+    lam: float = 1e-4,
+    *,
+    start: int = 0,
+    end: int = 4,
+    sample_weight: Any = None,
+    from_logits: bool = False,
+    ignore_class: int | None = None,
+    axis: int = -1,
+) -> Any:
+    """Cross-entropy plus a restraint that evens out the largest non-true logits between tokens, one value a token.
+
+    The function behind `PRSLoss`, which explains the formula and the arguments.
+
+    Args:
+        y_true: labels in any form `DRSLoss` takes.
+        y_pred: logits with `from_logits=True`, or a softmax whose logits can be found, shape `(..., C)` (the classes
+            along `axis`).
+        lam: as in `PRSLoss`, like all that follow.
+        start: the first of the sorted non-true logits that counts.
+        end: the first that doesn't any more.
+        sample_weight: how much each token counts in the restraint; it does not weigh the values that are returned.
+        from_logits: whether `y_pred` holds logits.
+        ignore_class: a class id, or None.
+        axis: the axis of the classes in `y_pred`.
+
+    Returns:
+        The loss of each token, shape `y_pred.shape` without `axis`; 0 for those ruled out by `ignore_class` or a mask.
+
+    Raises:
+        ValueError: as `PRSLoss`.
+
+    Example:
+
+    >>> y_pred = [[3.0, 1.0, 1.0], [3.0, 1.0, 1.0]]
+    >>> [round(float(value), 4) for value in keras_drsl.prs_loss([0, 0], y_pred, lam=0.1, end=2, from_logits=True)]
+    [0.3782, 0.3782]
+
+    The rivals of both tokens have the same mean, so each pays `0.1 * 2 * log 2` on top of its cross-entropy, 0.2395.
+
+    Reference: arXiv:2402.03627.
+    """
+    lam = _arguments.check_non_negative("lam", lam)
+    start, end = _check_range(start, end)
+    inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
+    check_logits("PRSLoss", inputs)
+    return finish(_values(inputs, lam, start, end, sample_weight), inputs, ignore_class)
+
+
+@keras.saving.register_keras_serializable(package="keras_drsl")
+class PRSLoss(ClassificationLoss):
+    """Partially recentralized softmax loss: cross-entropy that evens out the largest non-true logits between tokens.
+
+    Made for models of sequences, `(batch, time, vocabulary)`. Where `keras_drsl.DRSLoss` keeps the rivals of one token
+    alike, this keeps the level of the strongest rivals alike from token to token. It is the one loss here in which the
+    value of a token depends on the others of its batch.
+
+    Formula: `loss_i = CE_i - lam * N * log_softmax(a)_i`, for each token `i`, with
+
+    - `a_i`: the mean of places `start` to `end - 1` of the non-true logits, sorted from the largest down.
+    - `log_softmax(a)_i = a_i - log(sum_j s_j exp a_j)`, over all tokens `j` of the batch that count; `s`: their sample
+      weights, 1 if there are none.
+    - `N`: what Keras will divide by, the number of tokens that are not masked, so that the default reduction gives
+      `sum_i s_i CE_i / N - lam * sum_i s_i log_softmax(a)_i`, the authors' sum. With
+      `reduction="mean_with_sample_weight"`, which divides by the sum of `s`, `N` is that sum.
+
+    The vocabulary is not sorted: its `end` largest are found.
+
+    Edges: tokens under a Keras mask or of `ignore_class` are as if they were not there; if none is left, the loss is
+    0. A token of weight 0 takes no part in the restraint, one of weight 2 takes part as two would. With label
+    distributions, the true class is the likeliest. A constant added to the logits of one token changes the loss, so
+    probabilities whose logits cannot be found are an error. `lam=0` is Keras's cross-entropy.
+
+    What depends on the batch: the restraint is over the tokens that are computed together. Twice the batch is not twice
+    the same loss; each replica of `tf.distribute` evens out its own tokens, and the loss is the mean over replicas, as
+    with batch normalization. Under `keras.distribution` on JAX it spans all devices. Keras shows sample and class
+    weights to a loss object only: where `prs_loss` is given to `compile`, the restraint does not know them.
+
+    Args:
+        lam: the strength of the restraint, a number >= 0; the authors' lie between 1e-6 and 1e-3, for sums over
+            the tokens of their batches.
+        start: the first place that counts, an integer >= 0.
+        end: the first that doesn't any more, an integer above `start` and at most `C - 1`; the authors' lie between 4
+            and 20.
+        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
+            `name`, `dtype`. Labels, calls and errors are as explained there.
+
+    Raises:
+        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for more places than there are rivals.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((5,)), keras.layers.Embedding(100, 8), keras.layers.Dense(100)])
+    >>> model.compile(optimizer="adam", loss=keras_drsl.PRSLoss(from_logits=True))
+    >>> history = model.fit(np.ones((4, 5)), np.ones((4, 5)), verbose=0)
+
+    Reference: Wang et al., "Partially Recentralization Softmax Loss for Vision-Language Models Robustness",
+    arXiv:2402.03627, as their code computes it.
+    """
+
+    hyperparameters = ("lam", "start", "end")
+    needs_logits = True
+
+    def __init__(self, lam: float = 1e-4, *, start: int = 0, end: int = 4, **options: Any) -> None:
+        super().__init__(**options)
+        self.lam = _arguments.check_non_negative("lam", lam)
+        self.start, self.end = _check_range(start, end)
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The reduced loss; the arguments are explained in the class docstring."""
+        if sample_weight is not None:
+            # Keras shows a loss what it is given for `y_true`, and not the weights.
+            y_true = {"y_true": ops.convert_to_tensor(y_true), "sample_weight": ops.convert_to_tensor(sample_weight)}
+        return super().__call__(y_true, y_pred, sample_weight)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value a token; Keras applies weights, masks and the reduction."""
+        y_true, weights = (y_true["y_true"], y_true["sample_weight"]) if isinstance(y_true, dict) else (y_true, None)
+        inputs = _inputs.read(
+            y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis
+        )
+        check_logits("PRSLoss", inputs)
+        by_weight = self.reduction == "mean_with_sample_weight"
+        values = _values(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
+        return finish(values, inputs, self.ignore_class)
+
+    def values(self, inputs: _inputs.Inputs) -> Any:
+        """One value a token, all weights being equal."""
+        return _values(inputs, self.lam, self.start, self.end, None)
+
+
+def _values(
+    inputs: _inputs.Inputs, lam: float, start: int, end: int, weights: Any, *, count_weights: bool = False
+) -> Any:
+    classes = inputs.scores.shape[-1]
+    if end > classes - 1:
+        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end}")
+    values = cross_entropy(inputs)
+    if lam == 0:
+        return values
+    z = inputs.safe_scores
+    labels = inputs.labels if inputs.sparse else ops.argmax(inputs.labels, axis=-1)
+    is_true = ops.equal(ops.arange(classes, dtype="int32"), ops.expand_dims(ops.cast(labels, "int32"), -1))
+    largest = ops.top_k(ops.where(is_true, -math.inf, z), end)[0]
+    a = ops.mean(largest[..., start:], axis=-1)
+
+    counts = ops.ones_like(a) if inputs.valid is None else ops.cast(inputs.valid, a.dtype)
+    weights = counts if weights is None else counts * _like(ops.cast(weights, a.dtype), a)
+    top = ops.stop_gradient(ops.max(ops.where(weights > 0, a, -math.inf)))
+    top = ops.where(ops.isfinite(top), top, 0.0)
+    total = ops.sum(weights * ops.exp(ops.where(weights > 0, a - top, 0.0)))
+    log_softmax = a - top - ops.log(ops.where(total > 0, total, 1.0))
+    number = ops.sum(weights if count_weights else counts)
+    return values - lam * number * log_softmax
+
+
+def _like(weights: Any, values: Any) -> Any:
+    """Sample weights with as many axes as the values they weigh, as Keras brings them to it."""
+    if len(weights.shape) == len(values.shape) + 1 and weights.shape[-1] == 1:
+        return ops.squeeze(weights, axis=-1)
+    while len(weights.shape) < len(values.shape):
+        weights = ops.expand_dims(weights, -1)
+    return weights
+
+
+def _check_range(start: Any, end: Any) -> tuple[int, int]:
+    start = _arguments.check_integer("start", start, at_least=0)
+    end = _arguments.check_integer("end", end, at_least=1)
+    if start >= end:
+        raise ValueError(f"`start` must be below `end`. Received: start={start}, end={end}")
+    return start, end

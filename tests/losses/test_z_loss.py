@@ -1,0 +1,33 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_drsl import DRSLoss, PRSLoss, Squentropy, ZLoss
+from tests import reference
+from tests.backends import values
+from tests.losses.cases import draw
+
+
+def test_it_adds_to_another_loss_and_takes_its_reading_of_the_predictions():
+    z, ids, one_hot = draw((3, 4, 5))
+    for inner, loop in ((DRSLoss(0.7, **(o := {"from_logits": True, "axis": 1})), reference.drs_loss),
+                        (Squentropy(0.7, **o), reference.squentropy)):  # fmt: skip
+        loss = ZLoss(0.2, loss=inner, reduction=None)
+        base = lambda y, z, loop=loop: loop(y, z, 0.7)
+        expected = reference.each(reference.z_loss, one_hot, z, lam=0.2, base=base)
+        np.testing.assert_allclose(values(loss(ids, np.moveaxis(z, -1, 1))), expected, rtol=1e-5)
+
+
+def test_the_loss_it_adds_to_survives_in_the_config():
+    loss = ZLoss(0.2, loss=DRSLoss(0.7, from_logits=True, ignore_class=3))
+    again = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert type(again.loss) is DRSLoss
+    assert again.get_config() == loss.get_config()
+    assert again.loss.lam == 0.7
+    assert again.ignore_class == 3
+
+
+@pytest.mark.parametrize("inner", ["mse", keras.losses.MeanSquaredError(), ZLoss(), PRSLoss()])
+def test_a_loss_that_it_cannot_add_to_is_named(inner):
+    with pytest.raises(ValueError, match="`loss` must be another loss of keras_drsl.*Received: loss="):
+        ZLoss(loss=inner)
