@@ -1,12 +1,12 @@
-"""The time and memory of a loss's value and gradient: DRSLoss against Keras's cross-entropy.
+"""The time and memory of a loss's value and gradient: DRSLoss and PRSLoss against Keras's cross-entropy.
 
 It prints milliseconds a call (medians of interleaved turns), the memory a call needs beyond the gradient, and whether
 the targets are met; it writes JSON and a figure. About four minutes on two cores.
 
 `xla` is the whole computation compiled, as under `jit_compile=True`; the others are what a user gets by default on
 TensorFlow without a GPU. `formula` is DRSLoss without its one-pass form, `copy` reads the logits and writes as many
-numbers: nothing that makes a gradient can be faster. With torch installed, `authors_torch` is the computation of the
-paper's published code.
+numbers: nothing that makes a gradient can be faster. With torch installed, `authors_torch` and `authors_prs_torch` are
+the computations of the papers' published code; the second sorts each row.
 
     python benchmarks/loss_speed.py --backend tensorflow --out results
 """
@@ -31,6 +31,7 @@ OVER_BATCH = [(batch, 1_000) for batch in (16, 64, 256, 1_024, 4_096)]
 MEMORY_SIZE = (512, 32_000)
 SMALL = 256 * 1_000  # the batch x C below which a call's own cost weighs more than its work
 LAM = 0.3
+PRS = {"lam": 1e-4, "start": 0, "end": 4}
 
 
 class Formula(keras_drsl.DRSLoss):
@@ -53,6 +54,7 @@ def contestants(batch, classes):
         "cross_entropy": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), ids),
         "drs": (keras_drsl.DRSLoss(LAM, from_logits=True), ids),
         "formula": (Formula(LAM, from_logits=True), ids),
+        "prs": (keras_drsl.PRSLoss(**PRS, from_logits=True), ids),
     }
     if batch * classes <= 512 * 32_000:
         one_hot = np.eye(classes, dtype="float32")[ids] if classes <= 1_000 else ops.one_hot(ids, classes)
@@ -85,7 +87,7 @@ def _on_tensorflow(losses, z, ids):
     except ImportError:
         return calls
     torch.set_num_threads(2)
-    return calls | {"authors_torch": _authors(torch.tensor(z.numpy()), torch.tensor(ids))}
+    return calls | _authors(torch.tensor(z.numpy()), torch.tensor(ids))
 
 
 def _finish(outputs):
@@ -117,7 +119,7 @@ def _on_torch(losses, z, ids):
     for name, (loss, labels) in losses.items():
         labels = torch.as_tensor(ops.convert_to_numpy(labels), device=device)
         calls[name] = lambda loss=loss, labels=labels: _torch_gradient(loss(labels, z), z)
-    return calls | {"authors_torch": _authors(z.detach(), torch.as_tensor(ids, device=device))}
+    return calls | _authors(z.detach(), torch.as_tensor(ids, device=device))
 
 
 def _torch_gradient(value, z):
@@ -128,19 +130,26 @@ def _torch_gradient(value, z):
 
 
 def _authors(z, ids):
-    """Mean cross-entropy plus b times the sum, over batch and classes, of the squared centred non-true logits."""
+    """The computations of both papers' code, by name."""
     import torch
 
     z = z.requires_grad_(True)
-    strength = LAM / len(ids)
 
-    def call():
+    def drs():
+        """Mean cross-entropy plus b times the sum, over batch and classes, of the squared centred non-true logits."""
         rivals = 1 - torch.nn.functional.one_hot(ids, z.shape[1]).to(z.dtype)
         mean = (z * rivals).sum(1, keepdim=True) / (z.shape[1] - 1)
         penalty = (((z - mean) * rivals) ** 2).sum()
-        return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + strength * penalty, z)
+        return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + LAM / len(ids) * penalty, z)
 
-    return call
+    def prs():
+        """Mean cross-entropy less lam times the sum of the log-softmax, over rows, of the largest rivals' mean."""
+        rivals = z.scatter(1, ids[:, None], -torch.inf).sort(1, descending=True).values
+        means = rivals[:, PRS["start"] : PRS["end"]].mean(1)
+        penalty = -torch.log_softmax(means, 0).sum()
+        return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + PRS["lam"] * penalty, z)
+
+    return {"authors_torch": drs, "authors_prs_torch": prs}
 
 
 def run_size(batch, classes, quick):
@@ -186,6 +195,7 @@ def compare(rows, memory):
         "authors_torch",
         0.5,
     )
+    add("PRSLoss on TensorFlow, XLA / sorting in torch,", (512, 32_000), "prs_xla", "authors_prs_torch", 0.5)
     for name, other in (("drs_xla", "cross_entropy_xla"), ("drs", "cross_entropy")):
         if memory and name in memory:
             what = f"memory beyond logits and gradient / logits, {name}, {' x '.join(map(str, MEMORY_SIZE))}"

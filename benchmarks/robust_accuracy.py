@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import measure
+import shared
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -76,25 +77,19 @@ def main():
     out = Path(args.out)
     (out / "models").mkdir(parents=True, exist_ok=True)
     path = out / f"robust_accuracy_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
-    turn, workers = map(int, args.worker.split("/"))
     data = datasets.load(args.dataset, args.data_dir)
     if args.quick:
         data = tuple((x[:512], y[:512]) for x, y in data)
     for stage in (choice_of_lam, choice_of_variant, test):
         jobs = stage(study, read(path, study))
-        for job in jobs[turn::workers]:
-            if find(job, read(path, study)) is None:
-                run(job, study, data, path, args)
-        while missing := [job for job in jobs if find(job, read(path, study)) is None]:
-            print(f"waiting for the other workers: {len(missing)} to do", flush=True)
-            time.sleep(30)
-    if turn == 0:
+        shared.share(args, jobs, lambda: read(path, study), lambda job: run(job, study, data, path, args))
+    if shared.is_first(args):
         write_summary(path, study, args)
 
 
 def add_arguments(parser):
     parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    parser.add_argument("--worker", default="0/1", help="which of how many processes that share the work")
+    shared.add_worker(parser)
 
 
 def quick(study):
@@ -172,30 +167,20 @@ def best_variant(method, study, done):
 def validated(method, loss, lam, study, done):
     """The mean worst case on validation."""
     jobs = [make_job("validation", method, loss, lam, seed) for seed in range(study["choice_seeds"])]
-    return sum(find(job, done)["robust"] for job in jobs) / len(jobs)
+    return sum(shared.find(job, done)["robust"] for job in jobs) / len(jobs)
 
 
 def make_job(split, method, loss, lam, seed):
     return {"split": split, "method": method, "loss": loss, "lam": lam, "seed": seed}
 
 
-def find(job, done):
-    """The record of a job, or None."""
-    return next((one for one in done if all(one[name] == value for name, value in job.items())), None)
-
-
 def read(path, study):
     """The records of runs made as the study makes them."""
-    done = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            one = json.loads(line)
-        except json.JSONDecodeError:
-            # What was being written when the process was killed.
-            continue
-        if one["recipe"] == study["recipe"] and one["evaluation"]["max_samples"] == study["images"]:
-            done.append(one)
-    return done
+    return [
+        one
+        for one in shared.read(path)
+        if one["recipe"] == study["recipe"] and one["evaluation"]["max_samples"] == study["images"]
+    ]
 
 
 def run(job, study, data, path, args):
@@ -261,10 +246,7 @@ def run(job, study, data, path, args):
         "device": args.device_name,
         "versions": measure.versions(),
     }
-    with path.open("a") as file:
-        # On a line of its own, even if the last one was never finished.
-        whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
-        file.write(("" if whole else "\n") + json.dumps(record) + "\n")
+    shared.append(path, record)
     for one in (state_path, facts_path):
         one.unlink(missing_ok=True)
     if job["split"] == "validation":
@@ -353,8 +335,9 @@ def write_summary(path, study, args):
         base = rows.get((method.partition("_")[0], "ce", None), [])
         cells = [
             method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs)), str(runs[0]["images"]),
-            spread([one["clean"] for one in runs]), spread([one["after"][first] for one in runs]),
-            f"**{spread([one['robust'] for one in runs])}**", difference(runs, base) if runs is not base else "",
+            shared.spread([one["clean"] for one in runs]), shared.spread([one["after"][first] for one in runs]),
+            f"**{shared.spread([one['robust'] for one in runs])}**",
+            shared.difference(runs, base) if runs is not base else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -369,7 +352,7 @@ def write_summary(path, study, args):
     ]
     for (method, loss, lam), runs in groups(one for one in done if one["split"] == "validation").items():
         cells = [method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs))]
-        cells += [spread([one[name] for one in runs]) for name in ("clean", "robust")]
+        cells += [shared.spread([one[name] for one in runs]) for name in ("clean", "robust")]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Written by `{measure.command(args, 'robust_accuracy')}`.", ""]
     path.with_suffix(".md").write_text("\n".join(lines))
@@ -383,28 +366,6 @@ def groups(runs):
     for one in sorted(runs, key=lambda one: (one["method"], one["loss"], one["lam"] or 0, one["seed"])):
         result.setdefault((one["method"], one["loss"], one["lam"]), []).append(one)
     return result
-
-
-def spread(values):
-    import numpy as np
-
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def difference(runs, base):
-    """By how much the runs are better than those of the same seeds, with the 95 % interval."""
-    import numpy as np
-    from scipy import stats
-
-    others = {one["seed"]: one["robust"] for one in base}
-    values = 100 * np.array([one["robust"] - others[one["seed"]] for one in runs if one["seed"] in others])
-    if len(values) == 0:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:+.1f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():+.1f} ({values.mean() - half:+.1f} to {values.mean() + half:+.1f})"
 
 
 def plot(rows, path, args):

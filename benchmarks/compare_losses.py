@@ -1,0 +1,333 @@
+"""All losses side by side, without adversarial training: what each is worth under attack, with and without noise.
+
+It trains one small CNN after another (a loss, its setting, Gaussian noise on the inputs while training, a seed),
+evaluates it and appends a line to `OUT/compare_losses_DATASET.jsonl`. What stands there is not done again. When nothing
+is left to do, it writes the table and the figure beside it.
+
+1. Settings: each loss chooses its own, without noise and with, by the worst case of two attacks on validation images,
+   drawn anew for each seed, that no model was trained on.
+2. Noise: with that setting, each chooses its noise in the same way.
+3. Test: models trained on all training images, attacked on test images by the standard suite at each radius.
+
+On MNIST settings are those chosen on the digits, and only the noise is chosen anew.
+
+    python benchmarks/compare_losses.py --dataset digits --out results
+    python benchmarks/compare_losses.py --dataset mnist --out results
+
+Two processes share the work with `--worker 0/2` and `--worker 1/2`. About two hours for the digits on two cores.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import measure
+import shared
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+# Of each loss, the name in the table and what it may choose from; the middle of each is near its paper's.
+LOSSES = {
+    "cross_entropy": ("cross-entropy", [{}]),
+    "label_smoothing": ("label smoothing", [{"label_smoothing": one} for one in (0.05, 0.1, 0.2, 0.4)]),
+    "DRSLoss": ("DRSLoss", [{"lam": one} for one in (0.1, 0.3, 1.0, 3.0)]),
+    "PRSLoss": ("PRSLoss", [{"lam": one} for one in (1e-5, 1e-4, 1e-3, 1e-2)]),
+    "Squentropy": ("Squentropy", [{"lam": one} for one in (0.3, 1.0, 3.0, 10.0)]),
+    "GuidedComplementEntropy": ("guided complement entropy", [{"alpha": one} for one in (0.1, 0.2, 1 / 3, 0.5)]),
+    "ComplementObjective": ("complement objective", [{"lam": one} for one in (0.3, 1.0, 3.0, 10.0)]),
+    "ProbabilisticallyCompactLoss": ("prob. compact loss", [{"lam": one} for one in (0.0, 0.05, 0.2, 0.5)]),
+    "LogitSqueezing": ("logit squeezing", [{"lam": one} for one in (0.01, 0.03, 0.1, 0.5)]),
+    "ZLoss": ("z-loss", [{"lam": one} for one in (1e-4, 1e-3, 1e-2, 1e-1)]),
+}
+# `eps`: the radii of the test; choices are made at the last. `middle`: the noise with which settings are chosen.
+STUDIES = {
+    "digits": {
+        "eps": (0.05, 0.1, 0.15), "noises": (0.15, 0.25, 0.35, 0.5), "middle": 0.25, "choice_seeds": 2, "seeds": 5,
+        "more_seeds": 5, "validation": 360, "images": None, "recipe": {"epochs": 40, "batch_size": 64},
+        "settings_from": None, "seen_noise": 0.2,
+    },
+    "mnist": {
+        "eps": (0.1, 0.2), "noises": (0.3, 0.5), "middle": None, "choice_seeds": 1, "seeds": 1, "more_seeds": 3,
+        "validation": 300, "images": 300, "recipe": {"epochs": 4, "batch_size": 128}, "settings_from": "digits",
+        "seen_noise": 0.3,
+    },
+}  # fmt: skip
+ATTACKS = ("apgd_ce", "apgd_margin")
+
+
+def main():
+    args = measure.arguments(__doc__, data_dir=True, more=add_arguments)
+    from keras_drsl.evaluation import datasets
+
+    study = STUDIES[args.dataset]
+    study = quick(study) if args.quick else study
+    out = Path(args.out)
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    path = path_of(out, args.dataset, args)
+    chosen = {}
+    if study["settings_from"]:
+        first = STUDIES[study["settings_from"]]
+        done = shared.read(path_of(out, study["settings_from"], args))
+        if any(shared.find(job, done) is None for job in settings_jobs(first)):
+            sys.exit(f"Run `--dataset {study['settings_from']}` first: settings are chosen there.")
+        chosen = {(name, noisy): best_setting(name, noisy, first, done) for name in LOSSES for noisy in (False, True)}
+    data = datasets.load(args.dataset, args.data_dir)
+    if args.quick:
+        data = tuple((x[:256], y[:256]) for x, y in data)
+
+    def done():
+        return shared.read(path)
+
+    def setting_of(name, noisy):
+        return chosen[name, noisy] if chosen else best_setting(name, noisy, study, done())
+
+    stages = [] if chosen else [lambda: settings_jobs(study)]
+    stages += [lambda: noise_jobs(study, setting_of), lambda: test_jobs(study, setting_of, done())]
+    for stage in stages:
+        shared.share(args, stage(), done, lambda job: run(job, study, data, path, args))
+    if shared.is_first(args):
+        write_summary(path, study, setting_of, args)
+
+
+def add_arguments(parser):
+    parser.add_argument("--dataset", choices=STUDIES, default="digits")
+    shared.add_worker(parser)
+
+
+def path_of(out, dataset, args):
+    return out / f"compare_losses_{dataset}{'_quick' if args.quick else ''}.jsonl"
+
+
+def quick(study):
+    """As small as it can be and still go through all of it."""
+    for name in LOSSES.keys() - {"cross_entropy", "DRSLoss"}:
+        del LOSSES[name]
+    LOSSES["DRSLoss"][1][2:] = []
+    return study | {
+        "eps": study["eps"][-2:], "noises": study["noises"][:2], "middle": study["noises"][0], "choice_seeds": 1,
+        "seeds": 2, "more_seeds": 2, "validation": 32, "images": 16, "recipe": {"epochs": 1, "batch_size": 64},
+    }  # fmt: skip
+
+
+def make_job(split, loss, setting, noise, seed):
+    return {"split": split, "loss": loss, "setting": setting, "noise": noise, "seed": seed}
+
+
+def settings_jobs(study):
+    """Each loss with each setting, without noise and with."""
+    return [
+        make_job("validation", name, setting, noise, seed)
+        for name, (_, settings) in LOSSES.items()
+        for setting in settings
+        for noise in (0.0, study["middle"])
+        for seed in range(study["choice_seeds"])
+    ]
+
+
+def noise_jobs(study, setting_of):
+    """Each loss with its setting, without noise and at each."""
+    return [
+        make_job("validation", name, setting_of(name, noise > 0), noise, seed)
+        for name in LOSSES
+        for noise in (0.0, *study["noises"])
+        for seed in range(study["choice_seeds"])
+    ]
+
+
+def test_jobs(study, setting_of, done):
+    """Each loss with its setting, without noise and with its own; the best on validation with more seeds."""
+    jobs = []
+    for noisy in (False, True):
+        found = {}
+        for name in LOSSES:
+            setting = setting_of(name, noisy)
+            noise = best_noise(name, setting, study, done) if noisy else 0.0
+            found[name] = (setting, noise, validated(name, setting, noise, study, done))
+        order = sorted(LOSSES, key=lambda name: -found[name][2])
+        for name, (setting, noise, _) in found.items():
+            seeds = study["more_seeds"] if name in order[:3] else study["seeds"]
+            jobs += [make_job("test", name, setting, noise, seed) for seed in range(seeds)]
+    return jobs
+
+
+def best_setting(name, noisy, study, done):
+    noise = study["middle"] if noisy else 0.0
+    return max(LOSSES[name][1], key=lambda setting: validated(name, setting, noise, study, done))
+
+
+def best_noise(name, setting, study, done):
+    return max(study["noises"], key=lambda noise: validated(name, setting, noise, study, done))
+
+
+def validated(name, setting, noise, study, done):
+    """The mean worst case on validation at the largest radius."""
+    jobs = [make_job("validation", name, setting, noise, seed) for seed in range(study["choice_seeds"])]
+    found = [shared.find(job, done) for job in jobs]
+    return sum(one["robust"][f"{study['eps'][-1]:g}"] for one in found) / len(found)
+
+
+def make_loss(name, setting):
+    """A loss of class ids and logits."""
+    import keras
+
+    import keras_drsl
+
+    if name == "cross_entropy":
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if name == "label_smoothing":
+        # Keras's own takes no smoothing for class ids; without restraint this is the same.
+        return keras_drsl.DRSLoss(0.0, from_logits=True, **setting)
+    return getattr(keras_drsl, name)(**setting, from_logits=True)
+
+
+def train(job, data, recipe):
+    """A model that returns logits."""
+    import keras
+    from fit import build_model
+
+    keras.utils.set_random_seed(job["seed"])
+    whole = build_model(data[0].shape[1:], job["noise"])
+    model = keras.Model(whole.inputs[0], whole.get_layer("logits").output)
+    model.compile("adam", make_loss(job["loss"], job["setting"]))
+    model.fit(*data, **recipe, verbose=0)
+    return model
+
+
+def run(job, study, data, path, args):
+    """Train the model of a job, evaluate it, and append the record."""
+    import adversarial_training as example
+    import keras
+    import numpy as np
+
+    import keras_drsl
+
+    print(args.dataset, job, flush=True)
+    training, images = data
+    if job["split"] == "validation":
+        training, images = example.split(training, study["validation"], seed=job["seed"])
+    began = time.perf_counter()
+    model = train(job, training, study["recipe"])
+    seconds = time.perf_counter() - began
+    is_test = job["split"] == "test"
+    how = {"suite": "standard"} if is_test and not args.quick else {"suite": "quick", "attacks": ATTACKS}
+    robust, after, warnings = {}, {}, {}
+    for eps in study["eps"] if is_test else study["eps"][-1:]:
+        report = keras_drsl.evaluate_robustness(model, *images, eps=eps, max_samples=study["images"], verbose=0, **how)
+        robust[f"{eps:g}"] = report.robust_accuracy
+        after[f"{eps:g}"] = {attack: one["cumulative"] for attack, one in report.accuracy.items()}
+        warnings[f"{eps:g}"] = [f"{check.name} ({check.status})" for check in report.checks if check.status != "pass"]
+    x, y = images
+    logits = model.predict(x, batch_size=500, verbose=0)
+    noisy = x + np.random.default_rng(0).normal(0, study["seen_noise"], x.shape).astype("float32")
+    diversity = keras_drsl.softmax_diversity(y, logits, from_logits=True)
+    record = job | {
+        "robust": robust,
+        "after": after,
+        "warnings": warnings,
+        "clean": float((logits.argmax(1) == y).mean()),
+        "under_noise": float((model.predict(noisy, batch_size=500, verbose=0).argmax(1) == y).mean()),
+        "calibration_error": calibration_error(logits, y),
+        "diversity": float(keras.ops.mean(diversity)),
+        "images": report.images,
+        "attacks": [one["name"] for one in report.attacks],
+        "recipe": study["recipe"],
+        "seconds_of_training": round(seconds, 1),
+        "command": measure.command(args, "compare_losses"),
+        "device": args.device_name,
+        "versions": measure.versions(),
+    }
+    shared.append(path, record)
+
+
+def calibration_error(logits, y, bins=15):
+    """The expected calibration error: |accuracy - confidence| in bins of equal width, weighted by their images.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+    """
+    import numpy as np
+    from scipy import special
+
+    p = special.softmax(logits.astype("float64"), axis=1)
+    confidence, right = p.max(1), p.argmax(1) == y
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(right[place == b].sum() - confidence[place == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(y))
+
+
+def write_summary(path, study, setting_of, args):
+    """The table and the figure."""
+    done = shared.read(path)
+    rows = {}
+    for job in test_jobs(study, setting_of, done):
+        record = shared.find(job, done)
+        rows.setdefault((job["noise"] > 0, job["loss"]), []).append(record)
+    radii = [f"{eps:g}" for eps in study["eps"]]
+    last = radii[-1]
+    lines = [
+        f"# {args.dataset}: losses side by side",
+        "",
+        f"From `{path.name}`, which holds each run. Suite standard on {next(iter(rows.values()))[0]['images']} test "
+        "images, L-inf, no adversarial training. In %, mean +- standard deviation over the seeds; ECE: expected "
+        f"calibration error; noisy: accuracy under Gaussian noise of {study['seen_noise']}. Last column: difference "
+        f"at {last} to cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval.",
+        "",
+        f"| loss | setting | training noise | seeds | clean | ECE | noisy | {' | '.join(radii)} | after APGD on CE at "
+        f"{last} | difference |",
+        "|---|---|---|---|---|---|---|" + "---|" * (len(radii) + 2),
+    ]
+    for (noisy, name), runs in rows.items():
+        base = rows[noisy, "cross_entropy"]
+        setting = ", ".join(f"{key} {value:.3g}" for key, value in runs[0]["setting"].items())
+        columns = [[one[key] for one in runs] for key in ("clean", "calibration_error", "under_noise")]
+        columns += [[one["robust"][radius] for one in runs] for radius in radii]
+        columns.append([next(iter(one["after"][last].values())) for one in runs])
+        cells = [LOSSES[name][0], setting, f"{runs[0]['noise']:g}", str(len(runs)), *map(shared.spread, columns)]
+        cells[-2] = f"**{cells[-2]}**"
+        cells.append(shared.difference(runs, base, lambda one: one["robust"][last]) if runs is not base else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"## Choice: worst case of {' and '.join(ATTACKS)} at {last} on validation images",
+        "",
+        "| loss | setting | training noise | seeds | clean | robust |",
+        "|---|---|---|---|---|---|",
+    ]
+    tried = {}
+    for one in done:
+        if one["split"] == "validation":
+            tried.setdefault((one["loss"], tuple(one["setting"].items()), one["noise"]), []).append(one)
+    for (name, setting, noise), runs in sorted(tried.items()):
+        cells = [LOSSES[name][0], ", ".join(f"{key} {value:.3g}" for key, value in setting), f"{noise:g}"]
+        cells += [str(len(runs)), shared.spread([one["clean"] for one in runs])]
+        lines.append(f"| {' | '.join(cells)} | {shared.spread([one['robust'][last] for one in runs])} |")
+    lines += ["", f"Written by `{measure.command(args, 'compare_losses')}`.", ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines))
+    plot(rows, last, path.with_suffix(".png"), args)
+
+
+def plot(rows, radius, path, args):
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for noisy in (False, True):
+        for place, name in enumerate(LOSSES):
+            values = 100 * np.array([one["robust"][radius] for one in rows[noisy, name]])
+            at = place + (0.2 if noisy else -0.2)
+            label = ("with its own best noise" if noisy else "without noise") if place == 0 else None
+            axes.barh(at, values.mean(), 0.38, color=f"C{int(noisy)}", alpha=0.6, label=label)
+            axes.plot(values, [at] * len(values), "k.", ms=3)
+    axes.set_yticks(range(len(LOSSES)), [name for name, _ in LOSSES.values()])
+    axes.invert_yaxis()
+    axes.set(xlabel="robust accuracy (%)", title=f"{args.dataset}, eps {radius}, suite standard; a dot a seed")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

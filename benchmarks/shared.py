@@ -1,0 +1,75 @@
+"""What the studies share: their records, how workers divide the runs, means and differences over seeds."""
+
+import json
+import time
+
+import numpy as np
+
+
+def add_worker(parser):
+    parser.add_argument("--worker", default="0/1", help="which of how many processes that share the work")
+
+
+def is_first(args):
+    return args.worker.startswith("0/")
+
+
+def share(args, jobs, read, run):
+    """Do this worker's part of the jobs that are not done, and wait for the others'.
+
+    Args:
+        args: the command's arguments.
+        jobs: what is to be done, as dicts.
+        read: gives the records so far.
+        run: does one job and appends its record.
+    """
+    turn, workers = map(int, args.worker.split("/"))
+    for job in jobs[turn::workers]:
+        if find(job, read()) is None:
+            run(job)
+    while missing := sum(find(job, read()) is None for job in jobs):
+        print(f"waiting for the other workers: {missing} to do", flush=True)
+        time.sleep(30)
+
+
+def find(job, done):
+    """The record of a job, or None."""
+    return next((one for one in done if all(one[name] == value for name, value in job.items())), None)
+
+
+def read(path):
+    """The records of a file of one JSON line each."""
+    done = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            done.append(json.loads(line))
+        except json.JSONDecodeError:
+            # What was being written when the process was killed.
+            continue
+    return done
+
+
+def append(path, record):
+    with path.open("a") as file:
+        # On a line of its own, even if the last one was never finished.
+        whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
+        file.write(("" if whole else "\n") + json.dumps(record) + "\n")
+
+
+def spread(values):
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def difference(runs, base, value=lambda one: one["robust"]):
+    """By how much the runs are better than those of the same seeds, with the 95 % interval."""
+    from scipy import stats
+
+    others = {one["seed"]: value(one) for one in base}
+    values = 100 * np.array([value(one) - others[one["seed"]] for one in runs if one["seed"] in others])
+    if len(values) == 0:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.1f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():+.1f} ({values.mean() - half:+.1f} to {values.mean() + half:+.1f})"

@@ -1,0 +1,293 @@
+"""Does the diversity of the softmax values say how an attack will end? The paper's finding, tested.
+
+What it shows: for classifiers trained with different losses, and for each test image, how well softmax diversity on the
+clean image - each measure, each space - predicts (a) whether the standard suite breaks the image at one radius, and
+(b) the smallest radius that breaks it, found by bisection; beside it, the plain baselines top-1 confidence and logit
+margin. Over whole models: whether those of less diversity are more robust.
+
+What you should see: within one model, the logit margin and the confidence predict the attack's end well; diversity is
+compared with them. Over models, the losses that restrain diversity stand apart from the others.
+
+How long: about four minutes on two cores for the digits with one seed.
+
+    python examples/diversity_and_attacks.py
+    python examples/diversity_and_attacks.py --seeds 3 --out results --overwrite
+    python examples/diversity_and_attacks.py --dataset mnist --losses ce drs_0.3 squentropy --max-images 300
+"""
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import keras
+import numpy as np
+from fit import DEFAULTS, build_model
+from scipy import stats
+
+import keras_drsl
+from keras_drsl.attacks import APGD, Classifier
+from keras_drsl.evaluation import datasets
+
+LOSSES = {
+    "ce": ("cross-entropy", lambda: keras_drsl.DRSLoss(0.0, from_logits=True)),
+    "ls": ("label smoothing 0.1", lambda: keras_drsl.DRSLoss(0.0, from_logits=True, label_smoothing=0.1)),
+    "drs_0.1": ("DRSLoss, lam 0.1", lambda: keras_drsl.DRSLoss(0.1, from_logits=True)),
+    "drs_0.3": ("DRSLoss, lam 0.3", lambda: keras_drsl.DRSLoss(0.3, from_logits=True)),
+    "drs_1": ("DRSLoss, lam 1", lambda: keras_drsl.DRSLoss(1.0, from_logits=True)),
+    "drs_3": ("DRSLoss, lam 3", lambda: keras_drsl.DRSLoss(3.0, from_logits=True)),
+    "squentropy": ("Squentropy", lambda: keras_drsl.Squentropy(from_logits=True)),
+    "cot": ("complement objective", lambda: keras_drsl.ComplementObjective(from_logits=True)),
+    "gce": ("guided complement entropy", lambda: keras_drsl.GuidedComplementEntropy(from_logits=True)),
+    "squeezing": ("logit squeezing 0.1", lambda: keras_drsl.LogitSqueezing(0.1, from_logits=True)),
+}
+# What is looked at on the clean image; each is turned so that more of it should mean more robust.
+SCORES = {
+    "variance, log space": lambda z, y: -diversity(z, y, "variance", "log_softmax"),
+    "variance, softmax space": lambda z, y: -diversity(z, y, "variance", "softmax"),
+    "entropy": lambda z, y: diversity(z, y, "entropy", "log_softmax"),
+    "top-1 confidence": lambda z, y: keras.ops.convert_to_numpy(keras.ops.max(keras.ops.log_softmax(z), -1)),
+    "logit margin": lambda z, y: np.diff(np.partition(z, -2, axis=1)[:, -2:])[:, 0],
+}
+LEVELS = 6  # halvings of the bisection
+LARGEST = 3  # where it begins, in units of --eps
+DRAWS = 500  # of the bootstrap
+
+
+def main():
+    args = parse_arguments()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"diversity_{args.dataset}"
+    if stem.with_suffix(".json").exists() and not args.overwrite:
+        sys.exit(f"{stem}.json exists. Give another --out, or --overwrite to replace it.")
+    try:
+        train, (x, y) = datasets.load(args.dataset, args.data_dir)
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
+    x, y = x[: args.max_images], y[: args.max_images].astype("int64")
+    models = [look_at(loss, seed, train, x, y, args) for loss in args.losses for seed in range(args.seeds)]
+    table = make_table(models, len(x), args)
+    print("\n" + table)
+    packages = ("keras-drsl", "keras", keras.config.backend(), "numpy", "scipy")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    stem.with_suffix(".md").write_text(table)
+    stem.with_suffix(".json").write_text(json.dumps({"command": command(args), "versions": versions, "models": models}))
+    plot(models, stem.with_suffix(".png"), args)
+    print(f"Written: {stem}.md, .json, .png")
+
+
+def look_at(loss, seed, train, x, y, args):
+    """Train a model; of each image what is seen on the clean one, whether it breaks, and at which radius."""
+    print(f"{args.dataset}: loss={loss} seed={seed}", flush=True)
+    keras.utils.set_random_seed(seed)
+    whole = build_model(x.shape[1:], noise=0)
+    model = keras.Model(whole.inputs[0], whole.get_layer("logits").output)
+    model.compile("adam", LOSSES[loss][1]())
+    model.fit(*train, epochs=args.epochs, batch_size=DEFAULTS[args.dataset]["batch_size"], verbose=0)
+    report = keras_drsl.evaluate_robustness(model, x, y, eps=args.eps, suite=args.suite, verbose=0)
+    withstood = np.array([one is None for one in report.per_example["broken_by"]])
+    classifier = Classifier(model)
+    logits = classifier.logits(x)
+    right = logits.argmax(1) == y
+    radius = np.zeros(len(x))
+    radius[right] = breaking_radius(classifier, x[right], y[right], LARGEST * args.eps)
+    print(f"  clean {right.mean():.1%}, robust {withstood.mean():.1%}, median radius {np.median(radius):.3f}")
+    return {
+        "loss": loss,
+        "seed": seed,
+        "clean": float(right.mean()),
+        "robust": float(withstood.mean()),
+        "right": right.tolist(),
+        "withstood": withstood.tolist(),
+        "radius": [float(f"{one:.6g}") for one in radius],
+        "scores": {name: [float(f"{one:.6g}") for one in score(logits, y)] for name, score in SCORES.items()},
+    }
+
+
+def breaking_radius(classifier, x, y, largest):
+    """The smallest radius at which two attacks break each image, by bisection: the middle of what is left of [0, max].
+
+    Images that nothing breaks at the largest radius end just below it.
+    """
+    low, high = np.zeros(len(x)), np.full(len(x), float(largest))
+    for _ in range(LEVELS):
+        middle = (low + high) / 2
+        for eps in np.unique(middle):
+            at = np.flatnonzero(middle == eps)
+            broken = np.zeros(len(at), bool)
+            for knobs in ({"loss": "ce"}, {"loss": "margin", "targeted": True, "targets": 3}):
+                left = np.flatnonzero(~broken)
+                if len(left):
+                    x_adv = APGD(eps, steps=50, **knobs)(classifier, x[at[left]], y[at[left]])
+                    broken[left] = classifier.logits(x_adv).argmax(1) != y[at[left]]
+            high[at[broken]], low[at[~broken]] = eps, eps
+    return (low + high) / 2
+
+
+def diversity(logits, y, measure, space):
+    values = keras_drsl.softmax_diversity(y, logits, measure=measure, space=space, from_logits=True)
+    return keras.ops.convert_to_numpy(values)
+
+
+def within(model, score, rows):
+    """Over the images classified correctly: three figures of how well a score tells the end of the attack.
+
+    Spearman's rho with the radius; the same with the logit margin held fixed; the AUC for withstanding the suite.
+    """
+    kept = rows[np.array(model["right"])[rows]]
+    values, margin = (np.array(model["scores"][name])[kept] for name in (score, "logit margin"))
+    radius, withstood = np.array(model["radius"])[kept], np.array(model["withstood"])[kept]
+    rho, by_margin, of_margin = spearman(values, radius), spearman(values, margin), spearman(margin, radius)
+    rest = (1 - by_margin**2) * (1 - of_margin**2)
+    partial = np.nan if score == "logit margin" or rest <= 0 else (rho - by_margin * of_margin) / np.sqrt(rest)
+    count = withstood.sum()
+    if count in (0, len(kept)):
+        return rho, partial, np.nan
+    # Mann and Whitney's: how often one that withstands is ranked above one that doesn't.
+    auc = (stats.rankdata(values)[withstood].sum() - count * (count + 1) / 2) / (count * (len(kept) - count))
+    return rho, partial, auc
+
+
+def spearman(a, b):
+    a, b = stats.rankdata(a), stats.rankdata(b)
+    return np.corrcoef(a, b)[0, 1] if a.std() > 0 and b.std() > 0 else np.nan
+
+
+def mean_within(models, score, rows):
+    """Of `within`, the means over the models where it says something."""
+    figures = np.array([within(one, score, rows) for one in models])
+    known = ~np.isnan(figures)
+    return np.where(known, figures, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+
+
+def over_models(models, score):
+    """Spearman's rho of the models' mean scores and robust accuracies."""
+    return spearman([mean_score(one, score) for one in models], [one["robust"] for one in models])
+
+
+def mean_score(model, score):
+    return float(np.mean(np.array(model["scores"][score])[np.array(model["right"])]))
+
+
+def with_interval(statistic, count):
+    """A statistic of rows, and 95 % of what it gives when the rows are drawn anew, with replacement, as table cells."""
+    rng = np.random.default_rng(0)
+    draws = np.array([np.atleast_1d(statistic(rng.integers(0, count, count))) for _ in range(DRAWS)])
+    cells = []
+    for value, column in zip(np.atleast_1d(statistic(np.arange(count))), draws.T, strict=True):
+        bounds = np.nanpercentile(column, [2.5, 97.5]) if not np.isnan(value) else ()
+        cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(value, *bounds) if len(bounds) else "")
+    return cells
+
+
+def make_table(models, images, args):
+    """Figures within models, by score, then over models, then the models themselves."""
+    lines = [
+        f"{args.dataset}: {len(models)} models ({len(args.losses)} losses, {args.seeds} seeds), {images} test images, "
+        f"L-inf. rho: Spearman's, of a score on the clean image and the smallest radius that breaks it; AUC: for "
+        f"withstanding the suite {args.suite} at eps {args.eps:.4g}, 0.5 is chance. Each score is turned so that more "
+        "of it should mean more robust: variances with a minus.",
+        "",
+    ]
+    for title, some in (("all models", models), ("cross-entropy", [one for one in models if one["loss"] == "ce"])):
+        if some:
+            lines += [
+                f"Within a model, mean over {title}; intervals of 95 %, the images drawn anew:",
+                "",
+                "| score | rho | rho, the logit margin held fixed | AUC |",
+                "|---|---|---|---|",
+            ]
+            for score in SCORES:
+                cells = with_interval(lambda rows, score=score, some=some: mean_within(some, score, rows), images)
+                lines.append(f"| {score} | {' | '.join(cells)} |")
+            lines.append("")
+    if len(models) > 4:
+        lines += [
+            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, models drawn anew:",
+            "",
+            "| score | rho |",
+            "|---|---|",
+        ]
+        for score in SCORES:
+            (cell,) = with_interval(
+                lambda rows, score=score: over_models([models[row] for row in rows], score), len(models)
+            )
+            lines.append(f"| {score} | {cell} |")
+        lines.append("")
+    lines += ["| loss | clean | robust | median radius | mean variance, log space |", "|---|---|---|---|---|"]
+    for loss in args.losses:
+        mine = [one for one in models if one["loss"] == loss]
+        clean, robust = (100 * np.mean([one[name] for one in mine]) for name in ("clean", "robust"))
+        radius = np.median([one["radius"] for one in mine])
+        variance = -np.mean([mean_score(one, "variance, log space") for one in mine])
+        lines.append(f"| {LOSSES[loss][0]} | {clean:.1f} | {robust:.1f} | {radius:.3f} | {variance:.3g} |")
+    return "\n".join(lines) + f"\n\nWritten by `{command(args)}`.\n"
+
+
+def plot(models, path, args):
+    """Left: single images, two losses; right: models."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    score = "variance, log space"
+    for place, loss in enumerate(dict.fromkeys((args.losses[0], args.losses[-1]))):
+        one = next(one for one in models if one["loss"] == loss)
+        kept = np.array(one["right"])
+        values = -np.array(one["scores"][score])[kept]
+        left.plot(values, np.array(one["radius"])[kept], ".", ms=4, alpha=0.5, color=f"C{place}", label=LOSSES[loss][0])
+    left.set(xlabel="variance of the log-softmax values of the wrong classes", ylabel="smallest radius that breaks it")
+    left.set(xscale="log", title=f"{args.dataset}: single images")
+    for place, loss in enumerate(args.losses):
+        mine = [one for one in models if one["loss"] == loss]
+        values = [-mean_score(one, score) for one in mine]
+        right.plot(values, [100 * one["robust"] for one in mine], "o", color=f"C{place}", label=LOSSES[loss][0])
+    right.set(xscale="log", xlabel="the same, mean over images", ylabel=f"robust accuracy at {args.eps:.3g} (%)")
+    right.set_title("models")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def command(args):
+    """What to run to get the same again."""
+    words = ["python examples/diversity_and_attacks.py"]
+    for name, value in vars(args).items():
+        if name not in ("out", "data_dir", "overwrite") and value is not None:
+            words.append(
+                f"--{name.replace('_', '-')} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+            )
+    return " ".join(words)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DEFAULTS, default="digits")
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=list(LOSSES))
+    parser.add_argument("--seeds", type=int, default=1, help="how many models of each loss")
+    parser.add_argument("--eps", type=float, help="radius of the suite, L-inf, the input range being [0, 1]")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--suite", choices=("quick", "standard"), default="standard")
+    parser.add_argument("--max-images", type=int, help="how many test images, the first ones; by default all")
+    parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST or CIFAR-10")
+    parser.add_argument("--out", default="runs", help="folder for the table, the figure and the JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    args = parser.parse_args()
+    args.eps = DEFAULTS[args.dataset]["eps"] if args.eps is None else args.eps
+    args.epochs = DEFAULTS[args.dataset]["epochs"] if args.epochs is None else args.epochs
+    if not 0 < args.eps <= 1 / LARGEST:
+        parser.error(f"--eps must lie in (0, 1/{LARGEST}]. Received: {args.eps}")
+    for name in ("seeds", "epochs", "max_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive. Received: {getattr(args, name)}")
+    return args
+
+
+if __name__ == "__main__":
+    main()
