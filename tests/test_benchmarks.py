@@ -60,6 +60,44 @@ def test_the_study_goes_on_where_it_was_and_writes_its_table(tmp_path):
     assert json.loads(again[-1])["withstood"] == records[-1]["withstood"]
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="is slow elsewhere, and the same")
+def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path):
+    arguments = ("--quick", "--backend", BACKEND, "--out", tmp_path)
+    done = run("compare_losses.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = tmp_path / "compare_losses_digits_quick.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    test = [one for one in records if one["split"] == "test"]
+    for loss in ("cross_entropy", "DRSLoss"):
+        for noisy in (False, True):
+            mine = [one for one in test if one["loss"] == loss and (one["noise"] > 0) == noisy]
+            assert [one["seed"] for one in mine] == [0, 1]
+            tried = {}
+            for one in records:
+                if one["split"] == "validation" and one["loss"] == loss and (one["noise"] > 0) == noisy:
+                    tried[str(one["setting"]), one["noise"]] = one["robust"]["0.15"]
+            chosen = tried[str(mine[0]["setting"]), mine[0]["noise"]]
+            assert noisy or chosen == max(tried.values())
+            assert all(one["robust"]["0.1"] >= one["robust"]["0.15"] - 0.07 for one in mine)
+    assert path.with_suffix(".md").read_text().count("| DRSLoss | lam") >= 2
+    assert path.with_suffix(".png").stat().st_size > 1000
+    again = run("compare_losses.py", *arguments)
+    assert "'split'" not in again.stdout
+    assert path.read_text().count("\n") == len(records)
+
+
+def test_the_calibration_error_is_that_of_its_definition(monkeypatch):
+    import numpy as np
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    from compare_losses import calibration_error
+
+    # Two sure of 0.9 of which one is right, two sure of 0.6, both right: half of |0.5 - 0.9| and half of |1 - 0.6|.
+    p = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.4, 0.6]])
+    assert calibration_error(np.log(p), np.array([0, 0, 0, 1])) == pytest.approx(0.4)
+
+
 def test_a_device_that_is_not_there_is_named():
     done = run("loss_speed.py", "--quick", "--backend", BACKEND, "--device", "gpu")
     if done.returncode == 0:

@@ -118,6 +118,81 @@ def test_adversarial_training_compares_four_models_and_draws_them_by_epoch(tmp_p
     assert "--overwrite" in again.stderr
 
 
+def test_the_example_of_diversity_tells_how_well_each_score_foretells_the_attack(tmp_path, monkeypatch):
+    arguments = (
+        "--losses",
+        "ce",
+        "drs_3",
+        "--epochs",
+        "4",
+        "--max-images",
+        "40",
+        "--suite",
+        "quick",
+        "--out",
+        tmp_path,
+    )
+    printed = run(*arguments, script="diversity_and_attacks.py").stdout
+    table = (tmp_path / "diversity_digits.md").read_text()
+    assert table in printed
+    assert (tmp_path / "diversity_digits.png").stat().st_size > 1000
+    models = json.loads((tmp_path / "diversity_digits.json").read_text())["models"]
+    for model in models:
+        radius, right, withstood = (np.array(model[name]) for name in ("radius", "right", "withstood"))
+        assert np.all((radius == 0) == ~right)
+        # Bisection and suite are different attacks, and agree but for images on the edge.
+        assert np.mean((radius > 0.15) == withstood) > 0.9
+    # Against other libraries: rho and AUC of a whole model, partial rho by regression of ranks.
+    from scipy import stats
+    from sklearn.metrics import roc_auc_score
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("diversity_and_attacks")
+    model = models[1]
+    kept = np.array(model["right"])
+    score, margin = (np.array(model["scores"][name])[kept] for name in ("entropy", "logit margin"))
+    radius, withstood = np.array(model["radius"])[kept], np.array(model["withstood"])[kept]
+    ranks = np.array([stats.rankdata(one) for one in (score, radius, margin)])
+    given = np.stack([ranks[2], np.ones(len(radius))], axis=1)
+    rests = [one - given @ np.linalg.lstsq(given, one, rcond=None)[0] for one in ranks[:2]]
+    expected = (
+        stats.spearmanr(score, radius).statistic, np.corrcoef(*rests)[0, 1], roc_auc_score(withstood, score)
+    )  # fmt: skip
+    assert example.within(model, "entropy", np.arange(40)) == pytest.approx(expected)
+    again = run(*arguments, script="diversity_and_attacks.py", check=False)
+    assert again.returncode != 0
+    assert "--overwrite" in again.stderr
+
+
+def test_bisection_finds_the_radius_of_a_linear_model(monkeypatch):
+    from keras_drsl.attacks import Classifier
+    from tests.linear import distance, inputs, linear_model
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("diversity_and_attacks")
+    model, (x, y) = linear_model(), inputs()
+    classifier = Classifier(model)
+    right = classifier.logits(x).argmax(1) == y
+    found = example.breaking_radius(classifier, x[right], y[right], 0.25)
+    expected = np.minimum(distance(x, y, "inf")[right], 0.25)
+    np.testing.assert_allclose(found, expected, atol=0.25 / 2**example.LEVELS)
+    assert 0 < (found < 0.24).sum() < right.sum()
+
+
+def test_the_example_of_text_shows_what_each_loss_restrains(tmp_path):
+    small = ("--epochs", "2", "--steps", "3", "--max-windows", "40", "--out", tmp_path)
+    printed = run(*small, script="caption_or_text.py").stdout
+    table = (tmp_path / "text.md").read_text()
+    assert table in printed
+    record = json.loads((tmp_path / "text.json").read_text())
+    plain, drs, prs = (row["runs"][0] for row in record["rows"])
+    for one in (plain, drs, prs):
+        assert one["next word right"] >= one["after PGD on CE"] >= one["and on the margin"]
+    assert drs["variance of wrong words"] < plain["variance of wrong words"]
+    between = "variance of their top 4 between places"
+    assert prs[between] < plain[between]
+
+
 @pytest.fixture
 def networks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
