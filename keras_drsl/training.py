@@ -55,6 +55,14 @@ def mart_penalty(log_p: Any, log_q: Any, y: Any, beta: float) -> Any:
     return beta * _divergence(log_p, log_q) * (1 - sure) - ops.log(1.0001 - rival)
 
 
+def lead_penalty(log_p: Any, log_q: Any, y: Any, beta: float) -> Any:
+    """`beta * (d - d')^2`, d the true class's lead over the mean of its rivals, `log p_y - mean_{k != y} log p_k`."""
+    is_true = ops.one_hot(y, log_p.shape[-1], dtype=log_p.dtype)
+    # What the difference leaves is the same for logits and log-probabilities.
+    weights = is_true - (1 - is_true) / (log_p.shape[-1] - 1)
+    return beta * ops.square(ops.sum(weights * (log_p - log_q), axis=-1))
+
+
 def _divergence(log_p: Any, log_q: Any) -> Any:
     return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -72,6 +80,8 @@ class Method(NamedTuple):
         one_step: whether they are a single one, larger than `eps`.
         penalty: maps log-probabilities of the clean and of the attacked inputs, class ids and `beta` to what is added
             to the loss, one value a row; None for nothing.
+        drawn: whether clean and attacked inputs are both replaced by points drawn anywhere in the ball, not clipped.
+        beta: what `beta` is by default.
     """
 
     learns_from: tuple[str, ...] = (ADVERSARIAL,)
@@ -79,6 +89,8 @@ class Method(NamedTuple):
     near: bool = False
     one_step: bool = False
     penalty: Callable | None = None
+    drawn: bool = False
+    beta: float = 6.0
 
 
 # What the inner steps can drive up; "loss" is the one given to `compile`.
@@ -89,6 +101,7 @@ METHODS = {
     "pgd": Method(),
     "trades": Method(learns_from=(CLEAN,), drive=divergence, near=True, penalty=trades_penalty),
     "mart": Method(penalty=mart_penalty),
+    "noise": Method(learns_from=(CLEAN, ADVERSARIAL), drive=None, penalty=lead_penalty, drawn=True, beta=0.1),
 }
 
 
@@ -109,6 +122,9 @@ class AdversarialTraining(keras.Model):
     - `"trades"`: `L(y, z) + beta * KL(p || p')`, x' by `steps` steps up that divergence from beside x (Zhang et al.).
     - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`, x' as for `"pgd"` (Wang et
       al.).
+    - `"noise"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without any attack: x' and x'' are drawn anywhere
+      in the ball, and not clipped; d is the lead of the true logit over the mean of the others. A step costs two usual
+      ones. Meant for `keras_drsl.DRSLoss(lam=1.0)` and an `eps` three to four times that of the attacks to come.
     - `"clean"`: `L(y, z)`: the control.
 
     The inner steps see the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
@@ -131,13 +147,14 @@ class AdversarialTraining(keras.Model):
         model: the classifier: one input of float values, outputs `(batch, C)`, logits or a softmax.
         eps: the radius of the ball around each input, > 0, in units of the input.
         method: one of the above, or a `keras_drsl.training.Method` of your own.
-        steps: how many inner steps, >= 1. `"fgsm"` takes one, `"clean"` none, whatever it says.
+        steps: how many inner steps, >= 1. `"fgsm"` takes one, `"noise"` and `"clean"` none, whatever it says.
         step_size: the size of one, > 0; by default `2.5 * eps / steps`, at most `eps`, and `1.25 * eps` for `"fgsm"`.
         attack_loss: what the inner steps of `"pgd"`, `"fgsm"` and `"mart"` drive up: `"cross_entropy"` (by default),
             `"margin"` (the largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`, which
             did best with `DRSLoss` in the study that README quotes.
         norm: `"inf"` or 2.
-        beta: the weight of the divergence in `"trades"` and `"mart"`, >= 0.
+        beta: the weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the leads' difference in
+            `"noise"`, by default 0.1; >= 0.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
         warmup_epochs: how many epochs train with less than `eps`, evenly rising, >= 0. Each `fit` begins anew, unless
@@ -173,7 +190,7 @@ class AdversarialTraining(keras.Model):
         step_size: float | None = None,
         attack_loss: str | None = None,
         norm: str | int = "inf",
-        beta: float = 6.0,
+        beta: float | None = None,
         clip_min: float = 0.0,
         clip_max: float = 1.0,
         warmup_epochs: int = 0,
@@ -205,7 +222,7 @@ class AdversarialTraining(keras.Model):
         if step_size is None:
             step_size = 1.25 * eps if self.method.one_step else min(2.5 * eps / steps, eps)
         self.step_size = _arguments.check_positive("step_size", step_size)
-        self.beta = _arguments.check_non_negative("beta", beta)
+        self.beta = _arguments.check_non_negative("beta", method.beta if beta is None else beta)
         self.warmup_epochs = _arguments.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
         self._starts = _Starts(_arguments.check_integer("seed", seed, at_least=0))
@@ -258,6 +275,9 @@ class AdversarialTraining(keras.Model):
         logits = ops.stop_gradient(classifier(x))
         rows = {"x": x, "y": _class_ids(y, logits), "labels": y, "logits": logits}
         x_adv, rise = x, ops.zeros_like(logits[:, 0])
+        if self.method.drawn:
+            ball = ops.convert_to_tensor(self._share_of_eps) * self.threat["eps"], self.threat["norm"]
+            x, x_adv = (x + balls.draw(ops.shape(x), *ball, self._starts) for _ in range(2))
         if self.method.drive is not None:
             x_adv = ops.stop_gradient(self._search(classifier, rows, self.method.drive))
             rise = cross_entropy(classifier(x_adv), rows) - cross_entropy(logits, rows)

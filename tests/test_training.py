@@ -239,6 +239,27 @@ class TestAStep:
         if BACKEND != "jax" or not weighted:
             assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
 
+    def test_of_noise_learns_from_two_draws_and_keeps_their_leads_alike(self, monkeypatch):
+        x, y = data()
+        draws = np.random.default_rng(3).uniform(-EPS, EPS, (2, *x.shape)).astype("float32")
+        given = iter(draws)
+        monkeypatch.setattr(balls, "draw", lambda *arguments: ops.convert_to_tensor(next(given)))
+
+        def losses(kernel):
+            hot = reference.one_hot(y, 3)
+            both = [(x + draw) @ kernel + BIAS for draw in draws]
+            leads = [(z * (hot - (1 - hot) / 2)).sum(1) for z in both]
+            values = [reference.each(reference.drs_loss, hot, z, lam=LAM) for z in both]
+            return sum(values) / 2 + 5 * (leads[0] - leads[1]) ** 2
+
+        options = {"method": "noise", "beta": 5.0, "compiled": {"run_eagerly": BACKEND != "jax"}}
+        (kernel, _), history = train(linear(), x, y, **options)
+        mean = lambda kernel: losses(kernel).mean()
+        np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
+        assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+        assert history["clean_accuracy"] == pytest.approx([(np.argmax(x @ SLOPES + BIAS, 1) == y).mean()])
+        assert next(given, None) is None
+
     @pytest.mark.skipif(BACKEND == "jax", reason="a traced step shows no values")
     def test_of_trades_follows_the_divergence_to_the_edge_of_the_ball(self, monkeypatch):
         points = []
