@@ -61,15 +61,19 @@ def main():
     args = measure.arguments(__doc__, data_dir=True, more=add_arguments)
     from keras_drsl.evaluation import datasets
 
-    study = STUDIES[args.dataset]
-    study = quick(study) if args.quick else study
+    if args.quick:
+        for name in LOSSES.keys() - {"cross_entropy", "DRSLoss", "two_copies"}:
+            del LOSSES[name]
+        del LOSSES["DRSLoss"][1][2:], LOSSES["two_copies"][1][1:]
+    studies = {name: quick(study) if args.quick else study for name, study in STUDIES.items()}
+    study = studies[args.dataset]
     out = Path(args.out)
     (out / "models").mkdir(parents=True, exist_ok=True)
     path = path_of(out, args.dataset, args)
     chosen = {}
     if study["settings_from"]:
-        first = STUDIES[study["settings_from"]]
-        done = shared.read(path_of(out, study["settings_from"], args))
+        first = studies[study["settings_from"]]
+        done = read(path_of(out, study["settings_from"], args), first)
         if any(shared.find(job, done) is None for job in settings_jobs(first)):
             sys.exit(f"Run `--dataset {study['settings_from']}` first: settings are chosen there.")
         chosen = {
@@ -80,7 +84,7 @@ def main():
         data = tuple((x[:256], y[:256]) for x, y in data)
 
     def done():
-        return shared.read(path)
+        return read(path, study)
 
     def setting_of(name, noisy):
         return chosen[name, noisy] if chosen else best_setting(name, noisy, study, done())
@@ -90,12 +94,22 @@ def main():
     for stage in stages:
         shared.share(args, stage(), done, lambda job: run(job, study, data, path, args))
     if shared.is_first(args):
-        write_summary(path, study, setting_of, args)
+        write_summary(path, study, setting_of, data, args)
 
 
 def add_arguments(parser):
     parser.add_argument("--dataset", choices=STUDIES, default="digits")
     shared.add_worker(parser)
+
+
+def read(path, study):
+    """The records of runs made as the study makes them."""
+    return [one for one in shared.read(path) if one["study"] == conditions(study)]
+
+
+def conditions(study):
+    """What all runs of a study have in common, as JSON gives it back."""
+    return {name: study[name] for name in ("recipe", "validation", "images", "seen_noise")} | {"eps": [*study["eps"]]}
 
 
 def path_of(out, dataset, args):
@@ -104,9 +118,6 @@ def path_of(out, dataset, args):
 
 def quick(study):
     """As small as it can be and still go through all of it."""
-    for name in LOSSES.keys() - {"cross_entropy", "DRSLoss", "two_copies"}:
-        del LOSSES[name]
-    del LOSSES["DRSLoss"][1][2:], LOSSES["two_copies"][1][1:]
     return study | {
         "eps": study["eps"][-2:], "noises": study["noises"][:2], "middle": study["noises"][0], "choice_seeds": 1,
         "seeds": 2, "more_seeds": 2, "validation": 32, "images": 16, "recipe": {"epochs": 1, "batch_size": 64},
@@ -154,7 +165,7 @@ def test_jobs(study, setting_of, done):
             found[name] = (setting, noise, validated(name, setting, noise, study, done))
         order = sorted(found, key=lambda name: -found[name][2])
         for name, (setting, noise, _) in found.items():
-            seeds = study["more_seeds"] if name in order[:3] else study["seeds"]
+            seeds = study["more_seeds"] if name in ("cross_entropy", *order[:3]) else study["seeds"]
             jobs += [make_job("test", name, setting, noise, seed) for seed in range(seeds)]
     return jobs
 
@@ -191,6 +202,13 @@ def make_loss(name, setting):
 
 def train(job, data, recipe):
     """A model that returns logits."""
+    model, options = compiled(job, data, recipe)
+    model.fit(*data, **options, verbose=0)
+    return model.model if job["loss"] == "two_copies" else model
+
+
+def compiled(job, data, recipe):
+    """What is to be fitted, a model that returns logits or a training of it, and how."""
     import keras
     from fit import build_model
 
@@ -201,14 +219,12 @@ def train(job, data, recipe):
     model = keras.Model(whole.inputs[0], whole.get_layer("logits").output)
     if job["loss"] != "two_copies":
         model.compile("adam", make_loss(job["loss"], job["setting"]))
-        model.fit(*data, **recipe, verbose=0)
-        return model
+        return model, recipe
     # Two copies of half as many images, half as often: the same number of steps, of equal size. Its noise is uniform.
     options = {"method": "noise", "beta": job["setting"]["beta"], "seed": job["seed"]}
     copies = keras_drsl.AdversarialTraining(model, job["noise"] * math.sqrt(3), **options)
     copies.compile("adam", keras_drsl.DRSLoss(job["setting"]["lam"], from_logits=True))
-    copies.fit(*data, **{name: math.ceil(value / 2) for name, value in recipe.items()}, verbose=0)
-    return model
+    return copies, {name: math.ceil(value / 2) for name, value in recipe.items()}
 
 
 def run(job, study, data, path, args):
@@ -234,7 +250,7 @@ def run(job, study, data, path, args):
         robust[f"{eps:g}"] = report.robust_accuracy
         after[f"{eps:g}"] = {attack: one["cumulative"] for attack, one in report.accuracy.items()}
         warnings[f"{eps:g}"] = [f"{check.name} ({check.status})" for check in report.checks if check.status != "pass"]
-    x, y = images
+    x, y = (part[: study["images"]] for part in images)
     logits = model.predict(x, batch_size=500, verbose=0)
     noisy = x + np.random.default_rng(0).normal(0, study["seen_noise"], x.shape).astype("float32")
     diversity = keras_drsl.softmax_diversity(y, logits, from_logits=True)
@@ -248,7 +264,7 @@ def run(job, study, data, path, args):
         "diversity": float(keras.ops.mean(diversity)),
         "images": report.images,
         "attacks": [one["name"] for one in report.attacks],
-        "recipe": study["recipe"],
+        "study": conditions(study),
         "seconds_of_training": round(seconds, 1),
         "command": measure.command(args, "compare_losses"),
         "device": args.device_name,
@@ -272,13 +288,28 @@ def calibration_error(logits, y, bins=15):
     return float(sum(gaps) / len(y))
 
 
-def write_summary(path, study, setting_of, args):
+def time_steps(jobs, study, data, args):
+    """The time of a training step of each job over the first one's, plain cross-entropy: medians of turns."""
+    count, rounds = (2, 2) if args.quick else (20, 7)
+    calls = {}
+    for key, job in jobs.items():
+        model, options = compiled(job, data[0], study["recipe"])
+        # For two copies half a batch, which makes a step of equal size.
+        batch = tuple(part[: options["batch_size"]] for part in data[0])
+        calls[key] = lambda model=model, batch=batch: [model.train_on_batch(*batch) for _ in range(count)]
+    seconds = measure.interleave(calls, rounds)
+    plain = next(iter(seconds.values()))
+    return {key: measure.ratio(values, plain)["ratio"] for key, values in seconds.items()}
+
+
+def write_summary(path, study, setting_of, data, args):
     """The table and the figure."""
-    done = shared.read(path)
+    done = read(path, study)
     rows = {}
     for job in test_jobs(study, setting_of, done):
         record = shared.find(job, done)
         rows.setdefault((job["noise"] > 0, job["loss"]), []).append(record)
+    steps = time_steps({key: runs[0] for key, runs in rows.items()}, study, data, args)
     radii = [f"{eps:g}" for eps in study["eps"]]
     last = radii[-1]
     lines = [
@@ -287,11 +318,13 @@ def write_summary(path, study, setting_of, args):
         f"From `{path.name}`, which holds each run. Suite standard on {next(iter(rows.values()))[0]['images']} test "
         "images, L-inf, no adversarial training. In %, mean +- standard deviation over the seeds; ECE: expected "
         f"calibration error; noisy: accuracy under Gaussian noise of {study['seen_noise']}. Last column: difference "
-        f"at {last} to cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval.",
+        f"at {last} to cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval where "
+        "there are several. Step: time of a training step over cross-entropy's without noise, taking turns. All are "
+        "trained from scratch by one recipe, those too whose authors begin with cross-entropy (prob. compact loss).",
         "",
-        f"| loss | setting | training noise | seeds | clean | ECE | noisy | {' | '.join(radii)} | after APGD on CE at "
-        f"{last} | difference |",
-        "|---|---|---|---|---|---|---|" + "---|" * (len(radii) + 2),
+        f"| loss | setting | training noise | seeds | step | clean | ECE | noisy | {' | '.join(radii)} | "
+        f"after APGD on CE at {last} | difference |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * (len(radii) + 2),
     ]
     for (noisy, name), runs in rows.items():
         base = rows[noisy, "cross_entropy"]
@@ -299,7 +332,8 @@ def write_summary(path, study, setting_of, args):
         columns = [[one[key] for one in runs] for key in ("clean", "calibration_error", "under_noise")]
         columns += [[one["robust"][radius] for one in runs] for radius in radii]
         columns.append([next(iter(one["after"][last].values())) for one in runs])
-        cells = [LOSSES[name][0], setting, f"{runs[0]['noise']:g}", str(len(runs)), *map(shared.spread, columns)]
+        cells = [LOSSES[name][0], setting, f"{runs[0]['noise']:g}", str(len(runs)), f"{steps[noisy, name]:.2f}"]
+        cells += map(shared.spread, columns)
         cells[-2] = f"**{cells[-2]}**"
         cells.append(shared.difference(runs, base, lambda one: one["robust"][last]) if runs is not base else "")
         lines.append(f"| {' | '.join(cells)} |")

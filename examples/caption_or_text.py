@@ -31,6 +31,7 @@ from keras_drsl.attacks import PGD, Classifier
 
 TIME, WIDTH, UNITS, BATCH, RATE = 16, 64, 128, 64, 0.003
 VOCABULARY = 2000  # the most frequent words; the others are one
+# The strengths are first guesses, not tuned.
 LOSSES = {
     "cross-entropy": lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     "DRSLoss, lam 0.001": lambda: keras_drsl.DRSLoss(0.001, from_logits=True),
@@ -74,21 +75,22 @@ def main():
 def read_text():
     """Windows of word ids and the words after each, for training and test, and the size of the vocabulary.
 
-    Every sixth topic is for the test.
+    Every sixth topic is for the test, less the windows that occur word for word in another: topics quote each other.
     """
     from pydoc_data.topics import topics
 
     texts = [re.findall(r"[a-z_]+|[.,;:()]", topics[name].lower()) for name in sorted(topics)]
-    counts = Counter(word for text in texts for word in text)
+    train = [text for place, text in enumerate(texts) if place % 6]
+    counts = Counter(word for text in train for word in text)
     ids = {word: place + 1 for place, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}
 
-    def windows(texts):
+    def windows(texts, step):
         words = np.array([ids.get(word, 0) for text in texts for word in text])
-        count = (len(words) - 1) // TIME
-        return tuple(words[shift : shift + count * TIME].reshape(count, TIME) for shift in (0, 1))
+        return np.lib.stride_tricks.sliding_window_view(words, TIME + 1)[::step]
 
-    train = [text for place, text in enumerate(texts) if place % 6]
-    return windows(train), windows(texts[::6]), len(ids) + 1
+    known = set(map(bytes, windows(train, 1)))
+    test = [window for window in windows(texts[::6], TIME) if bytes(window) not in known]
+    return *((part[:, :-1], part[:, 1:]) for part in (windows(train, TIME), np.stack(test))), len(ids) + 1
 
 
 def build_model(size):
@@ -98,7 +100,7 @@ def build_model(size):
 
 
 def look_at(embed, predict, x, y, args):
-    """The columns of the table: of the last place of each window, where all the words before it are known."""
+    """The columns of the table: accuracies at the last place of each window, the others over all places."""
     x, y = x[: args.max_windows], y[: args.max_windows]
     embedded = keras.ops.convert_to_numpy(embed(x))
     logits = predict.predict(embedded, verbose=0)

@@ -34,21 +34,27 @@ from keras_drsl.evaluation import datasets
 LOSSES = {
     "ce": ("cross-entropy", lambda: keras_drsl.DRSLoss(0.0, from_logits=True)),
     "ls": ("label smoothing 0.1", lambda: keras_drsl.DRSLoss(0.0, from_logits=True, label_smoothing=0.1)),
+    "squentropy": ("Squentropy", lambda: keras_drsl.Squentropy(from_logits=True)),
+    "cot": ("complement objective", lambda: keras_drsl.ComplementObjective(from_logits=True)),
+    "pc": ("prob. compact loss", lambda: keras_drsl.ProbabilisticallyCompactLoss(from_logits=True)),
+    "prs": ("PRSLoss, lam 0.001", lambda: keras_drsl.PRSLoss(1e-3, from_logits=True)),
+    "zloss": ("z-loss, lam 0.01", lambda: keras_drsl.ZLoss(0.01, from_logits=True)),
+    "gce": ("guided complement entropy", lambda: keras_drsl.GuidedComplementEntropy(from_logits=True)),
+    "squeezing": ("logit squeezing 0.1", lambda: keras_drsl.LogitSqueezing(0.1, from_logits=True)),
     "drs_0.1": ("DRSLoss, lam 0.1", lambda: keras_drsl.DRSLoss(0.1, from_logits=True)),
     "drs_0.3": ("DRSLoss, lam 0.3", lambda: keras_drsl.DRSLoss(0.3, from_logits=True)),
     "drs_1": ("DRSLoss, lam 1", lambda: keras_drsl.DRSLoss(1.0, from_logits=True)),
     "drs_3": ("DRSLoss, lam 3", lambda: keras_drsl.DRSLoss(3.0, from_logits=True)),
-    "squentropy": ("Squentropy", lambda: keras_drsl.Squentropy(from_logits=True)),
-    "cot": ("complement objective", lambda: keras_drsl.ComplementObjective(from_logits=True)),
-    "gce": ("guided complement entropy", lambda: keras_drsl.GuidedComplementEntropy(from_logits=True)),
-    "squeezing": ("logit squeezing 0.1", lambda: keras_drsl.LogitSqueezing(0.1, from_logits=True)),
 }
 # What is looked at on the clean image; each is turned so that more of it should mean more robust.
 SCORES = {
     "variance, log space": lambda z, y: -diversity(z, y, "variance", "log_softmax"),
+    "std, log space": lambda z, y: -diversity(z, y, "std", "log_softmax"),
     "variance, softmax space": lambda z, y: -diversity(z, y, "variance", "softmax"),
+    "std, softmax space": lambda z, y: -diversity(z, y, "std", "softmax"),
     "entropy": lambda z, y: diversity(z, y, "entropy", "log_softmax"),
-    "top-1 confidence": lambda z, y: keras.ops.convert_to_numpy(keras.ops.max(keras.ops.log_softmax(z), -1)),
+    # Its logarithm, in a form that tells sure predictions apart.
+    "top-1 confidence": lambda z, y: -np.log1p(np.exp(np.sort(z)[:, :-1] - z.max(1, keepdims=True)).sum(1)),
     "logit margin": lambda z, y: np.diff(np.partition(z, -2, axis=1)[:, -2:])[:, 0],
 }
 LEVELS = 6  # halvings of the bisection
@@ -90,7 +96,8 @@ def look_at(loss, seed, train, x, y, args):
     report = keras_drsl.evaluate_robustness(model, x, y, eps=args.eps, suite=args.suite, verbose=0)
     withstood = np.array([one is None for one in report.per_example["broken_by"]])
     classifier = Classifier(model)
-    logits = classifier.logits(x)
+    # In float64, or the sure ones' probabilities of wrong classes would all be 0.
+    logits = classifier.logits(x).astype("float64")
     right = logits.argmax(1) == y
     radius = np.zeros(len(x))
     radius[right] = breaking_radius(classifier, x[right], y[right], LARGEST * args.eps)
@@ -157,10 +164,8 @@ def spearman(a, b):
 
 
 def mean_within(models, score, rows):
-    """Of `within`, the means over the models where it says something."""
-    figures = np.array([within(one, score, rows) for one in models])
-    known = ~np.isnan(figures)
-    return np.where(known, figures, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+    """Of `within`, the means over models."""
+    return np.mean([within(one, score, rows) for one in models], axis=0)
 
 
 def over_models(models, score):
@@ -192,10 +197,12 @@ def make_table(models, images, args):
         "of it should mean more robust: variances with a minus.",
         "",
     ]
-    for title, some in (("all models", models), ("cross-entropy", [one for one in models if one["loss"] == "ce"])):
+    told = [one for one in models if 5 <= np.sum(one["withstood"]) <= np.sum(one["right"]) - 5]
+    for title, some in (("", told), (" of cross-entropy", [one for one in told if one["loss"] == "ce"])):
         if some:
             lines += [
-                f"Within a model, mean over {title}; intervals of 95 %, the images drawn anew:",
+                f"Within a model, mean over {len(some)} models{title} of which five images or more fall and stand; "
+                "intervals of 95 %, the images drawn anew:",
                 "",
                 "| score | rho | rho, the logit margin held fixed | AUC |",
                 "|---|---|---|---|",
@@ -204,16 +211,21 @@ def make_table(models, images, args):
                 cells = with_interval(lambda rows, score=score, some=some: mean_within(some, score, rows), images)
                 lines.append(f"| {score} | {' | '.join(cells)} |")
             lines.append("")
-    if len(models) > 4:
+    if len(args.losses) > 4:
         lines += [
-            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, models drawn anew:",
+            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, the "
+            f"{len(args.losses)} losses, each with all its seeds, drawn anew:",
             "",
             "| score | rho |",
             "|---|---|",
         ]
         for score in SCORES:
+            # The models come loss by loss.
             (cell,) = with_interval(
-                lambda rows, score=score: over_models([models[row] for row in rows], score), len(models)
+                lambda rows, score=score: over_models(
+                    [models[row * args.seeds + seed] for row in rows for seed in range(args.seeds)], score
+                ),
+                len(args.losses),
             )
             lines.append(f"| {score} | {cell} |")
         lines.append("")

@@ -56,10 +56,15 @@ class Inputs(NamedTuple):
         return _finish(values, self.valid, self.in_range)
 
 
-def read(y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | None, axis: int) -> Inputs:
-    """Bring labels and predictions into one form, or raise `ValueError` if they are none."""
+def read(
+    y_true: Any, y_pred: Any, *, from_logits: bool, ignore_class: int | None, axis: int, mask: Any = None
+) -> Inputs:
+    """Bring labels and predictions into one form, or raise `ValueError` if they are none.
+
+    The mask is that of `y_pred` unless one is given.
+    """
     y_pred = ops.convert_to_tensor(y_pred)
-    mask = mask_of(y_pred)
+    mask = mask_of(y_pred) if mask is None else mask
     scores, from_logits = logits_behind(y_pred, from_logits, axis)
     scores = _as_float(scores)
     labels = ops.convert_to_tensor(y_true)

@@ -68,22 +68,32 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     path = tmp_path / "compare_losses_digits_quick.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     test = [one for one in records if one["split"] == "test"]
-    for loss in ("cross_entropy", "DRSLoss"):
-        for noisy in (False, True):
-            mine = [one for one in test if one["loss"] == loss and (one["noise"] > 0) == noisy]
-            assert [one["seed"] for one in mine] == [0, 1]
-            tried = {}
-            for one in records:
-                if one["split"] == "validation" and one["loss"] == loss and (one["noise"] > 0) == noisy:
-                    tried[str(one["setting"]), one["noise"]] = one["robust"]["0.15"]
-            chosen = tried[str(mine[0]["setting"]), mine[0]["noise"]]
-            assert noisy or chosen == max(tried.values())
-            assert all(one["robust"]["0.1"] >= one["robust"]["0.15"] - 0.07 for one in mine)
+    assert {(one["loss"], one["noise"] > 0) for one in test} == {
+        (loss, noisy) for loss in ("cross_entropy", "DRSLoss", "two_copies") for noisy in (False, True)
+    } - {("two_copies", False)}
+    tried = {
+        (one["loss"], str(one["setting"]), one["noise"]): one["robust"]["0.15"]
+        for one in records
+        if one["split"] == "validation"
+    }
+    for one in test:
+        loss, setting, noise = one["loss"], str(one["setting"]), one["noise"]
+        middle = 0.15 if noise else 0.0
+        assert tried[loss, setting, middle] == max(
+            value for (name, _, at), value in tried.items() if (name, at) == (loss, middle)
+        )
+        noises = {
+            at: value for (*key, at), value in tried.items() if key == [loss, setting] and (at > 0) == (noise > 0)
+        }
+        assert noises[noise] == max(noises.values())
     assert path.with_suffix(".md").read_text().count("| DRSLoss | lam") >= 2
     assert path.with_suffix(".png").stat().st_size > 1000
     again = run("compare_losses.py", *arguments)
     assert "'split'" not in again.stdout
     assert path.read_text().count("\n") == len(records)
+    without = run("compare_losses.py", "--quick", "--dataset", "mnist", "--out", tmp_path / "other")
+    assert without.returncode != 0
+    assert "Run `--dataset digits` first" in without.stderr
 
 
 def test_the_calibration_error_is_that_of_its_definition(monkeypatch):

@@ -4,9 +4,10 @@ import re
 from typing import Any, ClassVar
 
 import keras
+from keras import ops
 
 from keras_drsl import _arguments, _inputs
-from keras_drsl._backend import with_mask
+from keras_drsl._backend import mask_of, with_mask
 from keras_drsl.spread import class_values
 
 
@@ -16,6 +17,9 @@ class ClassificationLoss(keras.losses.Loss):
     Derive from it to add a loss: check and keep the hyperparameters in the constructor, name them in
     `hyperparameters`, and write the formula in `values`. Labels, the logits behind a softmax, masks, `ignore_class`,
     half precision and saving are dealt with here. CONTRIBUTING.md has an example.
+
+    Edges: positions under a Keras mask or of `ignore_class` don't count and may hold anything. The logits of one that
+    counts must be finite; a rival at minus infinity makes most of these losses NaN.
 
     Attributes:
         hyperparameters: the names of the constructor's own arguments, kept under the same names.
@@ -76,22 +80,40 @@ class ClassificationLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The reduced loss; the arguments are explained in the class docstring."""
+        mask = mask_of(y_pred)
+        if mask is not None:
+            # Between here and `call` a compiler may lose it: on torch it does.
+            y_true = {**_as_dict(y_true), "mask": mask}
         # Keras's cast before `call` would lose what `call` needs to know of half-precision predictions.
         return super().__call__(y_true, _inputs.cast_keeping_attributes(y_pred, self.dtype), sample_weight)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value a position; Keras applies weights, masks and the reduction."""
+        given = _as_dict(y_true)
         inputs = _inputs.read(
-            y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis
+            given["y_true"],
+            y_pred,
+            from_logits=self.from_logits,
+            ignore_class=self.ignore_class,
+            axis=self.axis,
+            mask=given.get("mask"),
         )
         if self.needs_logits:
             check_logits(type(self).__name__, inputs)
-        return finish(self.values(inputs), inputs, self.ignore_class)
+        return finish(self._values_of(inputs, given), inputs, self.ignore_class)
+
+    def _values_of(self, inputs: _inputs.Inputs, given: dict[str, Any]) -> Any:
+        return self.values(inputs)
 
     def get_config(self) -> dict[str, Any]:
         """All arguments, for saving."""
         own = {name: getattr(self, name) for name in (*self.hyperparameters, "from_logits", "ignore_class", "axis")}
         return {**super().get_config(), **own, "dtype": self._own_dtype}
+
+
+def _as_dict(y_true: Any) -> dict[str, Any]:
+    """The labels and, where `__call__` adds to them what Keras does not show to `call`, that as well."""
+    return y_true if isinstance(y_true, dict) else {"y_true": ops.convert_to_tensor(y_true)}
 
 
 def finish(values: Any, inputs: _inputs.Inputs, ignore_class: int | None) -> Any:

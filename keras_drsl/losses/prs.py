@@ -34,7 +34,8 @@ def prs_loss(
         lam: as in `PRSLoss`, like all that follow.
         start: the first of the sorted non-true logits that counts.
         end: the first that doesn't any more.
-        sample_weight: how much each token counts in the restraint; it does not weigh the values that are returned.
+        sample_weight: how much each token counts in the restraint, shape `(...)`, `(..., 1)` or with 1 in place of
+            a length; it does not weigh the values that are returned.
         from_logits: whether `y_pred` holds logits.
         ignore_class: a class id, or None.
         axis: the axis of the classes in `y_pred`.
@@ -59,6 +60,8 @@ def prs_loss(
     start, end = _check_range(start, end)
     inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
     check_logits("PRSLoss", inputs)
+    if sample_weight is not None:
+        sample_weight = _one_a_token(sample_weight, ops.convert_to_tensor(y_pred), axis, inputs.scores.dtype)
     return finish(_values(inputs, lam, start, end, sample_weight), inputs, ignore_class)
 
 
@@ -84,7 +87,8 @@ class PRSLoss(ClassificationLoss):
     Edges: tokens under a Keras mask or of `ignore_class` are as if they were not there; if none is left, the loss is
     0. A token of weight 0 takes no part in the restraint, one of weight 2 takes part as two would. With label
     distributions, the true class is the likeliest. A constant added to the logits of one token changes the loss, so
-    probabilities whose logits cannot be found are an error. `lam=0` is Keras's cross-entropy.
+    probabilities whose logits cannot be found are an error. `lam=0` is Keras's cross-entropy. Sample weights need as
+    many axes as there are of tokens, `(batch, 1)` for one a sequence.
 
     What depends on the batch: the restraint is over the tokens that are computed together. Twice the batch is not twice
     the same loss; each replica of `tf.distribute` evens out its own tokens, and the loss is the mean over replicas, as
@@ -124,20 +128,15 @@ class PRSLoss(ClassificationLoss):
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The reduced loss; the arguments are explained in the class docstring."""
         if sample_weight is not None:
-            # Keras shows a loss what it is given for `y_true`, and not the weights.
-            y_true = {"y_true": ops.convert_to_tensor(y_true), "sample_weight": ops.convert_to_tensor(sample_weight)}
+            sample_weight = _one_a_token(sample_weight, y_pred, self.axis, self.dtype)
+            # Keras shows `call` what it is given for `y_true`, and not the weights, which it changes in place on torch.
+            y_true = {"y_true": ops.convert_to_tensor(y_true), "sample_weight": ops.copy(sample_weight)}
         return super().__call__(y_true, y_pred, sample_weight)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value a token; Keras applies weights, masks and the reduction."""
-        y_true, weights = (y_true["y_true"], y_true["sample_weight"]) if isinstance(y_true, dict) else (y_true, None)
-        inputs = _inputs.read(
-            y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis
-        )
-        check_logits("PRSLoss", inputs)
+    def _values_of(self, inputs: _inputs.Inputs, given: dict[str, Any]) -> Any:
         by_weight = self.reduction == "mean_with_sample_weight"
-        values = _values(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
-        return finish(values, inputs, self.ignore_class)
+        weights = given.get("sample_weight")
+        return _values(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
 
     def values(self, inputs: _inputs.Inputs) -> Any:
         """One value a token, all weights being equal."""
@@ -160,7 +159,7 @@ def _values(
     a = ops.mean(largest[..., start:], axis=-1)
 
     counts = ops.ones_like(a) if inputs.valid is None else ops.cast(inputs.valid, a.dtype)
-    weights = counts if weights is None else counts * _like(ops.cast(weights, a.dtype), a)
+    weights = counts if weights is None else counts * ops.cast(weights, a.dtype)
     top = ops.stop_gradient(ops.max(ops.where(weights > 0, a, -math.inf)))
     top = ops.where(ops.isfinite(top), top, 0.0)
     total = ops.sum(weights * ops.exp(ops.where(weights > 0, a - top, 0.0)))
@@ -169,13 +168,19 @@ def _values(
     return values - lam * number * log_softmax
 
 
-def _like(weights: Any, values: Any) -> Any:
-    """Sample weights with as many axes as the values they weigh, as Keras brings them to it."""
-    if len(weights.shape) == len(values.shape) + 1 and weights.shape[-1] == 1:
-        return ops.squeeze(weights, axis=-1)
-    while len(weights.shape) < len(values.shape):
-        weights = ops.expand_dims(weights, -1)
-    return weights
+def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
+    """Sample weights, one a token. Keras would apply them to the values as they are, and divide by their own sum."""
+    zeros = ops.cast(ops.zeros_like(ops.take(ops.convert_to_tensor(y_pred), 0, axis=axis)), dtype)
+    weights = ops.cast(ops.convert_to_tensor(weights), dtype)
+    shape, positions = tuple(weights.shape), tuple(zeros.shape)
+    if len(shape) == len(positions) + 1 and shape[-1] == 1:
+        weights = ops.squeeze(weights, axis=-1)
+    elif len(shape) != len(positions):
+        raise ValueError(
+            "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one. "
+            f"Received: sample_weight.shape={shape}, tokens of shape {positions}"
+        )
+    return weights + zeros
 
 
 def _check_range(start: Any, end: Any) -> tuple[int, int]:

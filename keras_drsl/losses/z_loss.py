@@ -9,6 +9,8 @@ from keras_drsl import _arguments, _inputs
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy
 from keras_drsl.losses.prs import PRSLoss
 
+INHERITED = ("from_logits", "ignore_class", "axis", "reduction", "dtype")
+
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class ZLoss(ClassificationLoss):
@@ -24,8 +26,8 @@ class ZLoss(ClassificationLoss):
 
     Args:
         lam: the strength, a number >= 0; the default is PaLM's.
-        loss: another loss of this package to add to, such as `keras_drsl.DRSLoss(from_logits=True)`, whose
-            `from_logits`, `ignore_class` and `axis` then hold here unless they are given; None for the cross-entropy.
+        loss: another loss of this package to add to, such as `keras_drsl.DRSLoss(from_logits=True)`, whose options
+            below, but for the name, then hold here unless they are given; None for the cross-entropy.
         **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
             `name`, `dtype`. Labels, calls and errors are as explained there.
 
@@ -48,7 +50,7 @@ class ZLoss(ClassificationLoss):
                     "`loss` must be another loss of keras_drsl, in which each position counts for itself, or None. "
                     f"Received: loss={loss!r}"
                 )
-            options = {name: getattr(loss, name) for name in ("from_logits", "ignore_class", "axis")} | options
+            options = {name: loss.get_config()[name] for name in INHERITED} | options
         super().__init__(**options)
         self.lam = _arguments.check_non_negative("lam", lam)
         self.loss = loss

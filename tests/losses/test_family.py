@@ -149,7 +149,8 @@ def test_value_and_gradient_are_finite_for_equal_saturated_and_large_logits(name
 def test_half_precision_predictions_are_computed_in_float32(name):
     case, (z, ids, one_hot) = BY_NAME[name], draw(scale=100.0)
     half = z.astype("float16")
-    got = case.make(from_logits=True, reduction=None)(ids, half)
+    # Not through `__call__`, where Keras casts to float32 by itself.
+    got = case.make(from_logits=True).call(ids, ops.convert_to_tensor(half))
     np.testing.assert_allclose(values(got), case.expected(one_hot, half), rtol=1e-5, atol=1e-5)
 
 
@@ -186,6 +187,27 @@ def test_a_masked_sequence_equals_its_unmasked_part(name):
     ids[:, 4:] = 77
     got = case.make(from_logits=True)(ids, keras.layers.Masking()(z))
     np.testing.assert_allclose(values(got), expected, rtol=1e-5)
+
+
+@each_loss
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masked_labels_are_not_read_in_fit(name, options, weighted):
+    case, (z, ids, _) = BY_NAME[name], draw((4, 6, 5))
+    z[:, 4:] = 0.0
+    one_hot = reference.one_hot(ids[:, :4], 5)
+    ids[:, 4:] = 77
+    weights = np.random.default_rng(1).uniform(0.5, 2, (4, 6)).astype("float32")
+    kept = weights[:, :4] if weighted else np.ones((4, 4))
+    each = case.expected(one_hot, z[:, :4])
+    if name == "PRSLoss" and weighted:
+        rows = one_hot.reshape(16, 5), z[:, :4].reshape(16, 5).astype("float64")
+        each = np.reshape(reference.prs_loss(*rows, **case.options, weights=kept.ravel()), (4, 4))
+    layers = [keras.layers.Masking(), keras.layers.Dense(5, kernel_initializer="identity", use_bias=False)]
+    model = keras.Sequential([keras.Input((6, 5)), *layers])
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=case.make(from_logits=True), **options)
+    got = model.fit(z, ids, sample_weight=weights if weighted else None, batch_size=4, verbose=0).history["loss"]
+    np.testing.assert_allclose(got, [(kept * each).mean()], rtol=1e-5)
 
 
 @each_loss

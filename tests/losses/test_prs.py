@@ -50,6 +50,9 @@ def test_the_weight_of_a_sequence_is_that_of_its_tokens():
     rows = reference.prs_loss(one_hot.reshape(28, 6), z.reshape(28, 6).astype("float64"), **OPTIONS, weights=each)
     got = PRSLoss(**OPTIONS, from_logits=True)(ids, z, weights[:, None])
     np.testing.assert_allclose(values(got), np.dot(each, rows) / 28, rtol=1e-5)
+    by_weight = PRSLoss(**OPTIONS, from_logits=True, reduction="mean_with_sample_weight")
+    whole = by_weight(ids, z, np.broadcast_to(weights[:, None], (4, 7)))
+    np.testing.assert_allclose(values(by_weight(ids, z, weights[:, None])), values(whole), rtol=1e-6)
 
 
 def test_class_weights_reach_the_restraint_in_fit():
@@ -97,11 +100,16 @@ def test_a_vocabulary_of_fifty_thousand_is_as_the_sorted_one():
     np.testing.assert_allclose(values(got).ravel(), rows, rtol=1e-5)
 
 
-def test_equal_rivals_share_the_pull_of_their_place_or_one_of_them_has_it():
-    z = np.zeros((3, 5), "float32")
-    slope = gradient(lambda z: PRSLoss(1.0, end=2, from_logits=True, reduction="sum")([0, 1, 2], z), z)
-    # Level tokens: the restraint's pull on each a_i is -lam * N * (1 - N / N) = 0, only cross-entropy is left.
-    np.testing.assert_allclose(slope, np.full((3, 5), 0.2) - np.eye(3, 5), atol=1e-6)
+def test_equal_rivals_share_the_pull_or_some_of_them_have_it():
+    # The rivals of the first token are all 1, of the second all 3: means of 1 and 3, whichever of them count.
+    z = np.array([[0, 1, 1, 1, 1], [3, 0, 3, 3, 3]], "float32")
+    loss = lambda lam: gradient(lambda z: PRSLoss(lam, end=2, from_logits=True, reduction="sum")([0, 1], z), z)
+    pull = loss(1.0) - loss(0.0)
+    share = np.exp([1.0, 3.0]) / np.exp([1.0, 3.0]).sum()
+    # d/da_i of -N sum_j log_softmax(a)_j, with N = 2.
+    np.testing.assert_allclose(pull.sum(1), -2 * (1 - 2 * share), rtol=1e-5)
+    assert np.all(pull[[0, 1], [0, 1]] == 0)
+    assert np.all(pull[0] * np.sign(pull[0].sum()) >= 0)
 
 
 @on_tensorflow
@@ -160,6 +168,12 @@ class TestBadInput:
         for make in (PRSLoss, lambda **options: prs_loss([0], [[0.0, 1.0]], from_logits=True, **options)):
             with pytest.raises(ValueError, match=f"`start` must be below `end`. Received: start={start}, end={end}"):
                 make(start=start, end=end)
+
+    @pytest.mark.parametrize("count", [4, 7])
+    def test_weights_that_could_be_of_sequences_or_of_places_are_refused(self, count):
+        z, ids, _ = draw((4, count, 6))
+        with pytest.raises(ValueError, match=r"`sample_weight` must hold a weight for each token.*shape=\(4,\), tok"):
+            PRSLoss(from_logits=True)(ids, z, np.ones(4, "float32"))
 
     def test_there_must_be_as_many_rivals_as_places(self):
         z, ids, _ = draw()

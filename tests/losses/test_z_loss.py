@@ -27,6 +27,15 @@ def test_the_loss_it_adds_to_survives_in_the_config():
     assert again.ignore_class == 3
 
 
+def test_without_strength_it_is_the_loss_it_adds_to_reduction_included():
+    z, ids, _ = draw()
+    inner = DRSLoss(0.7, from_logits=True, reduction="sum", dtype="float64")
+    loss = ZLoss(0.0, loss=inner)
+    np.testing.assert_allclose(values(loss(ids, z)), values(inner(ids, z)), rtol=1e-6)
+    assert (loss.dtype, loss.name) == ("float64", "z_loss")
+    assert ZLoss(loss=inner, reduction=None).reduction is None
+
+
 @pytest.mark.parametrize("inner", ["mse", keras.losses.MeanSquaredError(), ZLoss(), PRSLoss()])
 def test_a_loss_that_it_cannot_add_to_is_named(inner):
     with pytest.raises(ValueError, match="`loss` must be another loss of keras_drsl.*Received: loss="):
