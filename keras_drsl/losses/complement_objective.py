@@ -30,6 +30,9 @@ class ComplementObjective(ClassificationLoss):
         **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
             `name`, `dtype`. Labels, calls and errors are as explained there.
 
+    Raises:
+        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+
     Example:
 
     >>> loss = keras_drsl.ComplementObjective()

@@ -25,12 +25,13 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
     a confident and wrong prediction its pull vanishes as well. The authors train with cross-entropy first.
 
     Args:
-        margin: by how much the true probability is to lead, a number in [0, 1].
-        lam: the weight of the logits' constraint, a number >= 0.
+        margin: by how much the true probability is to lead, a number in [0, 1]; by default as in the authors' training.
+        lam: the weight of the logits' constraint, a number >= 0; likewise.
         **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
             `name`, `dtype`. Labels, calls and errors are as explained there.
 
-    Both defaults are those of the authors' training.
+    Raises:
+        ValueError: as `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

@@ -31,6 +31,9 @@ class ZLoss(ClassificationLoss):
         **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
             `name`, `dtype`. Labels, calls and errors are as explained there.
 
+    Raises:
+        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for a `loss` it cannot add to.
+
     Example:
 
     >>> loss = keras_drsl.ZLoss(0.1, loss=keras_drsl.DRSLoss(lam=0.0, from_logits=True))
