@@ -68,7 +68,7 @@ def main():
     studies = {name: quick(study) if args.quick else study for name, study in STUDIES.items()}
     study = studies[args.dataset]
     out = Path(args.out)
-    (out / "models").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     path = path_of(out, args.dataset, args)
     chosen = {}
     if study["settings_from"]:
