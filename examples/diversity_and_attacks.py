@@ -29,7 +29,7 @@ from scipy import stats
 
 import keras_drsl
 from keras_drsl.attacks import APGD, Classifier
-from keras_drsl.evaluation import datasets
+from keras_drsl.evaluation import datasets, files
 
 LOSSES = {
     "ce": ("cross-entropy", lambda: keras_drsl.DRSLoss(0.0, from_logits=True)),
@@ -74,7 +74,19 @@ def main():
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
     x, y = x[: args.max_images], y[: args.max_images].astype("int64")
-    models = [look_at(loss, seed, train, x, y, args) for loss in args.losses for seed in range(args.seeds)]
+    # A run that was stopped goes on where it was.
+    begun = Path(f"{stem}.begun.jsonl")
+    done = [json.loads(line) for line in begun.read_text().splitlines()] if begun.exists() else []
+    models = []
+    for loss in args.losses:
+        for seed in range(args.seeds):
+            key = {"command": command(args), "loss": loss, "seed": seed}
+            one = next((one for one in done if one.items() >= key.items()), None)
+            if one is None:
+                one = key | look_at(loss, seed, train, x, y, args)
+                done.append(one)
+                files.write(begun, "".join(json.dumps(each) + "\n" for each in done))
+            models.append({name: value for name, value in one.items() if name != "command"})
     table = make_table(models, len(x), args)
     print("\n" + table)
     packages = ("keras-drsl", "keras", keras.config.backend(), "numpy", "scipy")
@@ -82,6 +94,7 @@ def main():
     stem.with_suffix(".md").write_text(table)
     stem.with_suffix(".json").write_text(json.dumps({"command": command(args), "versions": versions, "models": models}))
     plot(models, stem.with_suffix(".png"), args)
+    begun.unlink()
     print(f"Written: {stem}.md, .json, .png")
 
 
@@ -103,8 +116,6 @@ def look_at(loss, seed, train, x, y, args):
     radius[right] = breaking_radius(classifier, x[right], y[right], LARGEST * args.eps)
     print(f"  clean {right.mean():.1%}, robust {withstood.mean():.1%}, median radius {np.median(radius):.3f}")
     return {
-        "loss": loss,
-        "seed": seed,
         "clean": float(right.mean()),
         "robust": float(withstood.mean()),
         "right": right.tolist(),

@@ -163,6 +163,15 @@ def test_the_example_of_diversity_tells_how_well_each_score_foretells_the_attack
     assert again.returncode != 0
     assert "--overwrite" in again.stderr
 
+    # Stopped after the first model: that one is not trained again.
+    record = json.loads((tmp_path / "diversity_digits.json").read_text())
+    begun = tmp_path / "diversity_digits.begun.jsonl"
+    assert not begun.exists()
+    begun.write_text(json.dumps({"command": record["command"]} | models[0]) + "\n")
+    again = run(*arguments, "--overwrite", script="diversity_and_attacks.py")
+    assert again.stdout.count("loss=") == 1
+    assert json.loads((tmp_path / "diversity_digits.json").read_text())["models"][0] == models[0]
+
 
 def test_bisection_finds_the_radius_of_a_linear_model(monkeypatch):
     from keras_drsl.attacks import Classifier
