@@ -70,31 +70,27 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = path_of(out, args.dataset, args)
-    chosen = {}
     if study["settings_from"]:
         first = studies[study["settings_from"]]
         done = read(path_of(out, study["settings_from"], args), first)
         if any(shared.find(job, done) is None for job in settings_jobs(first)):
             sys.exit(f"Run `--dataset {study['settings_from']}` first: settings are chosen there.")
-        chosen = {
-            (name, noisy): best_setting(name, noisy, first, done) for noisy in (False, True) for name in names(noisy)
-        }
+        chosen = choose(first, done)
     data = datasets.load(args.dataset, args.data_dir)
     if args.quick:
         data = tuple((x[:256], y[:256]) for x, y in data)
 
-    def done():
-        return read(path, study)
+    def do(jobs):
+        shared.share(args, jobs, lambda: read(path, study), lambda job: run(job, study, data, path, args))
 
-    def setting_of(name, noisy):
-        return chosen[name, noisy] if chosen else best_setting(name, noisy, study, done())
-
-    stages = [] if chosen else [lambda: settings_jobs(study)]
-    stages += [lambda: noise_jobs(study, setting_of), lambda: test_jobs(study, setting_of, done())]
-    for stage in stages:
-        shared.share(args, stage(), done, lambda job: run(job, study, data, path, args))
+    if not study["settings_from"]:
+        do(settings_jobs(study))
+        chosen = choose(study, read(path, study))
+    do(noise_jobs(study, chosen))
+    tests = test_jobs(study, chosen, read(path, study))
+    do(tests)
     if shared.is_first(args):
-        write_summary(path, study, setting_of, data, args)
+        write_summary(path, study, tests, data, args)
 
 
 def add_arguments(parser):
@@ -144,23 +140,36 @@ def settings_jobs(study):
     ]
 
 
-def noise_jobs(study, setting_of):
+def choose(study, done):
+    """The setting of each loss without noise and with: the one of the best worst case on validation."""
+    chosen = {}
+    for noisy in (False, True):
+        noise = study["middle"] if noisy else 0.0
+        for name in names(noisy):
+            settings = LOSSES[name][1]
+            chosen[name, noisy] = max(
+                settings, key=lambda one, name=name, noise=noise: validated(name, one, noise, study, done)
+            )
+    return chosen
+
+
+def noise_jobs(study, chosen):
     """Each loss with its setting, without noise and at each."""
     return [
-        make_job("validation", name, setting_of(name, noise > 0), noise, seed)
+        make_job("validation", name, chosen[name, noise > 0], noise, seed)
         for noise in (0.0, *study["noises"])
         for name in names(noise > 0)
         for seed in range(study["choice_seeds"])
     ]
 
 
-def test_jobs(study, setting_of, done):
+def test_jobs(study, chosen, done):
     """Each loss with its setting, without noise and with its own; the best on validation with more seeds."""
     jobs = []
     for noisy in (False, True):
         found = {}
         for name in names(noisy):
-            setting = setting_of(name, noisy)
+            setting = chosen[name, noisy]
             noise = best_noise(name, setting, study, done) if noisy else 0.0
             found[name] = (setting, noise, validated(name, setting, noise, study, done))
         order = sorted(found, key=lambda name: -found[name][2])
@@ -168,11 +177,6 @@ def test_jobs(study, setting_of, done):
             seeds = study["more_seeds"] if name in ("cross_entropy", *order[:3]) else study["seeds"]
             jobs += [make_job("test", name, setting, noise, seed) for seed in range(seeds)]
     return jobs
-
-
-def best_setting(name, noisy, study, done):
-    noise = study["middle"] if noisy else 0.0
-    return max(LOSSES[name][1], key=lambda setting: validated(name, setting, noise, study, done))
 
 
 def best_noise(name, setting, study, done):
@@ -210,13 +214,12 @@ def train(job, data, recipe):
 def compiled(job, data, recipe):
     """What is to be fitted, a model that returns logits or a training of it, and how."""
     import keras
-    from fit import build_model
+    import networks
 
     import keras_drsl
 
     keras.utils.set_random_seed(job["seed"])
-    whole = build_model(data[0].shape[1:], 0 if job["loss"] == "two_copies" else job["noise"])
-    model = keras.Model(whole.inputs[0], whole.get_layer("logits").output)
+    model = networks.build("cnn", data[0].shape[1:], 0 if job["loss"] == "two_copies" else job["noise"])
     if job["loss"] != "two_copies":
         model.compile("adam", make_loss(job["loss"], job["setting"]))
         return model, recipe
@@ -302,11 +305,11 @@ def time_steps(jobs, study, data, args):
     return {key: measure.ratio(values, plain)["ratio"] for key, values in seconds.items()}
 
 
-def write_summary(path, study, setting_of, data, args):
+def write_summary(path, study, tests, data, args):
     """The table and the figure."""
     done = read(path, study)
     rows = {}
-    for job in test_jobs(study, setting_of, done):
+    for job in tests:
         record = shared.find(job, done)
         rows.setdefault((job["noise"] > 0, job["loss"]), []).append(record)
     steps = time_steps({key: runs[0] for key, runs in rows.items()}, study, data, args)

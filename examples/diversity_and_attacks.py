@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import keras
+import networks
 import numpy as np
-from fit import DEFAULTS, build_model
+from fit import DEFAULTS
 from scipy import stats
 
 import keras_drsl
@@ -102,8 +103,7 @@ def look_at(loss, seed, train, x, y, args):
     """Train a model; of each image what is seen on the clean one, whether it breaks, and at which radius."""
     print(f"{args.dataset}: loss={loss} seed={seed}", flush=True)
     keras.utils.set_random_seed(seed)
-    whole = build_model(x.shape[1:], noise=0)
-    model = keras.Model(whole.inputs[0], whole.get_layer("logits").output)
+    model = networks.build("cnn", x.shape[1:])
     model.compile("adam", LOSSES[loss][1]())
     model.fit(*train, epochs=args.epochs, batch_size=DEFAULTS[args.dataset]["batch_size"], verbose=0)
     report = keras_drsl.evaluate_robustness(model, x, y, eps=args.eps, suite=args.suite, verbose=0)

@@ -11,10 +11,10 @@ from fit import build_model
 NAMES = ("cnn", "small_resnet", "resnet18")
 
 
-def build(name, shape):
-    """A network of that name for 10 classes, which returns logits."""
+def build(name, shape, noise=0):
+    """A network of that name for 10 classes, which returns logits; the CNN with Gaussian noise on its inputs."""
     if name == "cnn":
-        model = build_model(shape, noise=0)
+        model = build_model(shape, noise)
         return keras.Model(model.inputs[0], model.get_layer("logits").output)
     return preact_resnet(shape, *((16, 1) if name == "small_resnet" else (64, 2)))
 

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_drsl._inputs import logits_behind
 from keras_drsl.attacks.classifier import Classifier, is_wrong, looks_like_probabilities
+from keras_drsl.spread import class_values
 
 
 class Head(NamedTuple):
@@ -171,5 +172,4 @@ def _behind_output(model: keras.Model, x: Any) -> Any:
 
 def log_of(probabilities: Any) -> Any:
     """Their logarithms in float32, finite."""
-    # Smaller ones differ by nothing an attack could follow.
-    return ops.log(ops.maximum(ops.cast(probabilities, "float32"), 1e-30))
+    return class_values(ops.cast(probabilities, "float32"), from_logits=False, space="log_softmax")

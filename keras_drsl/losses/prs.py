@@ -138,10 +138,6 @@ class PRSLoss(ClassificationLoss):
         weights = given.get("sample_weight")
         return _values(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a token, all weights being equal."""
-        return _values(inputs, self.lam, self.start, self.end, None)
-
 
 def _values(
     inputs: _inputs.Inputs, lam: float, start: int, end: int, weights: Any, *, count_weights: bool = False
