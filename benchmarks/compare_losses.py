@@ -25,9 +25,8 @@ from pathlib import Path
 import measure
 import shared
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-# Of each loss, the name in the table and what it may choose from; the middle of each is near its paper's.
+# Of each loss, the name in the table and what it may choose from, its paper's own among that. The last three are two
+# noisy copies of each image: DRSLoss with their leads kept alike, and what is left without the one and the other.
 LOSSES = {
     "cross_entropy": ("cross-entropy", [{}]),
     "label_smoothing": ("label smoothing", [{"label_smoothing": one} for one in (0.05, 0.1, 0.2, 0.4)]),
@@ -37,10 +36,13 @@ LOSSES = {
     "GuidedComplementEntropy": ("guided complement entropy", [{"alpha": one} for one in (0.1, 0.2, 1 / 3, 0.5)]),
     "ComplementObjective": ("complement objective", [{"lam": one} for one in (0.3, 1.0, 3.0, 10.0)]),
     "ProbabilisticallyCompactLoss": ("prob. compact loss", [{"lam": one} for one in (0.0, 0.05, 0.2, 0.5)]),
-    "LogitSqueezing": ("logit squeezing", [{"lam": one} for one in (0.01, 0.03, 0.1, 0.5)]),
+    "LogitSqueezing": ("logit squeezing", [{"lam": one} for one in (0.02, 0.1, 0.5, 2.0)]),
     "ZLoss": ("z-loss", [{"lam": one} for one in (1e-4, 1e-3, 1e-2, 1e-1)]),
-    "two_copies": ("DRSLoss, two noisy copies", [{"lam": 1.0, "beta": one} for one in (0.03, 0.1, 0.3)]),
+    "copies": ("DRSLoss, two noisy copies", [{"lam": 1.0, "beta": one} for one in (0.03, 0.1, 0.3)]),
+    "copies_ce": ("cross-entropy, two noisy copies", [{"lam": 0.0, "beta": one} for one in (0.03, 0.1, 0.3)]),
+    "copies_apart": ("DRSLoss, two copies, leads free", [{"lam": 1.0, "beta": 0.0}]),
 }
+COPIES = ("copies", "copies_ce", "copies_apart")
 # `eps`: the radii of the test; choices are made at the last. `middle`: the noise with which settings are chosen.
 STUDIES = {
     "digits": {
@@ -62,9 +64,9 @@ def main():
     from keras_drsl.evaluation import datasets
 
     if args.quick:
-        for name in LOSSES.keys() - {"cross_entropy", "DRSLoss", "two_copies"}:
+        for name in LOSSES.keys() - {"cross_entropy", "DRSLoss", "copies"}:
             del LOSSES[name]
-        del LOSSES["DRSLoss"][1][2:], LOSSES["two_copies"][1][1:]
+        del LOSSES["DRSLoss"][1][2:], LOSSES["copies"][1][1:]
     studies = {name: quick(study) if args.quick else study for name, study in STUDIES.items()}
     study = studies[args.dataset]
     out = Path(args.out)
@@ -121,8 +123,8 @@ def quick(study):
 
 
 def names(noisy):
-    """The losses; two noisy copies are nothing without noise."""
-    return [name for name in LOSSES if noisy or name != "two_copies"]
+    """The losses; noisy copies are nothing without noise."""
+    return [name for name in LOSSES if noisy or name not in COPIES]
 
 
 def make_job(split, loss, setting, noise, seed):
@@ -208,7 +210,7 @@ def train(job, data, recipe):
     """A model that returns logits."""
     model, options = compiled(job, data, recipe)
     model.fit(*data, **options, verbose=0)
-    return model.model if job["loss"] == "two_copies" else model
+    return model.model if job["loss"] in COPIES else model
 
 
 def compiled(job, data, recipe):
@@ -219,8 +221,8 @@ def compiled(job, data, recipe):
     import keras_drsl
 
     keras.utils.set_random_seed(job["seed"])
-    model = networks.build("cnn", data[0].shape[1:], 0 if job["loss"] == "two_copies" else job["noise"])
-    if job["loss"] != "two_copies":
+    model = networks.build("cnn", data[0].shape[1:], 0 if job["loss"] in COPIES else job["noise"])
+    if job["loss"] not in COPIES:
         model.compile("adam", make_loss(job["loss"], job["setting"]))
         return model, recipe
     # Two copies of half as many images, half as often: the same number of steps, of equal size. Its noise is uniform.
@@ -247,10 +249,11 @@ def run(job, study, data, path, args):
     seconds = time.perf_counter() - began
     is_test = job["split"] == "test"
     how = {"suite": "standard"} if is_test and not args.quick else {"suite": "quick", "attacks": ATTACKS}
-    robust, after, warnings = {}, {}, {}
+    robust, after, withstood, warnings = {}, {}, {}, {}
     for eps in study["eps"] if is_test else study["eps"][-1:]:
         report = keras_drsl.evaluate_robustness(model, *images, eps=eps, max_samples=study["images"], verbose=0, **how)
         robust[f"{eps:g}"] = report.robust_accuracy
+        withstood[f"{eps:g}"] = shared.verdicts(report)
         after[f"{eps:g}"] = {attack: one["cumulative"] for attack, one in report.accuracy.items()}
         warnings[f"{eps:g}"] = [f"{check.name} ({check.status})" for check in report.checks if check.status != "pass"]
     x, y = (part[: study["images"]] for part in images)
@@ -260,6 +263,7 @@ def run(job, study, data, path, args):
     record = job | {
         "robust": robust,
         "after": after,
+        "withstood": withstood,
         "warnings": warnings,
         "clean": float((logits.argmax(1) == y).mean()),
         "under_noise": float((model.predict(noisy, batch_size=500, verbose=0).argmax(1) == y).mean()),
@@ -321,8 +325,9 @@ def write_summary(path, study, tests, data, args):
         f"From `{path.name}`, which holds each run. Suite standard on {next(iter(rows.values()))[0]['images']} test "
         "images, L-inf, no adversarial training. In %, mean +- standard deviation over the seeds; ECE: expected "
         f"calibration error; noisy: accuracy under Gaussian noise of {study['seen_noise']}. Last column: difference "
-        f"at {last} to cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval where "
-        "there are several. Step: time of a training step over cross-entropy's without noise, taking turns. All are "
+        f"at {last} to cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval over "
+        "seeds where there are several, and the half-width over images. Step: time of a training step over "
+        "cross-entropy's without noise, taking turns. All are "
         "trained from scratch by one recipe, those too whose authors begin with cross-entropy (prob. compact loss).",
         "",
         f"| loss | setting | training noise | seeds | step | clean | ECE | noisy | {' | '.join(radii)} | "
@@ -338,7 +343,11 @@ def write_summary(path, study, tests, data, args):
         cells = [LOSSES[name][0], setting, f"{runs[0]['noise']:g}", str(len(runs)), f"{steps[noisy, name]:.2f}"]
         cells += map(shared.spread, columns)
         cells[-2] = f"**{cells[-2]}**"
-        cells.append(shared.difference(runs, base, lambda one: one["robust"][last]) if runs is not base else "")
+        if runs is not base:
+            cells.append(shared.difference(runs, base, lambda one: one["robust"][last]))
+            cells[-1] += f" {shared.over_images(runs, base, lambda one: one['withstood'][last])}"
+        else:
+            cells.append("")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

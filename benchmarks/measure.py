@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from records import versions
 
 
 def arguments(doc, *, data_dir=False, more=None):
@@ -149,17 +151,6 @@ def verdict(rows):
         row["met"] = row["value"] <= row["target"]
         print(f"{'pass' if row['met'] else 'MISS'}  {row['name']}: {row['value']:.3f} (target <= {row['target']:g})")
     return rows
-
-
-def versions(more_packages=()):
-    """What is installed of the packages the figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("keras-drsl", "keras", "tensorflow", "jax", "torch", "numpy", *more_packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def command(args, name):

@@ -20,19 +20,17 @@ Two processes share the work with `--worker 0/2` and `--worker 1/2`.
 
 import csv
 import json
-import sys
 import time
 from pathlib import Path
 
 import measure
 import shared
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
 # `choose`: for which methods `lam` is chosen, among `lams`, by `choice_seeds` models each, on `validation` images;
 # `variants`: other uses of the restraint in a method; `seeds`: how many models of each method the test is made of.
-# `attacks` make the choice. Where nothing is chosen, `lam` and `uses` are what was best on digits' validation images.
+# `attacks` make the choice. Where nothing is chosen, `uses` are those that were best on digits' validation images, and
+# `lam` the one that was best there in PGD's.
 STUDIES = {
     "digits": {
         "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
@@ -73,7 +71,8 @@ def main():
 
     study = STUDIES[args.dataset] | (ON_GPU.get(args.dataset, {}) if args.device == "gpu" else {})
     study = quick(study) if args.quick else study
-    study = study | {"recipe": example.RECIPES[args.dataset] | study["recipe"]}
+    recipe = example.RECIPES[args.dataset] | study["recipe"] | {"validation": study["validation"]}
+    study = study | {"recipe": recipe}
     out = Path(args.out)
     (out / "models").mkdir(parents=True, exist_ok=True)
     path = out / f"robust_accuracy_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
@@ -95,7 +94,7 @@ def add_arguments(parser):
 def quick(study):
     """As small as it can be and still go through all of it."""
     return study | {
-        "choose": study["choose"][-1:] and ("pgd",), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 64,
+        "choose": ("pgd",) if study["choose"] else (), "lams": (0.03, 0.3), "choice_seeds": 1, "validation": 64,
         "variants": {"pgd": ("pgd_margin",)} if study["variants"] else {}, "seeds": {"pgd": 2}, "images": 32,
         "attacks": ("fgsm_ce", "fgsm_margin"),
         "recipe": study["recipe"] | {"epochs": 1, "steps": 2, "warmup_epochs": 0},
@@ -236,7 +235,7 @@ def run(job, study, data, path, args):
         "robust": report.robust_accuracy,
         "after": {name: one["cumulative"] for name, one in report.accuracy.items()},
         "images": report.images,
-        "withstood": "".join("1" if one is None else "0" for one in report.per_example["broken_by"]),
+        "withstood": shared.verdicts(report),
         "warnings": [f"{check.name} ({check.status})" for check in report.checks if check.status != "pass"],
         "evaluation": report.settings | {"attacks": [one["name"] for one in report.attacks]},
         "recipe": recipe,
@@ -323,22 +322,27 @@ def write_summary(path, study, args):
         "",
         "## Test: suite standard",
         "",
-        "The difference is to cross-entropy by the same method, seed by seed, with its 95 % interval (Student's t): it "
-        "tells how training varies, not how images do, which are the same for all.",
+        "Differences are taken seed by seed, to cross-entropy and to label smoothing by the same method, or where they "
+        "were not trained by that variant of it, by the method itself. In brackets the 95 % interval over seeds "
+        "(Student's t), which tells how training varies; then the half-width over images, which tells how they do.",
         "",
-        "| method | loss | lam | seeds | images | clean | after APGD on CE | robust | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | loss | lam | seeds | images | clean | after APGD on CE | robust | to cross-entropy | "
+        "over images | to label smoothing | over images |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = groups(one for one in done if one["split"] == "test")
     for (method, loss, lam), runs in rows.items():
         first = next(iter(runs[0]["after"]))
-        base = rows.get((method.partition("_")[0], "ce", None), [])
         cells = [
             method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs)), str(runs[0]["images"]),
             shared.spread([one["clean"] for one in runs]), shared.spread([one["after"][first] for one in runs]),
             f"**{shared.spread([one['robust'] for one in runs])}**",
-            shared.difference(runs, base) if runs is not base else "",
         ]  # fmt: skip
+        for other in ("ce", "ls"):
+            bases = [rows.get((one, other, None), []) for one in (method, method.partition("_")[0])]
+            told = other == "ce" or loss == "drs"
+            base = next((one for one in bases if one and one is not runs), []) if told else []
+            cells += [shared.difference(runs, base), shared.over_images(runs, base)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

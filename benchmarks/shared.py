@@ -4,6 +4,7 @@ import json
 import time
 
 import numpy as np
+import records
 
 
 def add_worker(parser):
@@ -57,12 +58,27 @@ def append(path, record):
 
 
 def spread(values):
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    """The mean of shares and, of several, their standard deviation, in %."""
+    return records.spread(100 * np.array(values))
+
+
+def verdicts(report):
+    """Which images withstood, as a string of 0 and 1."""
+    return "".join("1" if one is None else "0" for one in report.per_example["broken_by"])
+
+
+def over_images(runs, base, verdicts=lambda one: one["withstood"]):
+    """The half-width of the 95 % interval of the difference to runs of the same seeds, had the images been others."""
+    others = {one["seed"]: verdicts(one) for one in base}
+    pairs = [(verdicts(one), others[one["seed"]]) for one in runs if one["seed"] in others]
+    if not pairs:
+        return ""
+    values = np.mean([np.array([*mine], int) - np.array([*other], int) for mine, other in pairs], axis=0)
+    return f"+- {100 * 1.96 * values.std(ddof=1) / np.sqrt(len(values)):.1f}"
 
 
 def difference(runs, base, value=lambda one: one["robust"]):
-    """By how much the runs are better than those of the same seeds, with the 95 % interval."""
+    """By how much the runs are better than those of the same seeds, with the 95 % interval over seeds."""
     from scipy import stats
 
     others = {one["seed"]: value(one) for one in base}

@@ -20,12 +20,12 @@ import argparse
 import json
 import math
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import keras
 import networks
 import numpy as np
+import records
 
 import keras_drsl
 from keras_drsl.evaluation import datasets
@@ -40,6 +40,7 @@ RECIPES = {
     "cifar10": {"network": "small_resnet", "epochs": 30, "warmup_epochs": 0, "batch_size": 128, "eps": 8 / 255,
                 "validation": 1000, "optimizer": "sgd", "peak": 0.1, "augment": True},
 }  # fmt: skip
+ATTACKED = ("pgd", "fgsm", "mart")  # the methods whose attack may drive up any loss
 LOSSES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
 
 
@@ -58,28 +59,38 @@ def main():
 
     kinds = [("clean", "ce"), ("clean", "drs")]
     kinds += [(args.method, loss) for loss in dict.fromkeys(("ce", args.loss)) if (args.method, loss) not in kinds]
+    # A run that was stopped goes on with the model it was at.
+    begun = records.Begun(f"{stem}.begun.jsonl")
+    named = (*records.ELSEWHERE, "method", "loss", "lam", "clean_lam", "seeds")
+    settings = {name: value for name, value in vars(args).items() if name not in named}
     rows = []
     for method, loss in kinds:
         # Without attacks in training, the restraint may be stronger.
-        lam = args.clean_lam if method == "clean" else args.lam
-        runs = [run(method, loss, lam, seed, train, validation, test, args) for seed in range(args.seeds)]
-        rows.append({"method": method, "loss": loss, "lam": lam if loss == "drs" else None, "runs": runs})
+        lam = {"ce": None, "ls": None, "drs": args.clean_lam if method == "clean" else args.lam}[loss]
+        row = {"method": method, "loss": loss, "lam": lam, "runs": []}
+        for seed in range(args.seeds):
+            one = {"method": method, "loss": loss, "lam": lam, "seed": seed}
+            row["runs"].append(
+                begun.run(settings | one, lambda one=one: run(**one, data=(train, validation, test), args=args))
+            )
+        rows.append(row)
 
     table = make_table(rows, args, len(test[0][: args.max_images]))
     print("\n" + table)
     stem.with_suffix(".md").write_text(table)
-    packages = ("keras-drsl", "keras", keras.config.backend(), "numpy")
-    record = {"command": command(args), "versions": {name: version(name) for name in packages}, "rows": rows}
+    record = {"command": describe(args), "versions": records.versions(), "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     plot(rows, stem.with_suffix(".png"), args)
+    begun.end()
     print(f"Written: {stem}.md, .json, .png and the models in {out / 'models'}")
 
 
-def run(method, loss, lam, seed, train, validation, test, args):
+def run(method, loss, lam, seed, data, args):
     """Train one model, save it, evaluate it."""
+    train, validation, test = data
     print(f"\n{args.dataset}: method={method} loss={loss} seed={seed}")
     monitor = keras_drsl.RobustnessMonitor(*validation, eps=args.eps, max_samples=args.watch, every=args.every)
-    recipe = vars(args) | {"attack_loss": (args.attack_loss or "loss") if method in ("pgd", "fgsm", "mart") else None}
+    recipe = vars(args) | {"attack_loss": (args.attack_loss or "loss") if method in ATTACKED else None}
     model, history = fit(recipe, train, method, make_loss(loss, lam), seed, callbacks=[monitor], verbose=2)
     model.save(Path(args.out) / "models" / f"adversarial_{args.dataset}_{method}_{loss}_seed{seed}.keras")
     report = keras_drsl.evaluate_robustness(model, *test, eps=args.eps, max_samples=args.max_images, verbose=0)
@@ -131,12 +142,8 @@ def split(data, count, seed):
     return tuple(one[order[count:]] for one in data), tuple(one[order[:count]] for one in data)
 
 
-def command(args):
-    """What to run to get the same again."""
-    unsaid = ("out", "data_dir", "overwrite", "peak", "optimizer", "augment")
-    given = {name: value for name, value in vars(args).items() if name not in unsaid and value is not None}
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
-    return f"python examples/adversarial_training.py {' '.join(words)}"
+def describe(args):
+    return records.command("examples/adversarial_training.py", args, unsaid=("peak", "optimizer", "augment"))
 
 
 def label(row):
@@ -155,12 +162,10 @@ def make_table(rows, args, count):
     ]
     for row in rows:
         columns = [[run["clean"], run["after"]["apgd_ce"], run["robust"]] for run in row["runs"]]
-        values = 100 * np.array(columns)
-        spread = [f" +- {one:.1f}" for one in values.std(axis=0, ddof=1)] if len(values) > 1 else [""] * 3
-        cells = [f"{mean:.1f}{more}" for mean, more in zip(values.mean(axis=0), spread, strict=True)]
+        cells = [records.spread(column) for column in 100 * np.transpose(columns)]
         warnings = dict.fromkeys(name for run in row["runs"] for name in run["warnings"])
         lines.append(f"| {label(row)} | {' | '.join(cells)} | {', '.join(warnings) or 'none'} |")
-    return "\n".join(lines) + f"\n\nWritten by `{command(args)}`.\n"
+    return "\n".join(lines) + f"\n\nWritten by `{describe(args)}`.\n"
 
 
 def plot(rows, path, args):
@@ -187,7 +192,8 @@ def plot(rows, path, args):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=RECIPES, default="digits")
-    parser.add_argument("--method", choices=METHODS, default="pgd")
+    # "noise" attacks nothing and wants a larger eps: the example of losses has it.
+    parser.add_argument("--method", choices=[name for name in METHODS if name != "noise"], default="pgd")
     parser.add_argument("--loss", choices=LOSSES, default="drs", help="beside cross-entropy")
     parser.add_argument("--lam", type=float, default=0.1, help="DRSLoss's restraint on attacked images")
     parser.add_argument("--clean-lam", type=float, default=0.3, help="DRSLoss's restraint without adversarial training")
@@ -211,6 +217,8 @@ def parse_arguments():
         if getattr(args, name, None) is None:
             # In a short training the warm-up is short as well.
             setattr(args, name, min(value, args.epochs // 3) if name == "warmup_epochs" else value)
+    if args.attack_loss and args.method not in ATTACKED:
+        parser.error(f"--attack-loss needs --method {', '.join(ATTACKED)}. Received: {args.method}")
     if not 0 < args.eps <= 1:
         parser.error(f"--eps must lie in (0, 1]. Received: {args.eps}")
     for name in ("lam", "clean_lam", "warmup_epochs"):

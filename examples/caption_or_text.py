@@ -16,19 +16,19 @@ How long: about two minutes on two cores.
 
 import argparse
 import json
-import platform
 import re
 import sys
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 
 import keras
 import numpy as np
+import records
 
 import keras_drsl
 from keras_drsl.attacks import PGD, Classifier
 
+SCRIPT = "examples/caption_or_text.py"
 TIME, WIDTH, UNITS, BATCH, RATE = 16, 64, 128, 64, 0.003
 VOCABULARY = 2000  # the most frequent words; the others are one
 # The strengths are first guesses, not tuned.
@@ -51,7 +51,7 @@ def main():
     train, test, size = read_text()
     rows = []
     for name, make in LOSSES.items():
-        runs = []
+        row = {"loss": name, "runs": []}
         for seed in range(args.seeds):
             print(f"\n{name}, seed {seed}", flush=True)
             keras.utils.set_random_seed(seed)
@@ -59,15 +59,13 @@ def main():
             model = keras.Sequential([keras.Input((TIME,)), embed, predict])
             model.compile(keras.optimizers.Adam(RATE), make(), metrics=["accuracy"])
             model.fit(*train, epochs=args.epochs, batch_size=BATCH, verbose=2)
-            runs.append(dict(zip(COLUMNS, look_at(embed, predict, *test, args), strict=True)))
-            print(runs[-1])
-        rows.append({"loss": name, "runs": runs})
+            row["runs"].append(dict(zip(COLUMNS, look_at(embed, predict, *test, args), strict=True)))
+            print(row["runs"][-1])
+        rows.append(row)
     table = make_table(rows, args)
     print("\n" + table)
     stem.with_suffix(".md").write_text(table)
-    packages = ("keras-drsl", "keras", keras.config.backend(), "numpy")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    record = {"command": command(args), "versions": versions, "rows": rows}
+    record = {"command": records.command(SCRIPT, args), "versions": records.versions(), "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     print(f"Written: {stem}.md, .json")
 
@@ -139,14 +137,7 @@ def make_table(rows, args):
             spread = f" +- {values.std(ddof=1):.2g}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3g}{spread}")
         lines.append(f"| {row['loss']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nWritten by `{command(args)}`.\n"
-
-
-def command(args):
-    """What to run to get the same again."""
-    names = ("seeds", "epochs", "eps", "steps", "max_windows")
-    words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
-    return f"python examples/caption_or_text.py {' '.join(words)}"
+    return "\n".join(lines) + f"\n\nWritten by `{records.command(SCRIPT, args)}`.\n"
 
 
 def parse_arguments():

@@ -17,21 +17,21 @@ How long: about four minutes on two cores for the digits with one seed.
 
 import argparse
 import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import keras
 import networks
 import numpy as np
+import records
 from fit import DEFAULTS
 from scipy import stats
 
 import keras_drsl
 from keras_drsl.attacks import APGD, Classifier
-from keras_drsl.evaluation import datasets, files
+from keras_drsl.evaluation import datasets
 
+SCRIPT = "examples/diversity_and_attacks.py"
 LOSSES = {
     "ce": ("cross-entropy", lambda: keras_drsl.DRSLoss(0.0, from_logits=True)),
     "ls": ("label smoothing 0.1", lambda: keras_drsl.DRSLoss(0.0, from_logits=True, label_smoothing=0.1)),
@@ -76,26 +76,22 @@ def main():
         sys.exit(str(error))
     x, y = x[: args.max_images], y[: args.max_images].astype("int64")
     # A run that was stopped goes on where it was.
-    begun = Path(f"{stem}.begun.jsonl")
-    done = [json.loads(line) for line in begun.read_text().splitlines()] if begun.exists() else []
+    begun = records.Begun(f"{stem}.begun.jsonl")
+    settings = {name: getattr(args, name) for name in ("dataset", "eps", "epochs", "suite", "max_images")}
     models = []
     for loss in args.losses:
         for seed in range(args.seeds):
-            key = {"command": command(args), "loss": loss, "seed": seed}
-            one = next((one for one in done if one.items() >= key.items()), None)
-            if one is None:
-                one = key | look_at(loss, seed, train, x, y, args)
-                done.append(one)
-                files.write(begun, "".join(json.dumps(each) + "\n" for each in done))
-            models.append({name: value for name, value in one.items() if name != "command"})
+            one = {"loss": loss, "seed": seed}
+            models.append(
+                one | begun.run(settings | one, lambda one=one: look_at(**one, train=train, x=x, y=y, args=args))
+            )
     table = make_table(models, len(x), args)
     print("\n" + table)
-    packages = ("keras-drsl", "keras", keras.config.backend(), "numpy", "scipy")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    record = {"command": records.command(SCRIPT, args), "versions": records.versions(["scipy"]), "models": models}
     stem.with_suffix(".md").write_text(table)
-    stem.with_suffix(".json").write_text(json.dumps({"command": command(args), "versions": versions, "models": models}))
+    stem.with_suffix(".json").write_text(json.dumps(record))
     plot(models, stem.with_suffix(".png"), args)
-    begun.unlink()
+    begun.end()
     print(f"Written: {stem}.md, .json, .png")
 
 
@@ -247,7 +243,7 @@ def make_table(models, images, args):
         radius = np.median([one["radius"] for one in mine])
         variance = -np.mean([mean_score(one, "variance, log space") for one in mine])
         lines.append(f"| {LOSSES[loss][0]} | {clean:.1f} | {robust:.1f} | {radius:.3f} | {variance:.3g} |")
-    return "\n".join(lines) + f"\n\nWritten by `{command(args)}`.\n"
+    return "\n".join(lines) + f"\n\nWritten by `{records.command(SCRIPT, args)}`.\n"
 
 
 def plot(models, path, args):
@@ -276,17 +272,6 @@ def plot(models, path, args):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
-
-
-def command(args):
-    """What to run to get the same again."""
-    words = ["python examples/diversity_and_attacks.py"]
-    for name, value in vars(args).items():
-        if name not in ("out", "data_dir", "overwrite") and value is not None:
-            words.append(
-                f"--{name.replace('_', '-')} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
-            )
-    return " ".join(words)
 
 
 def parse_arguments():

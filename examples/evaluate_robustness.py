@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import keras
+import records
 
 # The models are those of the first example.
 from fit import DEFAULTS, build_model
@@ -53,10 +54,11 @@ def main():
                 radii = [factor * args.eps[0] for factor in CURVE]
                 knobs = {"attacks": CURVE_ATTACKS, "suite": "quick", "max_samples": args.max_images, "verbose": 0}
                 curves[label] = keras_drsl.robustness_curve(model, x, y, eps=radii, **knobs)
+                curves[label].to_json(out / f"robustness_{name}_curve.json", overwrite=True)
 
     for (label, eps), report in reports.items():
         print(f"\n{label}, eps {eps:.3g}\n{report}")
-    table = side_by_side(reports) + f"\nWritten by `{command(args)}`, the models trained with seed 0.\n"
+    table = side_by_side(reports) + f"\nWritten by `{describe(args)}`, the models trained with seed 0.\n"
     print("\n" + table)
     stem = out / f"robustness_{args.dataset}"
     stem.with_suffix(".md").write_text(table)
@@ -96,23 +98,14 @@ def evaluate(model, x, y, eps, path, args):
     report = keras_drsl.evaluate_robustness(
         model, x, y, eps=eps, suite=args.suite, max_samples=args.max_images, state_path=state
     )
-    report.provenance["command"] = command(args)
+    report.provenance |= {"command": describe(args), "commit": records.versions().get("commit")}
     report.to_json(path)
     state.unlink()
     return report
 
 
-def command(args):
-    """What to run to get the same again."""
-    words = ["python examples/evaluate_robustness.py"]
-    for name, value in vars(args).items():
-        if name not in ("out", "data_dir", "curve") and value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [
-                f"--{name.replace('_', '-')}",
-                *(f"{one:g}" if isinstance(one, float) else str(one) for one in values),
-            ]
-    return " ".join(words)
+def describe(args):
+    return records.command("examples/evaluate_robustness.py", args, unsaid=("curve",))
 
 
 def side_by_side(reports):

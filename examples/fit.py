@@ -20,11 +20,11 @@ import math
 import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import keras
 import numpy as np
+import records
 
 import keras_drsl
 from keras_drsl.attacks import cleverhans
@@ -203,8 +203,7 @@ def make_table(rows, args, count):
             values = np.array([run[column] for run in row["runs"]])
             values = values if column in ("diversity", "epoch_seconds") else 100 * values
             digits = 2 if column in ("diversity", "epoch_seconds") else 1
-            cell = f"{values.mean():.{digits}f}"
-            cells.append(cell if len(values) == 1 else f"{cell} +- {values.std(ddof=1):.{digits}f}")
+            cells.append(records.spread(values, digits))
         lines.append(f"| {label(row, args, noise=False)} | {row['noise']:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -239,14 +238,12 @@ def plot(rows, args, stem):
 
 def describe(args, count):
     """What a reader needs to run it again: the command, the settings, the versions."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "overwrite")}
-    arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-    packages = ("keras-drsl", "keras", "tensorflow", "cleverhans", "numpy")
+    settings = {name: value for name, value in vars(args).items() if name not in records.ELSEWHERE}
     return {
-        "command": f"python examples/fit.py {arguments}",
+        "command": records.command("examples/fit.py", args),
         "settings": settings
         | {"steps": STEPS, "restarts": RESTARTS, "curve_restarts": CURVE_RESTARTS, "attacked_images": count},
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": records.versions(["cleverhans"]),
         "machine": platform.machine(),
     }
 

@@ -130,7 +130,7 @@ class AdversarialTraining(keras.Model):
     The inner steps see the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
     they don't change. `History` holds `loss`, `accuracy` and all other compiled metrics on the attacked batch;
     `clean_accuracy`, before the attack; and `attack_strength`, by how much the attack raised the cross-entropy, the
-    model as at inference. These last two count each example once, whatever its weight. With `validation_data`,
+    model as at inference. Sample weights don't count in these last two. With `validation_data`,
     `val_loss`, `val_accuracy` and so on are without attack.
 
     Layers that draw random numbers, noise or crops, draw the same for x and x' (on torch, those that were given a
@@ -145,13 +145,13 @@ class AdversarialTraining(keras.Model):
 
     Args:
         model: the classifier: one input of float values, outputs `(batch, C)`, logits or a softmax.
-        eps: the radius of the ball around each input, > 0, in units of the input.
+        eps: the radius of the ball around each input, in units of the input, > 0 and no larger than their range.
         method: one of the above, or a `keras_drsl.training.Method` of your own.
         steps: how many inner steps, >= 1. `"fgsm"` takes one, `"noise"` and `"clean"` none, whatever it says.
         step_size: the size of one, > 0; by default `2.5 * eps / steps`, at most `eps`, and `1.25 * eps` for `"fgsm"`.
         attack_loss: what the inner steps of `"pgd"`, `"fgsm"` and `"mart"` drive up: `"cross_entropy"` (by default),
-            `"margin"` (the largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`, which
-            did best with `DRSLoss` in the study that README quotes.
+            `"margin"` (the largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`. With
+            `DRSLoss` `"loss"` did best for `"pgd"` and `"margin"` for `"fgsm"` in the study that README quotes.
         norm: `"inf"` or 2.
         beta: the weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the leads' difference in
             `"noise"`, by default 0.1; >= 0.
@@ -439,9 +439,11 @@ class AdversarialTraining(keras.Model):
                 raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
             _check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
             self._head = find_logits(self.model, few)
-            if labels is not None:
-                class_ids(labels, len(inputs), outputs.shape[-1])
-                _check_per_sample(loss, labels[:ROWS], outputs)
+            class_ids(labels, len(inputs), outputs.shape[-1])
+            _check_per_sample(loss, labels[:ROWS], outputs)
+        if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
+            # On TensorFlow Keras would do it within the first epoch, and that could not be undone at a NaN.
+            self.optimizer.build(self.trainable_variables)
         return x
 
 
@@ -513,24 +515,30 @@ def _only(x: Any) -> Any:
     return x[0] if isinstance(x, list | tuple) and len(x) == 1 else x
 
 
-def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray | None]]:
+def _peek(x: Any, y: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
     """The data, and the inputs and labels that can be seen: all of arrays, else those of the first batch."""
-    batch = (x, y)
+    if x is None:
+        raise ValueError("`x` must hold inputs, or give batches of them. Received: x=None")
+    batch: Any = (x, y)
     if isinstance(x, keras.utils.PyDataset):
         batch = x[0]
     elif isinstance(x, Iterator):
-        batch = next(x)
+        batch = next(x, None)
         # Keras takes a generator for one, and not any iterator.
         x = (one for one in itertools.chain([batch], x))
-    elif y is None:
-        batch = next(iter(x))
+    elif y is None and not hasattr(x, "shape"):
+        batch = next(iter(x), None)
     inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
     inputs, labels = _only(inputs), _only(labels)
+    if labels is None and inputs is not None:
+        raise ValueError("`y` must hold labels, or `x` give batches `(inputs, labels)`. Received: no labels")
     if isinstance(inputs, dict | list | tuple):
         raise ValueError(f"`x` must hold one input an example, not several. Received: {type(inputs).__name__}")
-    inputs = as_array(_backend.one_replicas(inputs))
-    labels = None if labels is None else as_array(_backend.one_replicas(labels))
-    if inputs.ndim < 2 or (labels is not None and labels.ndim == 0):
+    inputs = np.empty(0) if inputs is None else as_array(_backend.one_replicas(inputs))
+    if inputs.size == 0:
+        raise ValueError("`x` must hold at least one example. Received: none")
+    labels = as_array(_backend.one_replicas(labels))
+    if inputs.ndim < 2 or labels.ndim == 0:
         raise ValueError(
             "`x` must hold inputs of shape (count, ...), or give batches of them (a tf.data.Dataset: call `.batch`). "
             f"Received: inputs of shape {inputs.shape}"

@@ -69,8 +69,8 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     test = [one for one in records if one["split"] == "test"]
     assert {(one["loss"], one["noise"] > 0) for one in test} == {
-        (loss, noisy) for loss in ("cross_entropy", "DRSLoss", "two_copies") for noisy in (False, True)
-    } - {("two_copies", False)}
+        (loss, noisy) for loss in ("cross_entropy", "DRSLoss", "copies") for noisy in (False, True)
+    } - {("copies", False)}
     tried = {
         (one["loss"], str(one["setting"]), one["noise"]): one["robust"]["0.15"]
         for one in records
@@ -94,6 +94,17 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     without = run("compare_losses.py", "--quick", "--dataset", "mnist", "--out", tmp_path / "other")
     assert without.returncode != 0
     assert "Run `--dataset digits` first" in without.stderr
+
+
+def test_the_interval_over_images_is_that_of_their_mean_difference(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module("measure")  # finds the examples
+    shared = importlib.import_module("shared")
+    runs = [{"seed": 0, "withstood": "1100"}, {"seed": 1, "withstood": "1000"}, {"seed": 2, "withstood": "1111"}]
+    base = [{"seed": 1, "withstood": "1000"}, {"seed": 0, "withstood": "1000"}]
+    # Image by image 0, 1/2, 0, 0: a standard deviation of 1/4.
+    assert shared.over_images(runs, base) == "+- 24.5"
+    assert shared.over_images(runs, []) == ""
 
 
 def test_the_calibration_error_is_that_of_its_definition(monkeypatch):

@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import json
 import os
@@ -164,13 +165,46 @@ def test_the_example_of_diversity_tells_how_well_each_score_foretells_the_attack
     assert "--overwrite" in again.stderr
 
     # Stopped after the first model: that one is not trained again.
-    record = json.loads((tmp_path / "diversity_digits.json").read_text())
     begun = tmp_path / "diversity_digits.begun.jsonl"
     assert not begun.exists()
-    begun.write_text(json.dumps({"command": record["command"]} | models[0]) + "\n")
+    key = {"dataset": "digits", "eps": 0.15, "epochs": 4, "suite": "quick", "max_images": 40, "loss": "ce", "seed": 0}
+    begun.write_text(json.dumps({"key": key, "run": models[0]}) + "\n")
     again = run(*arguments, "--overwrite", script="diversity_and_attacks.py")
     assert again.stdout.count("loss=") == 1
     assert json.loads((tmp_path / "diversity_digits.json").read_text())["models"][0] == models[0]
+
+
+def test_runs_are_kept_until_what_came_of_them_is_written(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    records = importlib.import_module("records")
+    path, made = tmp_path / "begun.jsonl", []
+
+    def begun(*seeds):
+        one = records.Begun(path)
+        for seed in seeds:
+            assert one.run({"seed": seed}, lambda seed=seed: made.append(seed) or {"clean": seed / 2}) == {
+                "clean": seed / 2
+            }
+        return one
+
+    begun(1)  # stopped
+    begun(2)  # and so was another command
+    begun(1, 3).end()
+    assert made == [1, 2, 3]
+    begun(2).end()
+    assert made == [1, 2, 3]
+    assert not path.exists()
+
+
+def test_a_record_says_how_to_run_it_again(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    records = importlib.import_module("records")
+    args = argparse.Namespace(eps=[0.1, 8 / 255], max_images=None, data_dir="data", out="runs", plot=True)
+    assert (
+        records.command("examples/a.py", args, unsaid=["plot"]) == "python examples/a.py --eps 0.1 0.03137254901960784"
+    )
+    assert records.spread([1, 2, 3], digits=2) == "2.00 +- 1.00"
+    assert records.spread([1.25]) == "1.2"
 
 
 def test_bisection_finds_the_radius_of_a_linear_model(monkeypatch):

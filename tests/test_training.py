@@ -758,6 +758,17 @@ class TestBadInput:
         with pytest.raises(ValueError, match="a tf.data.Dataset: call `.batch`"):
             train(linear(), tf.data.Dataset.from_tensor_slices(data()), None, batch_size=None)
 
+    def test_labels_and_examples_are_asked_for(self):
+        x, y = data()
+        with pytest.raises(ValueError, match="`x` must hold inputs, or give batches of them. Received: x=None"):
+            train(linear(), None, None)
+        for without, labels in ((x[:0], y[:0]), ([], None)):
+            with pytest.raises(ValueError, match="`x` must hold at least one example. Received: none"):
+                train(linear(), without, labels)
+        for without in (x, iter([x])):
+            with pytest.raises(ValueError, match="`y` must hold labels, or `x` give batches `.inputs, labels.`"):
+                train(linear(), without, None)
+
     def test_a_loss_must_return_a_value_an_example(self):
         x, y = data()
 
@@ -777,26 +788,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`x` must hold one input an example, not several. Received: dict"):
             train(linear(), {"a": x, "b": x}, y)
 
-    @pytest.mark.parametrize("made_by_keras", [False, True])
-    def test_a_nan_stops_training_and_leaves_the_last_good_weights(self, made_by_keras):
+    @pytest.mark.parametrize(("made_by_keras", "epoch"), [(False, 1), (False, 2), (True, 2)])
+    def test_a_nan_stops_training_and_leaves_the_last_good_weights(self, made_by_keras, epoch):
         class Rate(keras.optimizers.schedules.LearningRateSchedule):
-            """NaN for the fifth batch, so that its update makes the weights NaN, and the loss of the sixth."""
+            """NaN for an epoch's second batch, so that its update makes the weights NaN, and the loss of the third."""
 
             def __call__(self, step):
-                return ops.where(ops.equal(ops.cast(step, "int32"), 4), math.nan, 0.1)
+                return ops.where(ops.equal(ops.cast(step, "int32"), 3 * epoch - 2), math.nan, 0.1)
 
         x, y = data(24)
-        kept = []
         model = smooth()
+        kept = [model.get_weights()]
         keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: kept.append(model.get_weights()))
         robust = keras_drsl.AdversarialTraining(model, EPS, steps=1)
         robust.compile(keras.optimizers.Adam(Rate()), keras_drsl.DRSLoss(from_logits=True))
         settings = {"batch_size": 8, "shuffle": False, "verbose": 0}
         callbacks = keras.callbacks.CallbackList([keep], model=robust) if made_by_keras else [keep]
-        with pytest.raises(ValueError, match="The loss must be finite. Received: loss=nan in epoch 2, step 3"):
+        with pytest.raises(ValueError, match=f"must be finite. Received: loss=nan in epoch {epoch}, step 3"):
             robust.fit(x, y, epochs=5, callbacks=callbacks, **settings)
-        assert len(kept) == 1
-        for one, other in zip(model.get_weights(), kept[0], strict=True):
+        assert len(kept) == epoch
+        for one, other in zip(model.get_weights(), kept[-1], strict=True):
             np.testing.assert_array_equal(one, other)
         robust.optimizer.iterations.assign(5)
         assert np.isfinite(robust.fit(x, y, **settings).history["loss"][0])
