@@ -54,7 +54,7 @@ def main():
                 radii = [factor * args.eps[0] for factor in CURVE]
                 knobs = {"attacks": CURVE_ATTACKS, "suite": "quick", "max_samples": args.max_images, "verbose": 0}
                 curves[label] = keras_drsl.robustness_curve(model, x, y, eps=radii, **knobs)
-                curves[label].to_json(out / f"robustness_{name}_curve.json", overwrite=True)
+                curves[label].to_json(out / f"curve_{name}.json", overwrite=True)
 
     for (label, eps), report in reports.items():
         print(f"\n{label}, eps {eps:.3g}\n{report}")

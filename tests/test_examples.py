@@ -90,6 +90,7 @@ def test_evaluate_robustness_puts_two_reports_side_by_side_and_goes_on_where_it_
     assert (tmp_path / "robustness_digits.png").stat().st_size > 1000
     reports = [RobustnessReport.from_json(path) for path in sorted(tmp_path.glob("robustness_digits_*.json"))]
     assert [report.images for report in reports] == [20, 20]
+    assert len(list(tmp_path.glob("curve_digits_*.json"))) == 2
     for report in reports:
         assert f"**{report.robust_accuracy:.1%}**" in table
     again = run(*arguments, script="evaluate_robustness.py").stdout
