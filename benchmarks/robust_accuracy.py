@@ -344,17 +344,19 @@ def write_summary(path, study, args):
             base = next((one for one in bases if one and one is not runs), []) if told else []
             cells += [shared.difference(runs, base), shared.over_images(runs, base)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"## Choice: worst case of {', '.join(study['attacks'])} on validation images",
-        "",
-        "DRSLoss has had more to choose from than the others: cross-entropy has nothing to set, and label smoothing is "
-        "0.1 throughout.",
-        "",
-        "| method | loss | lam | seeds | clean | robust |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (method, loss, lam), runs in groups(one for one in done if one["split"] == "validation").items():
+    tried = groups(one for one in done if one["split"] == "validation")
+    if tried:
+        lines += [
+            "",
+            f"## Choice: worst case of {', '.join(study['attacks'])} on validation images",
+            "",
+            "DRSLoss has had more to choose from than the others: cross-entropy has nothing to set, and label "
+            "smoothing is 0.1 throughout.",
+            "",
+            "| method | loss | lam | seeds | clean | robust |",
+            "|---|---|---|---|---|---|",
+        ]
+    for (method, loss, lam), runs in tried.items():
         cells = [method, NAMES[loss], "" if lam is None else f"{lam:g}", str(len(runs))]
         cells += [shared.spread([one[name] for one in runs]) for name in ("clean", "robust")]
         lines.append(f"| {' | '.join(cells)} |")
