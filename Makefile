@@ -8,7 +8,7 @@ demo: .venv/examples
 	$(BIN)/python examples/fit.py --out demo --overwrite
 
 test: .venv/test
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest --cov --cov-report= --durations=15
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --fail-under=100 --include='keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py'
 
