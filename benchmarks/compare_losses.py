@@ -335,7 +335,7 @@ def write_summary(path, study, tests, data, args):
         "|---|---|---|---|---|---|---|---|" + "---|" * (len(radii) + 2),
     ]
     for (noisy, name), runs in rows.items():
-        base = rows[noisy, "cross_entropy"]
+        base = rows[noisy, "cross_entropy"] if name != "cross_entropy" else []
         setting = ", ".join(f"{key} {value:.3g}" for key, value in runs[0]["setting"].items())
         columns = [[one[key] for one in runs] for key in ("clean", "calibration_error", "under_noise")]
         columns += [[one["robust"][radius] for one in runs] for radius in radii]
@@ -343,11 +343,8 @@ def write_summary(path, study, tests, data, args):
         cells = [LOSSES[name][0], setting, f"{runs[0]['noise']:g}", str(len(runs)), f"{steps[noisy, name]:.2f}"]
         cells += map(shared.spread, columns)
         cells[-2] = f"**{cells[-2]}**"
-        if runs is not base:
-            cells.append(shared.difference(runs, base, lambda one: one["robust"][last]))
-            cells[-1] += f" {shared.over_images(runs, base, lambda one: one['withstood'][last])}"
-        else:
-            cells.append("")
+        gain = shared.difference(runs, base, lambda one: one["robust"][last])
+        cells.append(f"{gain} {shared.over_images(runs, base, lambda one: one['withstood'][last])}".strip())
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

@@ -98,7 +98,7 @@ def evaluate(model, x, y, eps, path, args):
     report = keras_drsl.evaluate_robustness(
         model, x, y, eps=eps, suite=args.suite, max_samples=args.max_images, state_path=state
     )
-    report.provenance |= {"command": describe(args), "commit": records.versions().get("commit")}
+    report.provenance |= {"command": describe(args), "commit": records.commit()}
     report.to_json(path)
     state.unlink()
     return report

@@ -28,10 +28,13 @@ def versions(more_packages=()):
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    if commit := _git("rev-parse", "HEAD"):
-        changed = _git("status", "--porcelain", "--", "keras_drsl", "examples", "benchmarks")
-        found["commit"] = commit + (" and changes" if changed else "")
-    return found
+    return found | {"commit": commit()}
+
+
+def commit():
+    """That of this checkout, and whether the code was changed since; empty where there is none."""
+    changed = _git("status", "--porcelain", "--", "keras_drsl", "examples", "benchmarks")
+    return _git("rev-parse", "HEAD") + (" and changes" if changed else "")
 
 
 def _git(*arguments):
