@@ -5,13 +5,14 @@ clean image - each measure, each space - predicts (a) whether the standard suite
 (b) the smallest radius that breaks it, found by bisection; beside it, the plain baselines top-1 confidence and logit
 margin. Over whole models: whether those of less diversity are more robust.
 
-What you should see: within one model, the logit margin and the confidence predict the attack's end well; diversity is
-compared with them. Over models, the losses that restrain diversity stand apart from the others.
+What you should see: within one model, the logit margin and the confidence predict the attack's end well, and so does
+diversity in the softmax space, which follows them; in the log space it hardly does. Over models it is the other way
+round: those of less diversity are more robust, but for label smoothing, and the margin says nothing.
 
-How long: about four minutes on two cores for the digits with one seed.
+How long: about eight minutes on two cores for six losses on the digits, an hour on one for all with three seeds.
 
     python examples/diversity_and_attacks.py
-    python examples/diversity_and_attacks.py --seeds 3 --out results --overwrite
+    python examples/diversity_and_attacks.py --losses all --seeds 3 --out results --overwrite
     python examples/diversity_and_attacks.py --dataset mnist --losses ce drs_0.3 squentropy --max-images 300
 """
 
@@ -47,6 +48,7 @@ LOSSES = {
     "drs_1": ("DRSLoss, lam 1", lambda: keras_drsl.DRSLoss(1.0, from_logits=True)),
     "drs_3": ("DRSLoss, lam 3", lambda: keras_drsl.DRSLoss(3.0, from_logits=True)),
 }
+FEW = ["ce", "ls", "squentropy", "gce", "drs_0.3", "drs_3"]
 # What is looked at on the clean image; each is turned so that more of it should mean more robust.
 SCORES = {
     "variance, log space": lambda z, y: -diversity(z, y, "variance", "log_softmax"),
@@ -201,21 +203,24 @@ def make_table(models, images, args):
         f"{args.dataset}: {len(models)} models ({len(args.losses)} losses, {args.seeds} seeds), {images} test images, "
         f"L-inf. rho: Spearman's, of a score on the clean image and the smallest radius that breaks it; AUC: for "
         f"withstanding the suite {args.suite} at eps {args.eps:.4g}, 0.5 is chance. Each score is turned so that more "
-        "of it should mean more robust: variances with a minus.",
+        "of it should mean more robust: variances with a minus. Within a model the std ranks images as the variance.",
         "",
     ]
     told = [one for one in models if 5 <= np.sum(one["withstood"]) <= np.sum(one["right"]) - 5]
     for title, some in (("", told), (" of cross-entropy", [one for one in told if one["loss"] == "ce"])):
         if some:
             lines += [
-                f"Within a model, mean over {len(some)} models{title} of which five images or more fall and stand; "
+                f"Within a model, mean over {len(some)} model(s){title} of which five images or more fall and stand; "
                 "intervals of 95 %, the images drawn anew:",
                 "",
                 "| score | rho | rho, the logit margin held fixed | AUC |",
                 "|---|---|---|---|",
             ]
             for score in SCORES:
+                if score.startswith("std"):  # the same order of images as by variance
+                    continue
                 cells = with_interval(lambda rows, score=score, some=some: mean_within(some, score, rows), images)
+                cells[2] = cells[2].replace("+", "")  # the AUC is no correlation
                 lines.append(f"| {score} | {' | '.join(cells)} |")
             lines.append("")
     if len(args.losses) > 4:
@@ -253,7 +258,7 @@ def plot(models, path, args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     score = "variance, log space"
     for place, loss in enumerate(dict.fromkeys((args.losses[0], args.losses[-1]))):
         one = next(one for one in models if one["loss"] == loss)
@@ -265,28 +270,34 @@ def plot(models, path, args):
     for place, loss in enumerate(args.losses):
         mine = [one for one in models if one["loss"] == loss]
         values = [-mean_score(one, score) for one in mine]
-        right.plot(values, [100 * one["robust"] for one in mine], "o", color=f"C{place}", label=LOSSES[loss][0])
+        color = plt.get_cmap("tab20")(place)
+        right.plot(values, [100 * one["robust"] for one in mine], "o", color=color, label=LOSSES[loss][0])
     right.set(xscale="log", xlabel="the same, mean over images", ylabel=f"robust accuracy at {args.eps:.3g} (%)")
     right.set_title("models")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    left.legend(fontsize=7)
+    # Outside, or it would hide models.
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DEFAULTS, default="digits")
-    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=list(LOSSES))
+    names = ", ".join(f"{name} ({title})" for name, (title, _) in LOSSES.items())
+    names += f"; by default {' '.join(FEW)}"
+    parser.add_argument("--losses", choices=(*LOSSES, "all"), nargs="+", default=FEW, help=f"some of {names}")
     parser.add_argument("--seeds", type=int, default=1, help="how many models of each loss")
     parser.add_argument("--eps", type=float, help="radius of the suite, L-inf, the input range being [0, 1]")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--suite", choices=("quick", "standard"), default="standard")
+    parser.add_argument("--epochs", type=int, help="of the training; by default those of examples/fit.py")
+    parser.add_argument("--suite", choices=("quick", "standard"), default="standard", help="of attacks")
     parser.add_argument("--max-images", type=int, help="how many test images, the first ones; by default all")
     parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST or CIFAR-10")
     parser.add_argument("--out", default="runs", help="folder for the table, the figure and the JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
     args = parser.parse_args()
+    args.losses = list(LOSSES) if "all" in args.losses else args.losses
     args.eps = DEFAULTS[args.dataset]["eps"] if args.eps is None else args.eps
     args.epochs = DEFAULTS[args.dataset]["epochs"] if args.epochs is None else args.epochs
     if not 0 < args.eps <= 1 / LARGEST:

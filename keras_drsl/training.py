@@ -123,15 +123,18 @@ class AdversarialTraining(keras.Model):
     - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`, x' as for `"pgd"` (Wang et
       al.).
     - `"noise"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without any attack: x' and x'' are drawn anywhere
-      in the ball, and not clipped; d is the lead of the true logit over the mean of the others. A step costs two usual
-      ones. Meant for `keras_drsl.DRSLoss(lam=1.0)` and an `eps` three to four times that of the attacks to come.
+      in the ball, and not clipped (in L-inf that is uniform noise of standard deviation `eps / sqrt(3)`); d is the lead
+      of the true logit over the mean of the others. A step costs two usual ones. Meant for
+      `keras_drsl.DRSLoss(lam=1.0)` and an `eps` three to four times that of the attacks to come, as far as the range of
+      the inputs allows.
     - `"clean"`: `L(y, z)`: the control.
 
     The inner steps see the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
     they don't change. `History` holds `loss`, `accuracy` and all other compiled metrics on the attacked batch;
     `clean_accuracy`, before the attack; and `attack_strength`, by how much the attack raised the cross-entropy, the
-    model as at inference. Sample weights don't count in these last two. With `validation_data`,
-    `val_loss`, `val_accuracy` and so on are without attack.
+    model as at inference. Sample weights don't count in these last two. Where nothing is attacked, `attack_strength` is
+    0; the other metrics are on one of the copies for `"noise"`. With `validation_data`, `val_loss`, `val_accuracy` and
+    so on are without attack.
 
     Layers that draw random numbers, noise or crops, draw the same for x and x' (on torch, those that were given a
     seed). `fit` checks arrays whole, and of other data the first batch, which is drawn once more beforehand: a data set
@@ -149,12 +152,13 @@ class AdversarialTraining(keras.Model):
         method: one of the above, or a `keras_drsl.training.Method` of your own.
         steps: how many inner steps, >= 1. `"fgsm"` takes one, `"noise"` and `"clean"` none, whatever it says.
         step_size: the size of one, > 0; by default `2.5 * eps / steps`, at most `eps`, and `1.25 * eps` for `"fgsm"`.
+            Like `steps`, without effect where there is no attack.
         attack_loss: what the inner steps of `"pgd"`, `"fgsm"` and `"mart"` drive up: `"cross_entropy"` (by default),
             `"margin"` (the largest rival's logit less the true one's) or `"loss"`, the loss given to `compile`. With
             `DRSLoss` `"loss"` did best for `"pgd"` and `"margin"` for `"fgsm"` in the study that README quotes.
         norm: `"inf"` or 2.
         beta: the weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the leads' difference in
-            `"noise"`, by default 0.1; >= 0.
+            `"noise"`, by default 0.1; >= 0. Without effect elsewhere.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
         warmup_epochs: how many epochs train with less than `eps`, evenly rising, >= 0. Each `fit` begins anew, unless
@@ -206,14 +210,15 @@ class AdversarialTraining(keras.Model):
         # Its inputs must keep their precision until the attack is done; the model casts them itself.
         super().__init__(dtype=model.dtype_policy, autocast=False)
         self.threat = check_threat(eps, norm, clip_min, clip_max)
+        name = method
         if not isinstance(method, Method):
             method = METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
         if attack_loss is not None:
             _arguments.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
             if method.drive is not cross_entropy:
                 raise ValueError(
-                    "`attack_loss` must be left out where the method says what the attack drives up, as 'trades' does, "
-                    f"or attacks nothing. Received: attack_loss={attack_loss!r}"
+                    "`attack_loss` must be left out unless the method climbs the cross-entropy by default, as 'pgd', "
+                    f"'fgsm' and 'mart' do. Received: attack_loss={attack_loss!r}, method={name!r}"
                 )
             method = method._replace(drive=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
         self.method = method

@@ -181,7 +181,7 @@ def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
 
 def _check_range(start: Any, end: Any) -> tuple[int, int]:
     start = _arguments.check_integer("start", start, at_least=0)
-    end = _arguments.check_integer("end", end, at_least=1)
+    end = _arguments.check_integer("end", end)
     if start >= end:
-        raise ValueError(f"`start` must be below `end`. Received: start={start}, end={end}")
+        raise ValueError(f"`end` must be above `start`. Received: start={start}, end={end}")
     return start, end

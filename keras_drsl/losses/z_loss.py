@@ -26,8 +26,9 @@ class ZLoss(ClassificationLoss):
 
     Args:
         lam: the strength, a number >= 0; the default is PaLM's.
-        loss: another loss of this package to add to, such as `keras_drsl.DRSLoss(from_logits=True)`, whose options
-            below, but for the name, then hold here unless they are given; None for the cross-entropy.
+        loss: another loss of this package to add to, such as `keras_drsl.DRSLoss(from_logits=True)`, but for
+            `PRSLoss` and a `ZLoss`; its options below, but for the name, then hold here unless they are given. None for
+            the cross-entropy.
         **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
             `name`, `dtype`. Labels, calls and errors are as explained there.
 
@@ -50,7 +51,7 @@ class ZLoss(ClassificationLoss):
         if loss is not None:
             if not isinstance(loss, ClassificationLoss) or isinstance(loss, ZLoss | PRSLoss):
                 raise ValueError(
-                    "`loss` must be another loss of keras_drsl, in which each position counts for itself, or None. "
+                    "`loss` must be a loss of keras_drsl other than PRSLoss and ZLoss, or None. "
                     f"Received: loss={loss!r}"
                 )
             options = {name: loss.get_config()[name] for name in INHERITED} | options

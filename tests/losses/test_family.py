@@ -42,7 +42,7 @@ FAMILY = [
         keras_drsl.PRSLoss,
         {"lam": 0.2, "start": 1, "end": 3},
         reference.prs_loss,
-        NEGATIVE | {"start": (-1, "an integer of 0 or more"), "end": (0, "an integer of 1 or more")},
+        NEGATIVE | {"start": (-1, "an integer of 0 or more"), "end": (2.0, "an integer")},
     ),
     Case(keras_drsl.Squentropy, {"lam": 0.7}, reference.squentropy, NEGATIVE),
     Case(

@@ -166,7 +166,7 @@ class TestBadInput:
     @pytest.mark.parametrize(("start", "end"), [(4, 4), (5, 4)])
     def test_start_must_be_below_end(self, start, end):
         for make in (PRSLoss, lambda **options: prs_loss([0], [[0.0, 1.0]], from_logits=True, **options)):
-            with pytest.raises(ValueError, match=f"`start` must be below `end`. Received: start={start}, end={end}"):
+            with pytest.raises(ValueError, match=f"`end` must be above `start`. Received: start={start}, end={end}"):
                 make(start=start, end=end)
 
     @pytest.mark.parametrize("count", [4, 7])
