@@ -163,7 +163,7 @@ def test_under_keras_distribution_the_restraint_spans_all_devices():
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(("start", "end"), [(4, 4), (5, 4)])
+    @pytest.mark.parametrize(("start", "end"), [(4, 4), (5, 4), (0, 0), (0, -1)])
     def test_start_must_be_below_end(self, start, end):
         for make in (PRSLoss, lambda **options: prs_loss([0], [[0.0, 1.0]], from_logits=True, **options)):
             with pytest.raises(ValueError, match=f"`end` must be above `start`. Received: start={start}, end={end}"):

@@ -38,5 +38,6 @@ def test_without_strength_it_is_the_loss_it_adds_to_reduction_included():
 
 @pytest.mark.parametrize("inner", ["mse", keras.losses.MeanSquaredError(), ZLoss(), PRSLoss()])
 def test_a_loss_that_it_cannot_add_to_is_named(inner):
-    with pytest.raises(ValueError, match="`loss` must be a loss of keras_drsl other than PRSLoss.*Received: loss="):
+    rule = "`loss` must be a loss of keras_drsl other than PRSLoss and ZLoss, or None. Received: loss="
+    with pytest.raises(ValueError, match=rule):
         ZLoss(loss=inner)
