@@ -210,24 +210,23 @@ class AdversarialTraining(keras.Model):
         # Its inputs must keep their precision until the attack is done; the model casts them itself.
         super().__init__(dtype=model.dtype_policy, autocast=False)
         self.threat = check_threat(eps, norm, clip_min, clip_max)
-        name = method
-        if not isinstance(method, Method):
-            method = METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
+        is_own = isinstance(method, Method)
+        kind = method if is_own else METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
         if attack_loss is not None:
             _arguments.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
-            if method.drive is not cross_entropy:
+            if kind.drive is not cross_entropy:
                 raise ValueError(
                     "`attack_loss` must be left out unless the method climbs the cross-entropy by default, as 'pgd', "
-                    f"'fgsm' and 'mart' do. Received: attack_loss={attack_loss!r}, method={name!r}"
+                    f"'fgsm' and 'mart' do. Received: attack_loss={attack_loss!r}, method={method!r}"
                 )
-            method = method._replace(drive=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
-        self.method = method
+            kind = kind._replace(drive=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
+        self.method = kind
         steps = _arguments.check_integer("steps", steps, at_least=1)
         self.steps = 1 if self.method.one_step else steps
         if step_size is None:
             step_size = 1.25 * eps if self.method.one_step else min(2.5 * eps / steps, eps)
         self.step_size = _arguments.check_positive("step_size", step_size)
-        self.beta = _arguments.check_non_negative("beta", method.beta if beta is None else beta)
+        self.beta = _arguments.check_non_negative("beta", kind.beta if beta is None else beta)
         self.warmup_epochs = _arguments.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
         self._starts = _Starts(_arguments.check_integer("seed", seed, at_least=0))
