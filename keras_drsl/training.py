@@ -210,8 +210,10 @@ class AdversarialTraining(keras.Model):
         # Its inputs must keep their precision until the attack is done; the model casts them itself.
         super().__init__(dtype=model.dtype_policy, autocast=False)
         self.threat = check_threat(eps, norm, clip_min, clip_max)
-        is_own = isinstance(method, Method)
-        kind = method if is_own else METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
+        if isinstance(method, Method):
+            kind = method
+        else:
+            kind = METHODS[_arguments.check_choice("method", method, tuple(METHODS))]
         if attack_loss is not None:
             _arguments.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
             if kind.drive is not cross_entropy:
