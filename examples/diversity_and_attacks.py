@@ -186,14 +186,17 @@ def mean_score(model, score):
     return float(np.mean(np.array(model["scores"][score])[np.array(model["right"])]))
 
 
-def with_interval(statistic, count):
-    """A statistic of rows, and 95 % of what it gives when the rows are drawn anew, with replacement, as table cells."""
+def with_interval(statistic, count, forms=("+.2f",)):
+    """Statistics of rows, each with 95 % of what it gives when the rows are drawn anew, with replacement, as cells."""
     rng = np.random.default_rng(0)
     draws = np.array([np.atleast_1d(statistic(rng.integers(0, count, count))) for _ in range(DRAWS)])
     cells = []
-    for value, column in zip(np.atleast_1d(statistic(np.arange(count))), draws.T, strict=True):
-        bounds = np.nanpercentile(column, [2.5, 97.5]) if not np.isnan(value) else ()
-        cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(value, *bounds) if len(bounds) else "")
+    for value, column, form in zip(np.atleast_1d(statistic(np.arange(count))), draws.T, forms, strict=True):
+        if np.isnan(value):
+            cells.append("")
+        else:
+            low, high = np.nanpercentile(column, [2.5, 97.5])
+            cells.append(f"{value:{form}} ({low:{form}} to {high:{form}})")
     return cells
 
 
@@ -219,8 +222,11 @@ def make_table(models, images, args):
             for score in SCORES:
                 if score.startswith("std"):  # the same order of images as by variance
                     continue
-                cells = with_interval(lambda rows, score=score, some=some: mean_within(some, score, rows), images)
-                cells[2] = cells[2].replace("+", "")  # the AUC is no correlation
+                cells = with_interval(
+                    lambda rows, score=score, some=some: mean_within(some, score, rows),
+                    images,
+                    ("+.2f", "+.2f", ".2f"),  # the last, the AUC, is no correlation
+                )
                 lines.append(f"| {score} | {' | '.join(cells)} |")
             lines.append("")
     if len(args.losses) > 4:
