@@ -86,6 +86,12 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
             at: value for (*key, at), value in tried.items() if key == [loss, setting] and (at > 0) == (noise > 0)
         }
         assert noises[noise] == max(noises.values())
+    for one in test:
+        small, large = (one["withstood"][radius] for radius in ("0.1", "0.15"))
+        in_full = one["seed"] == 0
+        assert one["attacked"] == {"0.15": 16, "0.1": 16 if in_full else large.count("0")}
+        assert in_full or all(inner >= outer for inner, outer in zip(small, large, strict=True))
+        assert one["robust"] == {"0.15": large.count("1") / 16, "0.1": small.count("1") / 16}
     assert path.with_suffix(".md").read_text().count("| DRSLoss | lam") >= 2
     assert path.with_suffix(".png").stat().st_size > 1000
     again = run("compare_losses.py", *arguments)
@@ -107,6 +113,19 @@ def test_the_interval_over_images_is_that_of_their_mean_difference(monkeypatch):
     # Image by image 0, 1/2, 0, 0: a standard deviation of 1/4.
     assert shared.over_images(runs, base) == "+- 24.5"
     assert shared.over_images(runs, []) == ""
+
+
+def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    from compare_losses import against_order
+
+    def one(small, large, **attacked):
+        return {"images": 4, "withstood": {"0.1": small, "0.2": large}} | attacked
+
+    runs = [one("1101", "1010"), one("1111", "1000", attacked={"0.1": 4, "0.2": 4})]
+    skipped = one("0111", "1000", attacked={"0.1": 3, "0.2": 4})
+    assert against_order([*runs, skipped], ["0.1", "0.2"]) == (3, 1)
 
 
 def test_the_calibration_error_is_that_of_its_definition(monkeypatch):
