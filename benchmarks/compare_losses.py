@@ -51,7 +51,7 @@ IN_FULL = ("cross_entropy", "DRSLoss", "copies")
 # `eps`: the radii of the test; choices are made at the last. `middle`: the noise with which settings are chosen.
 STUDIES = {
     "digits": {
-        "eps": (0.05, 0.1, 0.15), "noises": (0.15, 0.25, 0.35, 0.5), "middle": 0.35, "choice_seeds": 2, "seeds": 5,
+        "eps": (0.05, 0.1, 0.15), "noises": (0.15, 0.25, 0.3, 0.35, 0.5), "middle": 0.35, "choice_seeds": 2, "seeds": 5,
         "more_seeds": 5, "validation": 360, "images": None, "recipe": {"epochs": 80, "batch_size": 64},
         "settings_from": None, "seen_noise": 0.2,
     },
