@@ -69,30 +69,42 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     test = [one for one in records if one["split"] == "test"]
     assert {(one["loss"], one["noise"] > 0) for one in test} == {
-        (loss, noisy) for loss in ("cross_entropy", "DRSLoss", "copies") for noisy in (False, True)
+        (loss, noisy) for loss in ("cross_entropy", "Squentropy", "copies") for noisy in (False, True)
     } - {("copies", False)}
-    tried = {
-        (one["loss"], str(one["setting"]), one["noise"]): one["robust"]["0.15"]
-        for one in records
-        if one["split"] == "validation"
-    }
-    for one in test:
-        loss, setting, noise = one["loss"], str(one["setting"]), one["noise"]
-        middle = 0.15 if noise else 0.0
-        assert tried[loss, setting, middle] == max(
-            value for (name, _, at), value in tried.items() if (name, at) == (loss, middle)
-        )
-        noises = {
-            at: value for (*key, at), value in tried.items() if key == [loss, setting] and (at > 0) == (noise > 0)
+    tried = {}
+    for one in records:
+        if one["split"] == "validation":
+            option = (str(one["setting"]), one["noise"])
+            tried.setdefault((one["loss"], one["noise"] > 0), {}).setdefault(option, []).append(one["robust"]["0.15"])
+    # All were tried with one seed, the best two with a second, and of these the better was taken.
+    best = {}
+    for key, options in tried.items():
+        twice = {option: sum(values) / 2 for option, values in options.items() if len(values) == 2}
+        assert len(twice) == min(2, len(options))
+        once = [values[0] for option, values in options.items() if option not in twice]
+        assert all(values[0] >= max(once, default=0) for option, values in options.items() if option in twice)
+        (chosen,) = {(str(one["setting"]), one["noise"]) for one in test if (one["loss"], one["noise"] > 0) == key}
+        assert twice[chosen] == best.setdefault(key, max(twice.values()))
+    # Cross-entropy and the best on validation are tested with two seeds.
+    for noisy in (False, True):
+        seeds = {
+            loss: sum((one["loss"], one["noise"] > 0) == (loss, noisy) for one in test)
+            for loss, at in best
+            if at == noisy
         }
-        assert noises[noise] == max(noises.values())
+        top = max(value for (_, at), value in best.items() if at == noisy)
+        more = {loss for loss, count in seeds.items() if count == 2}
+        assert set(seeds.values()) <= {1, 2}
+        assert "cross_entropy" in more
+        assert any(best[loss, noisy] == top for loss in more)
+        assert len(more) <= 2
     for one in test:
         small, large = (one["withstood"][radius] for radius in ("0.1", "0.15"))
-        in_full = one["seed"] == 0
+        in_full = one["seed"] == 0 and one["loss"] != "Squentropy"
         assert one["attacked"] == {"0.15": 16, "0.1": 16 if in_full else large.count("0")}
         assert in_full or all(inner >= outer for inner, outer in zip(small, large, strict=True))
         assert one["robust"] == {"0.15": large.count("1") / 16, "0.1": small.count("1") / 16}
-    assert path.with_suffix(".md").read_text().count("| DRSLoss | lam") >= 2
+    assert path.with_suffix(".md").read_text().count("| Squentropy | lam") >= 2
     assert path.with_suffix(".png").stat().st_size > 1000
     again = run("compare_losses.py", *arguments)
     assert "'split'" not in again.stdout
