@@ -38,7 +38,7 @@ LOSSES = {
     "PRSLoss, lam 0.0001": lambda: keras_drsl.PRSLoss(1e-4, from_logits=True),
 }
 COLUMNS = ("next word right", "after PGD on CE", "and on the margin", "perplexity", "variance of wrong words",
-           "variance of their top 4 between places")  # fmt: skip
+           "variance of their top 4 between places", "spread of the embeddings")  # fmt: skip
 
 
 def main():
@@ -104,7 +104,8 @@ def look_at(embed, predict, x, y, args):
     logits = predict.predict(embedded, verbose=0)
     # An attack sees the last place alone, and embeddings may go anywhere.
     last = Classifier(keras.Sequential([predict, keras.layers.Lambda(lambda z: z[:, -1])]))
-    eps = args.eps * float(np.std(keras.ops.convert_to_numpy(embed.layers[0].embeddings)))
+    spread = float(np.std(keras.ops.convert_to_numpy(embed.layers[0].embeddings)))
+    eps = args.eps * spread
     reach = float(np.abs(embedded).max()) + eps
     right = np.ones(len(x), bool)
     accuracy = [np.mean(logits[:, -1].argmax(1) == y[:, -1])]
@@ -117,15 +118,15 @@ def look_at(embed, predict, x, y, args):
     rivals = np.where(np.eye(logits.shape[-1], dtype=bool)[y], -np.inf, logits)
     top = np.sort(rivals, axis=-1)[..., -4:].mean(-1)
     cross_entropy, diversity = (keras.ops.convert_to_numpy(keras.ops.mean(one)) for one in (cross_entropy, diversity))
-    return [*map(float, accuracy), float(np.exp(cross_entropy)), float(diversity), float(np.var(top))]
+    return [*map(float, accuracy), float(np.exp(cross_entropy)), float(diversity), float(np.var(top)), spread]
 
 
 def make_table(rows, args):
     """A Markdown table: mean and, over several seeds, standard deviation."""
     lines = [
         f"Next word of Python's help topics, {args.epochs} epochs, mean of {args.seeds} seed(s); PGD of {args.steps} "
-        f"steps on the embeddings, L-inf, eps {args.eps:g} of their standard deviation; accuracy in %, what is left "
-        "after one attack and then the other",
+        f"steps on the embeddings, L-inf, eps {args.eps:g} of their own spread, the standard deviation; accuracy in %, "
+        "what is left after one attack and then the other",
         "",
         f"| loss | {' | '.join(COLUMNS)} |",
         "|---|" + "---|" * len(COLUMNS),

@@ -7,7 +7,8 @@ margin. Over whole models: whether those of less diversity are more robust.
 
 What you should see: within one model, the logit margin and the confidence predict the attack's end well, and so does
 diversity in the softmax space, which follows them; in the log space it hardly does. Over models it is the other way
-round: those of less diversity are more robust, but for label smoothing, and the margin says nothing.
+round: those of less diversity are more robust, but for label smoothing and logit squeezing, and the margin does not
+tell.
 
 How long: about eight minutes on two cores for six losses on the digits, an hour on one for all with three seeds.
 
@@ -230,22 +231,25 @@ def make_table(models, images, args):
                 lines.append(f"| {score} | {' | '.join(cells)} |")
             lines.append("")
     if len(args.losses) > 4:
+        others = [loss for loss in args.losses if not loss.startswith("drs")]
         lines += [
-            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, the "
-            f"{len(args.losses)} losses, each with all its seeds, drawn anew:",
+            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, the losses, each "
+            f"with all its seeds, drawn anew: all {len(args.losses)}, and the {len(others)} that are no DRSLoss.",
             "",
-            "| score | rho |",
-            "|---|---|",
+            "| score | all | without DRSLoss |",
+            "|---|---|---|",
         ]
         for score in SCORES:
-            # The models come loss by loss.
-            (cell,) = with_interval(
-                lambda rows, score=score: over_models(
-                    [models[row * args.seeds + seed] for row in rows for seed in range(args.seeds)], score
-                ),
-                len(args.losses),
-            )
-            lines.append(f"| {score} | {cell} |")
+            cells = []
+            for losses in (args.losses, others):
+                families = [[one for one in models if one["loss"] == loss] for loss in losses]
+                cells += with_interval(
+                    lambda rows, score=score, families=families: over_models(
+                        [one for row in rows for one in families[row]], score
+                    ),
+                    len(families),
+                )
+            lines.append(f"| {score} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["| loss | clean | robust | median radius | mean variance, log space |", "|---|---|---|---|---|"]
     for loss in args.losses:

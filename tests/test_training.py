@@ -241,9 +241,15 @@ class TestAStep:
 
     def test_of_noise_learns_from_two_draws_and_keeps_their_leads_alike(self, monkeypatch):
         x, y = data()
-        draws = np.random.default_rng(3).uniform(-EPS, EPS, (2, *x.shape)).astype("float32")
-        given = iter(draws)
-        monkeypatch.setattr(balls, "draw", lambda *arguments: ops.convert_to_tensor(next(given)))
+        x[0], x[1] = 0, 1  # whose copies leave the range, and are not clipped
+        units = np.random.default_rng(3).uniform(-1, 1, (2, *x.shape)).astype("float32")
+        draws, given = EPS * units, iter(units)
+
+        def draw(shape, eps, norm, seed):
+            assert norm == "inf"
+            return eps * ops.convert_to_tensor(next(given))
+
+        monkeypatch.setattr(balls, "draw", draw)
 
         def losses(kernel):
             hot = reference.one_hot(y, 3)
