@@ -275,7 +275,8 @@ def run(job, study, data, path, args):
     logits = model.predict(x, batch_size=500, verbose=0)
     noisy = x + np.random.default_rng(0).normal(0, study["seen_noise"], x.shape).astype("float32")
     diversity = keras_drsl.softmax_diversity(y, logits, from_logits=True)
-    record = job | {
+    # What a job asks for stays as it is: the attacks of a choice too, of which a report names a check that broke more.
+    record = {"attacks": [one["name"] for one in first.attacks]} | job | {
         "robust": robust,
         "attacked": attacked,
         "after": {f"{study['eps'][-1]:g}": {name: one["cumulative"] for name, one in first.accuracy.items()}},
@@ -286,7 +287,6 @@ def run(job, study, data, path, args):
         "calibration_error": calibration_error(logits, y),
         "diversity": float(keras.ops.mean(diversity)),
         "images": len(x),
-        "attacks": [one["name"] for one in first.attacks],
         "study": conditions(study),
         "seconds_of_training": round(seconds, 1),
         "command": measure.command(args, "compare_losses"),
