@@ -276,7 +276,9 @@ def run(job, study, data, path, args):
     noisy = x + np.random.default_rng(0).normal(0, study["seen_noise"], x.shape).astype("float32")
     diversity = keras_drsl.softmax_diversity(y, logits, from_logits=True)
     # What a job asks for stays as it is: the attacks of a choice too, of which a report names a check that broke more.
-    record = {"attacks": [one["name"] for one in first.attacks]} | job | {
+    record = {
+        "attacks": [one["name"] for one in first.attacks],
+        **job,
         "robust": robust,
         "attacked": attacked,
         "after": {f"{study['eps'][-1]:g}": {name: one["cumulative"] for name, one in first.accuracy.items()}},

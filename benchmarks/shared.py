@@ -23,11 +23,16 @@ def share(args, jobs, read, run):
         jobs: what is to be done, as dicts.
         read: gives the records so far.
         run: does one job and appends its record.
+
+    Raises:
+        RuntimeError: a run has left no record that is found by its job. All would wait for it, for ever.
     """
     turn, workers = map(int, args.worker.split("/"))
     for job in jobs[turn::workers]:
         if find(job, read()) is None:
             run(job)
+            if find(job, read()) is None:
+                raise RuntimeError(f"The run has left no record of its job {job}.")
     while missing := sum(find(job, read()) is None for job in jobs):
         print(f"waiting for the other workers: {missing} to do", flush=True)
         time.sleep(30)

@@ -1,3 +1,4 @@
+import argparse
 import collections
 import json
 import subprocess
@@ -121,6 +122,18 @@ def test_the_interval_over_images_is_that_of_their_mean_difference(monkeypatch):
     # Image by image 0, 1/2, 0, 0: a standard deviation of 1/4.
     assert shared.over_images(runs, base) == "+- 24.5"
     assert shared.over_images(runs, []) == ""
+
+
+def test_a_run_that_is_not_found_by_its_job_is_said_and_not_waited_for(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    import measure  # noqa: F401, finds the examples
+    import shared
+
+    args, done = argparse.Namespace(worker="1/2"), [{"seed": 0}]
+    jobs = [{"seed": seed} for seed in range(4)]
+    with pytest.raises(RuntimeError, match="no record of its job {'seed': 1}"):
+        shared.share(args, jobs, lambda: done, lambda job: done.append({"seed": job["seed"] + 100}))
 
 
 def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted(monkeypatch):
