@@ -101,7 +101,7 @@ METHODS = {
     "pgd": Method(),
     "trades": Method(learns_from=(CLEAN,), drive=divergence, near=True, penalty=trades_penalty),
     "mart": Method(penalty=mart_penalty),
-    "noise": Method(learns_from=(CLEAN, ADVERSARIAL), drive=None, penalty=lead_penalty, drawn=True, beta=0.1),
+    "noise": Method(learns_from=(CLEAN, ADVERSARIAL), drive=None, penalty=lead_penalty, drawn=True, beta=0.3),
 }
 
 
@@ -158,7 +158,7 @@ class AdversarialTraining(keras.Model):
             `DRSLoss` `"loss"` did best for `"pgd"` and `"margin"` for `"fgsm"` in the study that README quotes.
         norm: `"inf"` or 2.
         beta: the weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the leads' difference in
-            `"noise"`, by default 0.1; >= 0. Without effect elsewhere.
+            `"noise"`, by default 0.3; >= 0. Without effect elsewhere.
         clip_min: the smallest valid input value.
         clip_max: the largest valid input value.
         warmup_epochs: how many epochs train with less than `eps`, evenly rising, >= 0. Each `fit` begins anew, unless
