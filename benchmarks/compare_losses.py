@@ -420,7 +420,7 @@ def plot(rows, radius, path, args):
     axes.invert_yaxis()
     axes.set(xlabel="robust accuracy (%)", title=f"{args.dataset}, eps {radius}, suite standard; a dot a seed")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
