@@ -11,12 +11,16 @@ is left to do, it writes the table and the figure beside it.
    first. What withstands it there counts as withstanding it in the smaller balls, which lie inside. Some runs attack
    every image at every radius all the same, and the table says how often they speak against that.
 
-On MNIST settings are those chosen on the digits, and only the noise is chosen anew.
+On MNIST settings are those chosen on the digits, and only the noise is chosen anew. `digits_redrawn` chooses nothing:
+it repeats some of the digits' tests with other test images for each seed, and takes from the two noisy copies the one
+half of what they add, the other, and both.
 
     python benchmarks/compare_losses.py --dataset digits --out results
+    python benchmarks/compare_losses.py --dataset digits_redrawn --out results
     python benchmarks/compare_losses.py --dataset mnist --out results
 
-Two processes share the work with `--worker 0/2` and `--worker 1/2`. About six hours for the digits on two cores.
+Two processes share the work with `--worker 0/2` and `--worker 1/2`. On two cores about six hours for the digits, half
+an hour for the redrawn ones, ten hours for MNIST.
 """
 
 import collections
@@ -50,6 +54,8 @@ LOSSES = {
     "copies_apart": ("DRSLoss, two copies, leads free", [{"lam": one, "beta": 0.0} for one in (0.1, 0.3, 1.0)]),
 }
 COPIES = ("copies", "copies_ce", "copies_apart")
+# Tested again with other test images, with noise.
+REPEATED = ("cross_entropy", "label_smoothing", "LogitSqueezing", "Squentropy", "DRSLoss", "copies")
 # With seed 0 attacked at every radius on every image.
 IN_FULL = ("cross_entropy", "DRSLoss", "GuidedComplementEntropy", "LogitSqueezing", "copies")
 # `eps`: the radii of the test; choices are made at the last. `again`: how many are tried with a second seed. `seeds`:
@@ -66,6 +72,7 @@ STUDIES = {
         "seen_noise": 0.3,
     },
 }  # fmt: skip
+STUDIES["digits_redrawn"] = STUDIES["digits"] | {"eps": (0.15,), "settings_from": "digits"}
 # Of the choice. An untargeted attack would flatter the losses that level the rivals, by up to fifteen points.
 ATTACKS = ("apgd_ce", "apgd_t_margin")
 
@@ -92,8 +99,9 @@ def main():
             if any(shared.find(job, done) is None for job in jobs):
                 sys.exit(f"Run `--dataset {study['settings_from']}` first: settings are chosen there.")
 
-        settings = {key: [setting] for key, (_, setting, _) in choose(first, settings, be_done, lambda: done).items()}
-    data = datasets.load(args.dataset, args.data_dir)
+        chosen = choose(first, settings, be_done, lambda: done)
+        settings = {key: [setting] for key, (_, setting, _) in chosen.items()}
+    data = datasets.load(args.dataset.removesuffix("_redrawn"), args.data_dir)
     if args.quick:
         data = tuple((x[:256], y[:256]) for x, y in data)
 
@@ -103,7 +111,10 @@ def main():
     def do(jobs):
         shared.share(args, jobs, read_all, lambda job: run(job, study, data, path, args))
 
-    tests = test_jobs(study, choose(study, settings, do, read_all), read_all())
+    if is_redrawn(args):
+        tests = [make_job("test", option, seed) for seed in range(study["seeds"]) for option in repeated(chosen)]
+    else:
+        tests = test_jobs(study, choose(study, settings, do, read_all), read_all())
     do(tests)
     if shared.is_first(args):
         write_summary(path, study, tests, data, args)
@@ -112,6 +123,10 @@ def main():
 def add_arguments(parser):
     parser.add_argument("--dataset", choices=STUDIES, default="digits")
     shared.add_worker(parser)
+
+
+def is_redrawn(args):
+    return args.dataset.endswith("_redrawn")
 
 
 def read(path, study):
@@ -185,6 +200,14 @@ def test_jobs(study, chosen, done):
     return sorted(jobs, key=lambda job: job["seed"])
 
 
+def repeated(chosen):
+    """What is tested with other test images, and the two noisy copies without what they add."""
+    name, setting, noise = chosen["copies", True]
+    halves = [setting | part for part in ({"beta": 0.0}, {"lam": 0.0}, {"lam": 0.0, "beta": 0.0})]
+    options = [chosen["cross_entropy", False], *(chosen[one, True] for one in REPEATED if one in LOSSES)]
+    return options + [(name, half, noise) for half in halves]
+
+
 def against_order(tests, radii):
     """Of the runs that attacked all images at all radii: how often one stood at a larger radius, and fell at a smaller.
 
@@ -254,6 +277,9 @@ def run(job, study, data, path, args):
     training, images = data
     if job["split"] == "validation":
         training, images = example.split(training, study["validation"], seed=job["seed"])
+    elif is_redrawn(args):
+        whole = tuple(np.concatenate(parts) for parts in zip(training, images, strict=True))
+        training, images = example.split(whole, len(images[0]), seed=job["seed"])
     began = time.perf_counter()
     model = train(job, training, study["recipe"])
     seconds = time.perf_counter() - began
@@ -314,7 +340,7 @@ def calibration_error(logits, y, bins=15):
 
 
 def time_steps(jobs, study, data, args):
-    """The time of a training step of each job over the first one's, plain cross-entropy: medians of turns."""
+    """The time of a training step of each job over the first one's, plain cross-entropy: medians, and quartiles."""
     count, rounds = (2, 2) if args.quick else (20, 7)
     calls = {}
     for key, job in jobs.items():
@@ -324,47 +350,54 @@ def time_steps(jobs, study, data, args):
         calls[key] = lambda model=model, batch=batch: [model.train_on_batch(*batch) for _ in range(count)]
     seconds = measure.interleave(calls, rounds)
     plain = next(iter(seconds.values()))
-    return {key: measure.ratio(values, plain)["ratio"] for key, values in seconds.items()}
+    return {key: measure.ratio(values, plain) for key, values in seconds.items()}
 
 
 def write_summary(path, study, tests, data, args):
     """The table and the figure."""
     done = read(path, study)
+    tested = [shared.find(job, done) for job in tests]
     rows = {}
-    for job in tests:
-        record = shared.find(job, done)
-        rows.setdefault((job["noise"] > 0, job["loss"]), []).append(record)
+    for one in tested:
+        rows.setdefault((one["noise"] > 0, one["loss"], *one["setting"].items()), []).append(one)
     steps = time_steps({key: runs[0] for key, runs in rows.items()}, study, data, args)
     radii = [f"{eps:g}" for eps in study["eps"]]
     last = radii[-1]
-    stood, fell = against_order([one for runs in rows.values() for one in runs], radii)
+    stood, fell = against_order(tested, radii)
+    images = f"{tested[0]['images']} test images{', drawn anew for each seed' if is_redrawn(args) else ''}"
+    order = (
+        " Attacked at the largest radius first; what withstands it there counts as withstanding it in the balls "
+        f"inside: in the runs that attacked all images at all radii, of {stood} that stood at a larger radius {fell} "
+        "fell at a smaller."
+    )
     lines = [
         f"# {args.dataset}: losses side by side",
         "",
-        f"From `{path.name}`, which holds each run. Suite standard on {next(iter(rows.values()))[0]['images']} test "
-        "images, L-inf, no adversarial training. In %, mean +- standard deviation over the seeds; ECE: expected "
-        f"calibration error; noisy: accuracy under Gaussian noise of {study['seen_noise']}. Difference: at {last}, to "
-        "cross-entropy with its own best noise, or without, seed by seed, with its 95 % interval over seeds where "
-        "there are several, and the half-width over images; the best of many rows looks better than it is. Step: time "
-        "of a training step over cross-entropy's without noise, taking turns, for two copies on half as many images. "
-        "All are trained from scratch by one recipe, those too whose authors begin with cross-entropy (prob. compact "
-        "loss). `*`: the first or last of what could be chosen. Attacked at the largest radius first; what withstands "
-        "it there counts as withstanding it in the balls inside: in the runs that attacked all images at all radii, of "
-        f"{stood} that stood at a larger radius {fell} fell at a smaller.",
+        f"From `{path.name}`, which holds each run. Suite standard on {images}, L-inf, no adversarial training, "
+        f"{study['recipe']['epochs']} epochs, half as many for two copies. In %, mean +- standard deviation over the "
+        f"seeds; ECE: expected calibration error; noisy: accuracy under Gaussian noise of {study['seen_noise']}. "
+        f"Difference: at {last}, to cross-entropy with its own best noise, or without, seed by seed, with its 95 % "
+        "interval over seeds where there are several, and the half-width over images; the best of many rows looks "
+        "better than it is. Step: time of a training step over cross-entropy's without noise, the medians' ratio and "
+        "the quartiles of turns, for two copies on half as many images. All are trained from scratch by one recipe, "
+        "those too whose authors begin with cross-entropy (prob. compact loss). `*`: the first or last of what could "
+        f"be chosen.{order if len(radii) > 1 else ''}",
         "",
         f"| loss | setting | training noise | seeds | step | clean | ECE | noisy | {' | '.join(radii)} | "
         f"after APGD on CE at {last} | difference | checks that warn or fail at {last} |",
         "|---|---|---|---|---|---|---|---|" + "---|" * (len(radii) + 3),
     ]
-    for (noisy, name), runs in rows.items():
+    for (noisy, name, *key), runs in rows.items():
         base = rows[noisy, "cross_entropy"] if name != "cross_entropy" else []
-        setting = ", ".join(f"{key} {value:.3g}{at_end(name, key, value)}" for key, value in runs[0]["setting"].items())
+        setting = ", ".join(f"{argument} {value:.3g}{at_end(name, argument, value)}" for argument, value in key)
         noise = runs[0]["noise"]
         noise = f"{noise:g}{'*' if noise in (study['noises'][0], study['noises'][-1]) else ''}"
         columns = [[one[key] for one in runs] for key in ("clean", "calibration_error", "under_noise")]
         columns += [[one["robust"][radius] for one in runs] for radius in radii]
         columns.append([next(iter(one["after"][last].values())) for one in runs])
-        cells = [LOSSES[name][0], setting, noise, str(len(runs)), f"{steps[noisy, name]:.2f}"]
+        cells = [LOSSES[name][0], setting, noise, str(len(runs))]
+        step = steps[(noisy, name, *key)]
+        cells.append(f"{step['ratio']:.2f} ({step['spread'][0]:.2f} to {step['spread'][1]:.2f})")
         cells += map(shared.spread, columns)
         cells[-2] = f"**{cells[-2]}**"
         gain = shared.difference(runs, base, lambda one: one["robust"][last])
@@ -372,25 +405,32 @@ def write_summary(path, study, tests, data, args):
         warned = collections.Counter(check for one in runs for check in one["warnings"][last])
         cells.append(", ".join(f"{check}: {count}" for check, count in warned.items()))
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"## Choice: worst case of {' and '.join(ATTACKS)} at {last} on validation images",
-        "",
-        "| loss | setting | training noise | seeds | clean | robust |",
-        "|---|---|---|---|---|---|",
-    ]
-    tried = {}
-    for one in done:
-        if one["split"] == "validation" and one["attacks"] == [*ATTACKS]:
-            tried.setdefault((one["loss"], tuple(one["setting"].items()), one["noise"]), []).append(one)
-    for (name, setting, noise), runs in sorted(tried.items()):
-        cells = [LOSSES[name][0], ", ".join(f"{key} {value:.3g}" for key, value in setting), f"{noise:g}"]
-        cells += [str(len(runs)), shared.spread([one["clean"] for one in runs])]
-        lines.append(f"| {' | '.join(cells)} | {shared.spread([one['robust'][last] for one in runs])} |")
+    chosen_by = [one for one in done if one["split"] == "validation" and one["attacks"] == [*ATTACKS]]
+    lines += short_table(
+        f"Choice: worst case of {' and '.join(ATTACKS)} at {last} on validation images", chosen_by, last
+    )
+    others = [one for one in done if one["split"] == "test" and one not in tested]
+    lines += short_table(
+        f"Test runs of settings that were chosen by an earlier way of choosing, at {last}", others, last
+    )
     lines += ["", f"Written by `{measure.command(args, 'compare_losses')}`.", ""]
     path.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
-    plot(rows, last, path.with_suffix(".png"), args)
+    if not is_redrawn(args):
+        plot(rows, last, path.with_suffix(".png"), args)
+
+
+def short_table(title, runs, radius):
+    """The lines of a section: clean and robust accuracy of each loss, setting and noise. None without runs."""
+    groups = {}
+    for one in runs:
+        groups.setdefault((one["loss"], tuple(one["setting"].items()), one["noise"]), []).append(one)
+    lines = ["", f"## {title}", "", "| loss | setting | training noise | seeds | clean | robust |", "|---" * 6 + "|"]
+    for (name, setting, noise), some in sorted(groups.items()):
+        cells = [LOSSES[name][0], ", ".join(f"{key} {value:.3g}" for key, value in setting), f"{noise:g}"]
+        cells += [str(len(some)), shared.spread([one["clean"] for one in some])]
+        lines.append(f"| {' | '.join(cells)} | {shared.spread([one['robust'][radius] for one in some])} |")
+    return lines if runs else []
 
 
 def at_end(name, key, value):
@@ -409,7 +449,8 @@ def plot(rows, radius, path, args):
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for noisy in (False, True):
         for place, name in enumerate(LOSSES):
-            values = 100 * np.array([one["robust"][radius] for one in rows.get((noisy, name), [])])
+            runs = next((runs for key, runs in rows.items() if key[:2] == (noisy, name)), [])
+            values = 100 * np.array([one["robust"][radius] for one in runs])
             if len(values) == 0:
                 continue
             at = place + (0.2 if noisy else -0.2)

@@ -62,7 +62,7 @@ def main():
             row["runs"].append(dict(zip(COLUMNS, look_at(embed, predict, *test, args), strict=True)))
             print(row["runs"][-1])
         rows.append(row)
-    table = make_table(rows, args)
+    table = make_table(rows, len(test[0][: args.max_windows]), args)
     print("\n" + table)
     stem.with_suffix(".md").write_text(table)
     record = {"command": records.command(SCRIPT, args), "versions": records.versions(), "rows": rows}
@@ -121,12 +121,12 @@ def look_at(embed, predict, x, y, args):
     return [*map(float, accuracy), float(np.exp(cross_entropy)), float(diversity), float(np.var(top)), spread]
 
 
-def make_table(rows, args):
+def make_table(rows, count, args):
     """A Markdown table: mean and, over several seeds, standard deviation."""
     lines = [
-        f"Next word of Python's help topics, {args.epochs} epochs, mean of {args.seeds} seed(s); PGD of {args.steps} "
-        f"steps on the embeddings, L-inf, eps {args.eps:g} of their own spread, the standard deviation; accuracy in %, "
-        "what is left after one attack and then the other",
+        f"Next word of Python's help topics, {args.epochs} epochs, mean of {args.seeds} seed(s), {count} test windows; "
+        f"PGD of {args.steps} steps on the embeddings, L-inf, eps {args.eps:g} of their own spread, the standard "
+        "deviation; accuracy in %, what is left after one attack and then the other",
         "",
         f"| loss | {' | '.join(COLUMNS)} |",
         "|---|" + "---|" * len(COLUMNS),

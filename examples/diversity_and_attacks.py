@@ -251,13 +251,21 @@ def make_table(models, images, args):
                 )
             lines.append(f"| {score} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["| loss | clean | robust | median radius | mean variance, log space |", "|---|---|---|---|---|"]
+    score = "variance, log space"
+    lines += [
+        "Loss by loss, and the within-model figures of the variance in the log space, which not all losses agree on:",
+        "",
+        "| loss | clean | robust | median radius | mean variance | rho | rho, the logit margin held fixed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for loss in args.losses:
         mine = [one for one in models if one["loss"] == loss]
         clean, robust = (100 * np.mean([one[name] for one in mine]) for name in ("clean", "robust"))
         radius = np.median([one["radius"] for one in mine])
-        variance = -np.mean([mean_score(one, "variance, log space") for one in mine])
-        lines.append(f"| {LOSSES[loss][0]} | {clean:.1f} | {robust:.1f} | {radius:.3f} | {variance:.3g} |")
+        variance = -np.mean([mean_score(one, score) for one in mine])
+        rhos = with_interval(lambda rows, mine=mine: mean_within(mine, score, rows)[:2], images, ("+.2f", "+.2f"))
+        cells = [f"{clean:.1f}", f"{robust:.1f}", f"{radius:.3f}", f"{variance:.3g}", *rhos]
+        lines.append(f"| {LOSSES[loss][0]} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\nWritten by `{records.command(SCRIPT, args)}`.\n"
 
 

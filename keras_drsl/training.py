@@ -124,9 +124,9 @@ class AdversarialTraining(keras.Model):
       al.).
     - `"noise"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without any attack: x' and x'' are drawn anywhere
       in the ball, and not clipped (in L-inf that is uniform noise of standard deviation `eps / sqrt(3)`); d is the lead
-      of the true logit over the mean of the others. A step costs two usual ones. Meant for
-      `keras_drsl.DRSLoss(lam=1.0)` and an `eps` three to four times that of the attacks to come, as far as the range of
-      the inputs allows.
+      of the true logit over the mean of the others. A step costs two usual ones, and a look at the clean batch. Meant
+      for `keras_drsl.DRSLoss(lam=1.0)` and an `eps` about two and a half times that of the attacks to come: four times
+      was much worse in the study that README quotes.
     - `"clean"`: `L(y, z)`: the control.
 
     The inner steps see the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
@@ -135,6 +135,9 @@ class AdversarialTraining(keras.Model):
     model as at inference. Sample weights don't count in these last two. Where nothing is attacked, `attack_strength` is
     0; the other metrics are on one of the copies for `"noise"`. With `validation_data`, `val_loss`, `val_accuracy` and
     so on are without attack.
+
+    What layers add to the loss by themselves is added once; if it depends on their inputs, as an activity regularizer
+    does, once for each of x and x' that the method looks at, on JAX for the last of them.
 
     Layers that draw random numbers, noise or crops, draw the same for x and x' (on torch, those that were given a
     seed). `fit` checks arrays whole, and of other data the first batch, which is drawn once more beforehand: a data set

@@ -106,6 +106,22 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     again = run("compare_losses.py", *arguments)
     assert "'split'" not in again.stdout
     assert path.read_text().count("\n") == len(records)
+
+    # With other test images: what was chosen, and the two copies without the one half, the other, and both.
+    redrawn = run("compare_losses.py", *arguments, "--dataset", "digits_redrawn")
+    assert redrawn.returncode == 0, redrawn.stderr[-3000:]
+    path = tmp_path / "compare_losses_digits_redrawn_quick.jsonl"
+    (of_copies,) = {(*one["setting"].values(), one["noise"]) for one in test if one["loss"] == "copies"}
+    lam, beta, noise = of_copies
+    got = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(*one["setting"].values(), one["noise"]) for one in got if one["loss"] == "copies"] == [
+        (lam, beta, noise), (lam, 0.0, noise), (0.0, beta, noise), (0.0, 0.0, noise)
+    ]  # fmt: skip
+    others = {(one["loss"], str(one["setting"]), one["noise"]) for one in test if one["loss"] != "copies"}
+    repeated = {(one["loss"], str(one["setting"]), one["noise"]) for one in got if one["loss"] != "copies"}
+    assert repeated == {one for one in others if one[0] != "Squentropy" or one[2] > 0}
+    assert "drawn anew for each seed" in path.with_suffix(".md").read_text()
+
     without = run("compare_losses.py", "--quick", "--dataset", "mnist", "--out", tmp_path / "other")
     assert without.returncode != 0
     assert "Run `--dataset digits` first" in without.stderr

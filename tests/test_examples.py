@@ -175,6 +175,56 @@ def test_the_example_of_diversity_tells_how_well_each_score_foretells_the_attack
     assert json.loads((tmp_path / "diversity_digits.json").read_text())["models"][0] == models[0]
 
 
+def test_the_figures_of_several_models_are_those_of_scipy_and_their_intervals_those_of_a_bootstrap(monkeypatch):
+    from scipy import stats
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("diversity_and_attacks")
+    rng = np.random.default_rng(0)
+    losses = ["ce", "ls", "gce", "cot", "squeezing", "drs_1"]
+    models = []
+    for loss in losses:
+        for seed in range(2):
+            right = rng.random(60) < 0.9
+            radius = np.where(right, rng.uniform(0, 0.3, 60), 0)
+            scores = {name: radius + rng.normal(0, 0.2, 60) for name in example.SCORES}
+            one = {"loss": loss, "seed": seed, "clean": right.mean(), "robust": (radius > 0.15).mean(), "right": right}
+            models.append(one | {"radius": radius, "withstood": radius > 0.15, "scores": scores})
+    args = argparse.Namespace(dataset="digits", losses=losses, seeds=2, eps=0.15, suite="quick")
+    lines = example.make_table(models, 60, args).splitlines()
+
+    def figures(section, row, column):
+        """The value and the ends of the interval of a cell."""
+        start = next(place for place, line in enumerate(lines) if line.startswith(section))
+        cells = next(line for line in lines[start:] if line.startswith(f"| {row} |")).split("|")
+        return [float(one) for one in cells[column + 1].replace("(", "").replace(")", "").replace("to", "").split()]
+
+    def rho(model, score):
+        kept = model["right"]
+        return stats.spearmanr(model["scores"][score][kept], model["radius"][kept]).statistic
+
+    def over(some):
+        means = [one["scores"]["entropy"][one["right"]].mean() for one in some]
+        return stats.spearmanr(means, [one["robust"] for one in some]).statistic
+
+    value, low, high = figures("Within a model, mean over 12", "entropy", 1)
+    assert value == pytest.approx(np.mean([rho(one, "entropy") for one in models]), abs=0.006)
+    assert low < value < high
+    # Of one loss, against the normal approximation of a mean of two rhos.
+    score = "variance, log space"
+    value, low, high = figures("Loss by loss", "cross-entropy", 5)
+    assert value == pytest.approx(np.mean([rho(one, score) for one in models[:2]]), abs=0.006)
+    assert high - low == pytest.approx(2 * 1.96 * (1 - value**2) / np.sqrt(2 * 54), rel=0.4)
+    for column, some in ((1, models), (2, models[:10])):
+        value, low, high = figures("Over models", "entropy", column)
+        assert value == pytest.approx(over(some), abs=0.006)
+        # Losses are drawn, each with both its models.
+        pairs = [some[place : place + 2] for place in range(0, len(some), 2)]
+        drawn = rng.integers(0, len(pairs), (500, len(pairs)))
+        draws = [over([model for place in row for model in pairs[place]]) for row in drawn]
+        assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.12)
+
+
 def test_runs_are_kept_until_what_came_of_them_is_written(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     records = importlib.import_module("records")
@@ -224,14 +274,17 @@ def test_bisection_finds_the_radius_of_a_linear_model(monkeypatch):
 
 
 def test_the_example_of_text_shows_what_each_loss_restrains(tmp_path):
-    small = ("--epochs", "2", "--steps", "3", "--max-windows", "40", "--out", tmp_path)
+    small = ("--epochs", "2", "--steps", "3", "--eps", "3", "--max-windows", "200", "--out", tmp_path)
     printed = run(*small, script="caption_or_text.py").stdout
     table = (tmp_path / "text.md").read_text()
     assert table in printed
     record = json.loads((tmp_path / "text.json").read_text())
     plain, drs, prs = (row["runs"][0] for row in record["rows"])
     for one in (plain, drs, prs):
-        assert one["next word right"] >= one["after PGD on CE"] >= one["and on the margin"]
+        # Better than a blind guess, and a large attack breaks most.
+        assert one["next word right"] > 0.01
+        assert one["perplexity"] < 1000
+        assert one["and on the margin"] < one["next word right"] / 2
     assert drs["variance of wrong words"] < plain["variance of wrong words"]
     between = "variance of their top 4 between places"
     assert prs[between] < plain[between]

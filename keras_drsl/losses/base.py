@@ -19,7 +19,8 @@ class ClassificationLoss(keras.losses.Loss):
     half precision and saving are dealt with here. CONTRIBUTING.md has an example.
 
     Edges: positions under a Keras mask or of `ignore_class` don't count and may hold anything. The logits of one that
-    counts must be finite; a rival at minus infinity makes most of these losses NaN.
+    counts must be finite; a rival at minus infinity, as of a vocabulary that is masked, makes them NaN or infinite, but
+    for `ZLoss` on the cross-entropy, and for `PRSLoss` unless it is among the rivals that count.
 
     Attributes:
         hyperparameters: the names of the constructor's own arguments, kept under the same names.

@@ -34,8 +34,8 @@ def prs_loss(
         lam: as in `PRSLoss`, like all that follow.
         start: the first of the sorted non-true logits that counts.
         end: the first that doesn't any more.
-        sample_weight: how much each token counts in the restraint, shape `(...)`, `(..., 1)` or with 1 in place of
-            a length; it does not weigh the values that are returned.
+        sample_weight: how much each token counts in the restraint, numbers >= 0 of shape `(...)`, `(..., 1)` or with 1
+            in place of a length; it does not weigh the values that are returned.
         from_logits: whether `y_pred` holds logits.
         ignore_class: a class id, or None.
         axis: the axis of the classes in `y_pred`.
@@ -85,10 +85,12 @@ class PRSLoss(ClassificationLoss):
     The vocabulary is not sorted: its `end` largest are found.
 
     Edges: tokens under a Keras mask or of `ignore_class` are as if they were not there; if none is left, the loss is
-    0. A token of weight 0 takes no part in the restraint, one of weight 2 takes part as two would. With label
-    distributions, the true class is the likeliest. A constant added to the logits of one token changes the loss, so
-    probabilities whose logits cannot be found are an error. `lam=0` is Keras's cross-entropy. Sample weights need as
-    many axes as there are of tokens, `(batch, 1)` for one a sequence.
+    0. The restraint is at least `lam * N * log N`, which it is where all `a_i` are equal, so the loss itself grows
+    with the tokens of a batch, and its exponential is no perplexity: log a cross-entropy as a metric beside it. A token
+    of weight 0 takes no part in the restraint, one of weight 2 takes part as two would. With label distributions, the
+    true class is the likeliest. A constant added to the logits of one token changes the loss, so probabilities whose
+    logits cannot be found are an error. `lam=0` is Keras's cross-entropy. Sample weights are 0 or more and need as many
+    axes as there are of tokens, `(batch, 1)` for one a sequence.
 
     What depends on the batch: the restraint is over the tokens that are computed together. Twice the batch is not twice
     the same loss; each replica of `tf.distribute` evens out its own tokens, and the loss is the mean over replicas, as
@@ -168,13 +170,15 @@ def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
     """Sample weights, one a token. Keras would apply them to the values as they are, and divide by their own sum."""
     zeros = ops.cast(ops.zeros_like(ops.take(ops.convert_to_tensor(y_pred), 0, axis=axis)), dtype)
     weights = ops.cast(ops.convert_to_tensor(weights), dtype)
-    shape, positions = tuple(weights.shape), tuple(zeros.shape)
-    if len(shape) == len(positions) + 1 and shape[-1] == 1:
+    given, positions = tuple(weights.shape), tuple(zeros.shape)
+    if len(given) == len(positions) + 1 and given[-1] == 1:
         weights = ops.squeeze(weights, axis=-1)
-    elif len(shape) != len(positions):
+    shape = tuple(weights.shape)
+    known = [one for one in zip(shape, positions, strict=False) if None not in one]
+    if len(shape) != len(positions) or any(one not in (1, length) for one, length in known):
         raise ValueError(
             "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one. "
-            f"Received: sample_weight.shape={shape}, tokens of shape {positions}"
+            f"Received: sample_weight.shape={given}, tokens of shape {positions}"
         )
     return weights + zeros
 

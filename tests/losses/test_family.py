@@ -1,6 +1,7 @@
 """What every loss must do, for each of them."""
 
 import math
+import re
 from typing import NamedTuple
 
 import keras
@@ -309,12 +310,13 @@ def test_labels_that_cannot_be_are_named_or_make_the_loss_nan(name):
     assert np.array_equal(np.isnan(got), np.arange(6) == 3)
 
 
-def test_each_loss_is_called_by_its_name_in_snake_case():
-    names = [case.make().name for case in FAMILY]
-    assert names == [
-        "drs_loss", "prs_loss", "squentropy", "guided_complement_entropy", "complement_objective",
-        "probabilistically_compact_loss", "logit_squeezing", "z_loss",
-    ]  # fmt: skip
+@each_loss
+def test_each_loss_is_called_by_its_name_in_snake_case(name):
+    words = BY_NAME[name].make().name.split("_")
+    assert "".join(words) == name.lower()
+    starts = {sum(map(len, words[:place])) for place in range(len(words))}
+    # A capital before a small letter begins a word; those before it are one, as in DRSLoss.
+    assert starts == {0} | {place for place in range(len(name)) if re.match("[A-Z][a-z]", name[place:])}
 
 
 def test_all_public_losses_are_tested_here():

@@ -1,4 +1,5 @@
 import math
+import re
 
 import keras
 import numpy as np
@@ -169,11 +170,13 @@ class TestBadInput:
             with pytest.raises(ValueError, match=f"`end` must be above `start`. Received: start={start}, end={end}"):
                 make(start=start, end=end)
 
-    @pytest.mark.parametrize("count", [4, 7])
-    def test_weights_that_could_be_of_sequences_or_of_places_are_refused(self, count):
+    # Of four sequences: a weight a sequence or a place, and lengths that are neither the tokens' nor 1.
+    @pytest.mark.parametrize(("count", "shape"), [(4, (4,)), (7, (4,)), (7, (4, 3)), (7, (3, 7)), (7, (3,))])
+    def test_weights_that_are_not_one_a_token_are_refused(self, count, shape):
         z, ids, _ = draw((4, count, 6))
-        with pytest.raises(ValueError, match=r"`sample_weight` must hold a weight for each token.*shape=\(4,\), tok"):
-            PRSLoss(from_logits=True)(ids, z, np.ones(4, "float32"))
+        received = re.escape(f"Received: sample_weight.shape={shape}, tokens of shape (4, {count})")
+        with pytest.raises(ValueError, match=f"`sample_weight` must hold a weight for each token.*{received}"):
+            PRSLoss(from_logits=True)(ids, z, np.ones(shape, "float32"))
 
     def test_there_must_be_as_many_rivals_as_places(self):
         z, ids, _ = draw()
