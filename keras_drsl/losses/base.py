@@ -127,8 +127,9 @@ def check_logits(name: str, inputs: _inputs.Inputs) -> None:
     """`ValueError` for probabilities whose logits are not known."""
     if not inputs.from_logits:
         raise ValueError(
-            f"{name} depends on the logits themselves, and those behind `y_pred` cannot be found. End the model in "
-            "logits and use `from_logits=True`. Received: from_logits=False"
+            f"{name} depends on the logits themselves, and those behind `y_pred` cannot be found: they can on "
+            "TensorFlow alone, where a softmax is the model's last step. End the model in logits and use "
+            "`from_logits=True`. Received: from_logits=False"
         )
 
 

@@ -146,7 +146,7 @@ def _values(
 ) -> Any:
     classes = inputs.scores.shape[-1]
     if end > classes - 1:
-        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end}")
+        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end} (default: 4)")
     values = cross_entropy(inputs)
     if lam == 0:
         return values
@@ -177,8 +177,8 @@ def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
     known = [one for one in zip(shape, positions, strict=False) if None not in one]
     if len(shape) != len(positions) or any(one not in (1, length) for one, length in known):
         raise ValueError(
-            "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one. "
-            f"Received: sample_weight.shape={given}, tokens of shape {positions}"
+            "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one; so must "
+            f"what Keras makes of `class_weight`. Received: sample_weight.shape={given}, tokens of shape {positions}"
         )
     return weights + zeros
 
