@@ -67,7 +67,7 @@ STUDIES = {
         "seen_noise": 0.2,
     },
     "mnist": {
-        "eps": (0.1, 0.2), "noises": (0.3, 0.5), "again": 0, "seeds": 1, "best": 3, "more_seeds": 3,
+        "eps": (0.1, 0.2), "noises": (0.3, 0.5, 0.7, 1.0), "again": 0, "seeds": 1, "best": 3, "more_seeds": 3,
         "validation": 300, "images": 300, "recipe": {"epochs": 6, "batch_size": 128}, "settings_from": "digits",
         "seen_noise": 0.3,
     },
