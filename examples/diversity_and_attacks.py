@@ -6,11 +6,11 @@ clean image - each measure, each space - predicts (a) whether the standard suite
 margin. Over whole models: whether those of less diversity are more robust.
 
 What you should see: within one model, the logit margin and the confidence predict the attack's end well, and so does
-diversity in the softmax space, which follows them; in the log space it hardly does. Over models it is the other way
-round: those of less diversity are more robust, but for label smoothing and logit squeezing, and the margin does not
-tell.
+diversity in the softmax space, which follows them; in the log space it does not under cross-entropy, and does where a
+loss has levelled the wrong classes. Over models it is the other way round: those of less diversity are more robust, but
+for label smoothing and logit squeezing, and the margin does not tell.
 
-How long: about eight minutes on two cores for six losses on the digits, an hour on one for all with three seeds.
+How long: about six minutes on two cores for six losses on the digits, an hour on one for all with three seeds.
 
     python examples/diversity_and_attacks.py
     python examples/diversity_and_attacks.py --losses all --seeds 3 --out results --overwrite
