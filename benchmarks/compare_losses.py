@@ -59,20 +59,25 @@ REPEATED = ("cross_entropy", "label_smoothing", "LogitSqueezing", "Squentropy", 
 # With seed 0 attacked at every radius on every image.
 IN_FULL = ("cross_entropy", "DRSLoss", "GuidedComplementEntropy", "LogitSqueezing", "copies")
 # `eps`: the radii of the test; choices are made at the last. `again`: how many are tried with a second seed. `seeds`:
-# of the tests, and of those of cross-entropy and the `best` on validation.
+# of the tests, and of those of cross-entropy and the `best` on validation. `redrawn`: each seed has test images of its
+# own.
 STUDIES = {
     "digits": {
+        "data": "digits", "redrawn": False,
         "eps": (0.05, 0.1, 0.15), "noises": (0.2, 0.3, 0.4, 0.5), "again": 4, "seeds": 5, "best": 0, "more_seeds": 5,
         "validation": 360, "images": None, "recipe": {"epochs": 80, "batch_size": 64}, "settings_from": None,
         "seen_noise": 0.2,
     },
     "mnist": {
+        "data": "mnist", "redrawn": False,
         "eps": (0.1, 0.2), "noises": (0.3, 0.5, 0.7, 1.0), "again": 0, "seeds": 1, "best": 3, "more_seeds": 3,
         "validation": 300, "images": 300, "recipe": {"epochs": 6, "batch_size": 128}, "settings_from": "digits",
         "seen_noise": 0.3,
     },
 }  # fmt: skip
-STUDIES["digits_redrawn"] = STUDIES["digits"] | {"eps": (0.15,), "seeds": 3, "settings_from": "digits"}
+STUDIES["digits_redrawn"] = STUDIES["digits"] | {
+    "redrawn": True, "eps": (0.15,), "seeds": 3, "settings_from": "digits",
+}  # fmt: skip
 # Of the choice. An untargeted attack would flatter the losses that level the rivals, by up to fifteen points.
 ATTACKS = ("apgd_ce", "apgd_t_margin")
 
@@ -101,7 +106,7 @@ def main():
 
         chosen = choose(first, settings, be_done, lambda: done)
         settings = {key: [setting] for key, (_, setting, _) in chosen.items()}
-    data = datasets.load(args.dataset.removesuffix("_redrawn"), args.data_dir)
+    data = datasets.load(study["data"], args.data_dir)
     if args.quick:
         data = tuple((x[:256], y[:256]) for x, y in data)
 
@@ -111,7 +116,7 @@ def main():
     def do(jobs):
         shared.share(args, jobs, read_all, lambda job: run(job, study, data, path, args))
 
-    if is_redrawn(args):
+    if study["redrawn"]:
         tests = [make_job("test", option, seed) for seed in range(study["seeds"]) for option in repeated(chosen)]
     else:
         tests = test_jobs(study, choose(study, settings, do, read_all), read_all())
@@ -123,10 +128,6 @@ def main():
 def add_arguments(parser):
     parser.add_argument("--dataset", choices=STUDIES, default="digits")
     shared.add_worker(parser)
-
-
-def is_redrawn(args):
-    return args.dataset.endswith("_redrawn")
 
 
 def read(path, study):
@@ -277,7 +278,7 @@ def run(job, study, data, path, args):
     training, images = data
     if job["split"] == "validation":
         training, images = example.split(training, study["validation"], seed=job["seed"])
-    elif is_redrawn(args):
+    elif study["redrawn"]:
         whole = tuple(np.concatenate(parts) for parts in zip(training, images, strict=True))
         training, images = example.split(whole, len(images[0]), seed=job["seed"])
     began = time.perf_counter()
@@ -364,7 +365,7 @@ def write_summary(path, study, tests, data, args):
     radii = [f"{eps:g}" for eps in study["eps"]]
     last = radii[-1]
     stood, fell = against_order(tested, radii)
-    images = f"{tested[0]['images']} test images{', drawn anew for each seed' if is_redrawn(args) else ''}"
+    images = f"{tested[0]['images']} test images{', drawn anew for each seed' if study['redrawn'] else ''}"
     order = (
         " Attacked at the largest radius first; what withstands it there counts as withstanding it in the balls "
         f"inside: in the runs that attacked all images at all radii, of {stood} that stood at a larger radius {fell} "
@@ -416,7 +417,7 @@ def write_summary(path, study, tests, data, args):
     lines += ["", f"Written by `{measure.command(args, 'compare_losses')}`.", ""]
     path.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
-    if not is_redrawn(args):
+    if not study["redrawn"]:
         plot(rows, last, path.with_suffix(".png"), args)
 
 

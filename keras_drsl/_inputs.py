@@ -102,7 +102,7 @@ def read_class_ids(y_true: Any, positions: tuple, classes: int, *, mask: Any, ig
     labels = ops.convert_to_tensor(y_true)
     if len(labels.shape) == len(positions) + 1 and labels.shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
-    if not _can_match(tuple(labels.shape), positions):
+    if not can_match(tuple(labels.shape), positions):
         raise ValueError(
             "`y_true` must hold a class id for each position. "
             f"Received: y_true.shape={tuple(labels.shape)}, positions of shape {positions}"
@@ -163,7 +163,7 @@ def _classes_last(labels: Any, scores: Any, axis: int) -> tuple[Any, Any]:
     if len(labels_shape) == rank and labels_shape[axis] == 1:
         labels = ops.squeeze(labels, axis=axis)
         labels_shape = tuple(labels.shape)
-    if not (_can_match(labels_shape, positions) or _can_match(labels_shape, scores_shape)):
+    if not (can_match(labels_shape, positions) or can_match(labels_shape, scores_shape)):
         raise ValueError(
             "`y_true` must hold a class id for each position of `y_pred` or a label distribution of `y_pred`'s shape. "
             + received
@@ -189,7 +189,7 @@ def _finish(values: Any, valid: Any, in_range: Any) -> Any:
     return values
 
 
-def _can_match(shape: tuple, other: tuple) -> bool:
+def can_match(shape: tuple, other: tuple) -> bool:
     """Whether two shapes, with None for a length not yet known, can be the same."""
     return len(shape) == len(other) and all(a == b or a is None or b is None for a, b in zip(shape, other, strict=True))
 

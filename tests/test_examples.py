@@ -281,6 +281,7 @@ def test_the_example_of_text_shows_what_each_loss_restrains(tmp_path):
     record = json.loads((tmp_path / "text.json").read_text())
     plain, drs, prs = (row["runs"][0] for row in record["rows"])
     for one in (plain, drs, prs):
+        assert one["next word right"] >= one["after PGD on CE"] >= one["and on the margin"]
         # Better than a blind guess, and a large attack breaks most.
         assert one["next word right"] > 0.01
         assert one["perplexity"] < 1000

@@ -146,7 +146,7 @@ def _values(
 ) -> Any:
     classes = inputs.scores.shape[-1]
     if end > classes - 1:
-        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end} (default: 4)")
+        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end}")
     values = cross_entropy(inputs)
     if lam == 0:
         return values
@@ -173,9 +173,8 @@ def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
     given, positions = tuple(weights.shape), tuple(zeros.shape)
     if len(given) == len(positions) + 1 and given[-1] == 1:
         weights = ops.squeeze(weights, axis=-1)
-    shape = tuple(weights.shape)
-    known = [one for one in zip(shape, positions, strict=False) if None not in one]
-    if len(shape) != len(positions) or any(one not in (1, length) for one, length in known):
+    # A length of 1 is shared, and so matches any.
+    if not _inputs.can_match(tuple(None if one == 1 else one for one in weights.shape), positions):
         raise ValueError(
             "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one; so must "
             f"what Keras makes of `class_weight`. Received: sample_weight.shape={given}, tokens of shape {positions}"
