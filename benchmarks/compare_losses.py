@@ -157,6 +157,16 @@ def keys():
     return [(name, noisy) for noisy in (False, True) for name in LOSSES if noisy or name not in COPIES]
 
 
+def noises(name, study):
+    """The noises a loss may choose from: the uniform noise of two copies is no wider than the images' range, [0, 1]."""
+    return [noise for noise in study["noises"] if name not in COPIES or radius_of(noise) <= 1]
+
+
+def radius_of(noise):
+    """Of uniform noise of a standard deviation."""
+    return noise * math.sqrt(3)
+
+
 def make_job(split, option, seed):
     loss, setting, noise = option
     job = {"split": split, "loss": loss, "setting": setting, "noise": noise, "seed": seed}
@@ -169,7 +179,7 @@ def choose(study, settings, do, read_all):
         (name, noisy): [
             (name, setting, noise)
             for setting in settings[name, noisy]
-            for noise in (study["noises"] if noisy else [0.0])
+            for noise in (noises(name, study) if noisy else [0.0])
         ]
         for name, noisy in settings
     }
@@ -259,9 +269,9 @@ def compiled(job, data, recipe):
     if job["loss"] not in COPIES:
         model.compile("adam", make_loss(job["loss"], job["setting"]))
         return model, recipe
-    # Two copies of half as many images, half as often: the same number of steps, of equal size. Its noise is uniform.
+    # Two copies of half as many images, half as often: the same number of steps, of equal size.
     options = {"method": "noise", "beta": job["setting"]["beta"], "seed": job["seed"]}
-    copies = keras_drsl.AdversarialTraining(model, job["noise"] * math.sqrt(3), **options)
+    copies = keras_drsl.AdversarialTraining(model, radius_of(job["noise"]), **options)
     copies.compile("adam", keras_drsl.DRSLoss(job["setting"]["lam"], from_logits=True))
     return copies, {name: math.ceil(value / 2) for name, value in recipe.items()}
 
@@ -392,7 +402,8 @@ def write_summary(path, study, tests, data, args):
         base = rows[noisy, "cross_entropy"] if name != "cross_entropy" else []
         setting = ", ".join(f"{argument} {value:.3g}{at_end(name, argument, value)}" for argument, value in key)
         noise = runs[0]["noise"]
-        noise = f"{noise:g}{'*' if noise in (study['noises'][0], study['noises'][-1]) else ''}"
+        choice = noises(name, study)
+        noise = f"{noise:g}{'*' if noise in (choice[0], choice[-1]) else ''}"
         columns = [[one[key] for one in runs] for key in ("clean", "calibration_error", "under_noise")]
         columns += [[one["robust"][radius] for one in runs] for radius in radii]
         columns.append([next(iter(one["after"][last].values())) for one in runs])

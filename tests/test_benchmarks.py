@@ -165,6 +165,23 @@ def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted(monke
     assert against_order([*runs, skipped], ["0.1", "0.2"]) == (3, 1)
 
 
+def test_a_study_offers_no_noise_that_cannot_be_trained_with(monkeypatch):
+    import numpy as np
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    import measure  # noqa: F401, finds the examples
+    from compare_losses import STUDIES, compiled, make_job, noises
+
+    mnist = STUDIES["mnist"]
+    assert noises("cross_entropy", mnist) == [0.3, 0.5, 0.7, 1.0]
+    # Uniform noise of a standard deviation of 0.7 would be as wide as [-1.21, 1.21].
+    assert noises("copies", mnist) == [0.3, 0.5]
+    data = np.zeros((1, 8, 8, 1), "float32"), np.zeros(1, "int64")
+    for noise in (each for study in STUDIES.values() for each in noises("copies", study)):
+        compiled(make_job("test", ("copies", {"lam": 1.0, "beta": 0.3}, noise), 0), data, mnist["recipe"])
+
+
 def test_the_calibration_error_is_that_of_its_definition(monkeypatch):
     import numpy as np
 
