@@ -169,8 +169,7 @@ def test_a_study_offers_no_noise_that_cannot_be_trained_with(monkeypatch):
     import numpy as np
 
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    import measure  # noqa: F401, finds the examples
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
     from compare_losses import STUDIES, compiled, make_job, noises
 
     mnist = STUDIES["mnist"]
