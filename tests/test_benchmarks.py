@@ -184,6 +184,7 @@ def test_a_study_offers_no_noise_that_cannot_be_trained_with(monkeypatch):
 def test_the_calibration_error_is_that_of_its_definition(monkeypatch):
     import numpy as np
 
+    pytest.importorskip("scipy")
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.path", [*sys.path])
     from compare_losses import calibration_error
