@@ -163,7 +163,7 @@ def noises(name, study):
 
 
 def radius_of(noise):
-    """Of uniform noise of a standard deviation."""
+    """The radius of uniform noise of a standard deviation."""
     return noise * math.sqrt(3)
 
 

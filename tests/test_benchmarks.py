@@ -12,6 +12,13 @@ from tests.backends import BACKEND
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.fixture
+def imports(monkeypatch):
+    """What benchmarks import is found as when they run: each other, and the examples."""
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 def run(script, *arguments):
     command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -127,10 +134,8 @@ def test_losses_are_compared_with_what_each_chose_on_validation_images(tmp_path)
     assert "Run `--dataset digits` first" in without.stderr
 
 
-def test_the_interval_over_images_is_that_of_their_mean_difference(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    import measure  # noqa: F401, finds the examples
+@pytest.mark.usefixtures("imports")
+def test_the_interval_over_images_is_that_of_their_mean_difference():
     import shared
 
     runs = [{"seed": 0, "withstood": "1100"}, {"seed": 1, "withstood": "1000"}, {"seed": 2, "withstood": "1111"}]
@@ -140,10 +145,8 @@ def test_the_interval_over_images_is_that_of_their_mean_difference(monkeypatch):
     assert shared.over_images(runs, []) == ""
 
 
-def test_a_run_that_is_not_found_by_its_job_is_said_and_not_waited_for(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    import measure  # noqa: F401, finds the examples
+@pytest.mark.usefixtures("imports")
+def test_a_run_that_is_not_found_by_its_job_is_said_and_not_waited_for():
     import shared
 
     args, done = argparse.Namespace(worker="1/2"), [{"seed": 0}]
@@ -152,9 +155,8 @@ def test_a_run_that_is_not_found_by_its_job_is_said_and_not_waited_for(monkeypat
         shared.share(args, jobs, lambda: done, lambda job: done.append({"seed": job["seed"] + 100}))
 
 
-def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.path", [*sys.path])
+@pytest.mark.usefixtures("imports")
+def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted():
     from compare_losses import against_order
 
     def one(small, large, **attacked):
@@ -165,11 +167,9 @@ def test_what_speaks_against_larger_balls_being_the_harder_ones_is_counted(monke
     assert against_order([*runs, skipped], ["0.1", "0.2"]) == (3, 1)
 
 
-def test_a_study_offers_no_noise_that_cannot_be_trained_with(monkeypatch):
+@pytest.mark.usefixtures("imports")
+def test_a_study_offers_no_noise_that_cannot_be_trained_with():
     import numpy as np
-
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
     from compare_losses import STUDIES, compiled, make_job, noises
 
     mnist = STUDIES["mnist"]
@@ -181,12 +181,11 @@ def test_a_study_offers_no_noise_that_cannot_be_trained_with(monkeypatch):
         compiled(make_job("test", ("copies", {"lam": 1.0, "beta": 0.3}, noise), 0), data, mnist["recipe"])
 
 
-def test_the_calibration_error_is_that_of_its_definition(monkeypatch):
+@pytest.mark.usefixtures("imports")
+def test_the_calibration_error_is_that_of_its_definition():
     import numpy as np
 
     pytest.importorskip("scipy")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.path", [*sys.path])
     from compare_losses import calibration_error
 
     # Two sure of 0.9 of which one is right, two sure of 0.6, both right: half of |0.5 - 0.9| and half of |1 - 0.6|.
