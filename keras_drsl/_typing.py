@@ -1,0 +1,11 @@
+"""The types that annotations name."""
+
+from typing import Any, Literal, TypeAlias
+
+import numpy.typing as npt
+
+# A tensor of the running backend, or a symbolic `keras.KerasTensor`. No common base class exists.
+Tensor: TypeAlias = Any
+Array: TypeAlias = npt.NDArray[Any]
+Norm: TypeAlias = Literal["inf", 2]
+Status: TypeAlias = Literal["skipped", "pass", "warn", "fail"]
