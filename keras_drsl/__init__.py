@@ -1,5 +1,9 @@
-"""Classifiers that withstand attack, for Keras 3: losses, metrics, attacks, and an honest evaluation."""
+"""Classifiers that withstand attacks, for Keras 3: losses, metrics, attacks, adversarial training, evaluation."""
 
+from keras_drsl import _renamed
+from keras_drsl import attacks as attacks
+from keras_drsl import datasets as datasets
+from keras_drsl import models as models
 from keras_drsl.callbacks import RobustnessMonitor
 from keras_drsl.evaluation import RobustnessCurve, RobustnessReport, evaluate_robustness, robustness_curve
 from keras_drsl.losses import (
@@ -16,9 +20,10 @@ from keras_drsl.losses import (
     prs_loss,
 )
 from keras_drsl.metrics import SoftmaxDiversity, softmax_diversity
+from keras_drsl.threat import ThreatModel
 from keras_drsl.training import AdversarialTraining
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdversarialTraining",
@@ -33,6 +38,7 @@ __all__ = [
     "RobustnessReport",
     "SoftmaxDiversity",
     "Squentropy",
+    "ThreatModel",
     "ZLoss",
     "drs_loss",
     "evaluate_robustness",
@@ -41,3 +47,5 @@ __all__ = [
     "robustness_curve",
     "softmax_diversity",
 ]
+
+_renamed.refuse_old_imports()

@@ -1,12 +1,12 @@
-"""The `keras-drsl` command: evaluate a saved model, join the reports of shards, show a report.
+"""The `keras-drsl` command: evaluate a saved model, merge the reports of shards, show a report.
 
     keras-drsl evaluate model.keras --dataset digits --eps 0.1 --out report.json
     keras-drsl evaluate model.keras --dataset data.npz --eps 0.1 --shard 0/4 --out part0.json
     keras-drsl merge part0.json part1.json part2.json part3.json --out report.json
     keras-drsl show report.json
 
-Exit status: 0 for a finished evaluation, 2 for arguments or files that won't do, 3 with --strict if a check failed or,
-where reports are merged, a shard is missing.
+Exit status: 0 after a finished evaluation, 2 for invalid arguments or files, 3 with --strict if a check failed or a
+shard is missing.
 """
 
 import argparse
@@ -18,72 +18,55 @@ from typing import Any
 import keras
 
 import keras_drsl
-from keras_drsl.evaluation import RobustnessReport, datasets, evaluate_robustness, files, robustness_curve
-from keras_drsl.evaluation.evaluate import check_threat
-from keras_drsl.evaluation.report import new_figure
+from keras_drsl import _files, datasets
+from keras_drsl._typing import Array
+from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
 from keras_drsl.evaluation.suites import SUITES
+from keras_drsl.plotting import new_figure
+from keras_drsl.threat import ThreatModel
 
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # the radii of --plot, in units of --eps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        return args.run(args)
+        status: int = args.run(args)
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         print(f"keras-drsl: {error}", file=sys.stderr)
         return 2
+    return status
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    # Everything that can be wrong is found before the attacks, not after.
-    check_threat(args.eps, args.norm, args.clip_min, args.clip_max)
-    for name in ("out", "plot"):
-        if getattr(args, name) is not None:
-            files.check_new(name, getattr(args, name), overwrite=args.overwrite)
-    if args.plot is not None:
-        figure, _ = new_figure()
-        if args.plot.rpartition(".")[2] not in figure.canvas.get_supported_filetypes():
-            raise ValueError(f"`plot` must end in a kind of figure, as .png. Received: {args.plot!r}")
-    paths = [path for path in (args.out, args.plot, args.state) if path is not None]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"`out`, `plot` and `state` must be different files. Received: {', '.join(paths)}")
+    threat = ThreatModel(args.eps, args.norm, args.clip_min, args.clip_max)
+    _check_paths(args)
     model = _load(args.model)
     undefended = None if args.undefended is None else _load(args.undefended)
-    if args.dataset in datasets.NAMES:
-        _, (x, y) = datasets.load(args.dataset, args.data_dir)
-    elif not args.dataset.endswith(".npz"):
-        names = ", ".join(datasets.NAMES)
-        raise ValueError(f"`dataset` must be one of {names}, or an npz file. Received: dataset={args.dataset!r}")
-    else:
-        x, y = datasets.load_npz(args.dataset)
-    knobs = {
-        "norm": args.norm,
-        "suite": args.suite,
-        "clip_min": args.clip_min,
-        "clip_max": args.clip_max,
+    x, y = _read_data(args)
+    options = {
+        "threat": threat,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        # A file or another program wants the report alone.
+        # A file or another program expects the report alone.
         "verbose": 0 if args.quiet or not sys.stdout.isatty() else 1,
     }
     report = evaluate_robustness(
         model,
         x,
         y,
-        eps=args.eps,
+        suite=args.suite,
         max_samples=args.max_samples,
         shard=args.shard,
         undefended=undefended,
         state_path=args.state,
-        **knobs,
+        **options,
     )
     if args.plot is not None:
-        span = args.clip_max - args.clip_min
-        radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= span]
-        at = report.per_example["index"]
-        curve = robustness_curve(model, x[at], y[at], eps=radii, **knobs | {"suite": "quick"})
+        radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= threat.span]
+        index = report.per_example["index"]
+        curve = robustness_curve(model, x[index], y[index], eps=radii, suite="quick", **options)
         curve.plot(args.plot, overwrite=args.overwrite)
     if args.out is not None:
         report.to_json(args.out, overwrite=args.overwrite)
@@ -91,8 +74,31 @@ def _evaluate(args: argparse.Namespace) -> int:
     return _status(report, args.strict)
 
 
+def _check_paths(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for an output that cannot be written, before the attacks rather than after them."""
+    for name in ("out", "plot"):
+        if getattr(args, name) is not None:
+            _files.check_new(name, getattr(args, name), overwrite=args.overwrite)
+    if args.plot is not None:
+        figure, _ = new_figure()
+        if args.plot.rpartition(".")[2] not in figure.canvas.get_supported_filetypes():
+            raise ValueError(f"`plot` must end in a kind of figure, such as .png. Received: {args.plot!r}")
+    paths = [path for path in (args.out, args.plot, args.state) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`out`, `plot` and `state` must be different files. Received: {', '.join(paths)}")
+
+
+def _read_data(args: argparse.Namespace) -> tuple[Array, Array]:
+    if args.dataset in datasets.NAMES:
+        return datasets.load(args.dataset, args.data_dir)[1]
+    if not args.dataset.endswith(".npz"):
+        names = ", ".join(datasets.NAMES)
+        raise ValueError(f"`dataset` must be one of {names}, or an npz file. Received: dataset={args.dataset!r}")
+    return datasets.load_npz(args.dataset)
+
+
 def _merge(args: argparse.Namespace) -> int:
-    files.check_new("out", args.out, overwrite=args.overwrite)
+    _files.check_new("out", args.out, overwrite=args.overwrite)
     report = RobustnessReport.merge([RobustnessReport.from_json(path) for path in args.reports])
     report.to_json(args.out, overwrite=args.overwrite)
     print(report)
@@ -136,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2")
     evaluate.add_argument("--suite", choices=SUITES, default="standard", help="by default standard")
     evaluate.add_argument(
-        "--undefended", metavar="MODEL.keras", help="a second model without a defence, for two checks"
+        "--undefended", metavar="MODEL.keras", help="a second model without a defense, for two checks"
     )
     evaluate.add_argument("--clip-min", type=float, default=0.0, help="the smallest valid input value")
     evaluate.add_argument("--clip-max", type=float, default=1.0, help="the largest valid input value")
@@ -146,12 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"
     )
-    evaluate.add_argument("--state", metavar="FILE", help="keep progress there; the same command goes on from it")
+    evaluate.add_argument("--state", metavar="FILE", help="keep progress there; the same command continues from it")
     evaluate.add_argument("--out", metavar="REPORT.json")
     evaluate.add_argument("--plot", metavar="CURVE.png", help="draw accuracy against eps (suite quick)")
     evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    merge = commands.add_parser("merge", help="join the reports of shards")
+    merge = commands.add_parser("merge", help="merge the reports of shards")
     merge.set_defaults(run=_merge)
     merge.add_argument("reports", nargs="+", metavar="REPORT.json")
     merge.add_argument("--out", required=True, metavar="REPORT.json")
@@ -164,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (evaluate, merge, show):
         command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")
     for command in (evaluate, merge):
-        command.add_argument("--overwrite", action="store_true", help="replace files that are there")
+        command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
 
 

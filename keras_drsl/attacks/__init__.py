@@ -1,11 +1,10 @@
 """Attacks on classifiers: `attack(logits_fn, x, y)` returns the worst inputs found near `x`."""
 
 from keras_drsl.attacks.apgd import APGD
-from keras_drsl.attacks.attack import Attack
-from keras_drsl.attacks.classifier import Classifier
+from keras_drsl.attacks.base import Attack, Batch
 from keras_drsl.attacks.noise import Noise
 from keras_drsl.attacks.pgd import FGSM, PGD
 from keras_drsl.attacks.square import Square
 from keras_drsl.attacks.transfer import Transfer
 
-__all__ = ["APGD", "FGSM", "PGD", "Attack", "Classifier", "Noise", "Square", "Transfer"]
+__all__ = ["APGD", "FGSM", "PGD", "Attack", "Batch", "Noise", "Square", "Transfer"]

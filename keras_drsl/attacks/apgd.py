@@ -1,48 +1,54 @@
-"""Auto-PGD: projected gradient descent that finds its own step size."""
+"""Auto-PGD: projected gradient descent that adapts its step size."""
+
+from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_drsl.attacks import balls
-from keras_drsl.attacks.attack import Batch, search, where_rows
-from keras_drsl.attacks.classifier import Classifier
-from keras_drsl.attacks.gradient import GradientAttack, ascent, rival
+from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl.attacks.base import Batch
+from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient, target_class
+from keras_drsl.attacks.loop import run_steps, where_rows
+from keras_drsl.models.classifier import Classifier
+from keras_drsl.threat import Bounds, project, steepest_ascent
 
 
 class APGD(GradientAttack):
-    """Gradient steps with momentum whose size is halved, from the best point so far, where progress ends.
+    """Take gradient steps with momentum, and halve the step size from the best point where progress ends.
 
-    Use it for numbers to publish, with several losses: no step size to choose, so none to choose badly.
+    Use it for numbers to publish, with several losses. It has no step size that could be chosen badly.
 
-    Formula: `z = project(x_k + s * d(g_k))`, `x_{k+1} = project(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))`, with g
-    and d as in `PGD` and s = 2 eps at first. After 22 % of the steps, and then after ever shorter spans down to 6 %,
-    s is halved and the best point returned to if the loss rose in no more than three quarters of the span's steps, or
-    if s was not halved the last time and the best loss has not risen since.
+    Formula: `z = project(x_k + s * d(g_k))`, `x_{k+1} = project(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))`, with
+
+    - `g_k` and `d`: the gradient of the attack's loss and its direction, as in `PGD`;
+    - `s`: the step size, 2 eps at first.
+
+    Progress is checked after 22 % of the steps, then after spans that shrink to 6 %. At a check `s` is halved, and the
+    search returns to the best point, if one of these holds:
+
+    - the loss rose in at most three quarters of the steps since the last check;
+    - `s` was not halved at the last check, and the best loss has not risen since.
 
     Args:
-        eps: the radius of the ball, > 0, in units of the input.
-        loss: `"ce"`, `"margin"` or `"dlr"`, see `keras_drsl.attacks.objectives`. With fewer than four classes `"dlr"`
-            is the margin.
-        targeted: aim at each rival class in turn, the likeliest first, rather than away from the true class.
-        targets: how many rivals to aim at; all if there are no more.
-        steps: how many steps, >= 1.
-        restarts: how many random starts (for each rival), >= 1.
-        norm: `"inf"` or 2.
-        clip_min: the smallest valid input value.
-        clip_max: the largest valid input value.
-        seed: the seed of the starts, >= 0.
+        eps: The radius of the ball, > 0, in units of the input.
+        loss: `"ce"`, `"margin"` or `"dlr"`, as in `PGD`.
+        targeted: Whether to aim at each non-true class in turn, as in `PGD`.
+        targets: How many target classes, >= 1; all non-true classes if there are fewer.
+        steps: How many steps, >= 1.
+        restarts: How many random starts (per target), >= 1.
+        **options: `norm`, `clip_min`, `clip_max`, `threat` and `seed` of `keras_drsl.attacks.Attack`.
 
     Raises:
-        ValueError: for arguments out of their range.
+        ValueError: If an argument is out of its range.
 
     Example:
 
-    >>> from keras_drsl.attacks import APGD
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)])
-    >>> x, y = np.full((4, 8), 0.5), np.arange(4)
-    >>> x_adv = APGD(eps=0.1, loss="dlr", targeted=True, steps=5)(model, x, y)
-    >>> bool(np.abs(x_adv - x).max() <= 0.1 + 1e-6)
-    True
+    >>> attack = keras_drsl.attacks.APGD(eps=0.1, loss="dlr", targeted=True, steps=5)
+    >>> attack.name
+    'apgd_t_dlr'
+    >>> attack(model, np.full((4, 8), 0.5), np.arange(4)).shape
+    (4, 8)
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", arXiv:2003.01690.
@@ -52,29 +58,25 @@ class APGD(GradientAttack):
 
     def __init__(
         self,
-        eps: float,
+        eps: float | None = None,
         *,
         loss: str = "ce",
         targeted: bool = False,
         targets: int = 9,
         steps: int = 100,
         restarts: int = 1,
-        norm: str | int = "inf",
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max, "seed": seed}
-        super().__init__(eps, loss=loss, targeted=targeted, targets=targets, steps=steps, restarts=restarts, **threat)
+        super().__init__(eps, loss=loss, targeted=targeted, targets=targets, steps=steps, restarts=restarts, **options)
 
-    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
+    def run(self, classifier: Classifier, batch: Batch) -> Array:
+        """Search by adaptive gradient steps; see the base class for arguments and result."""
         count = len(batch.x)
-        start = batch.x + balls.random_points(batch.generators(self), batch.x.shape[1:], self.eps, self.norm)
-        start = start.astype("float32")
+        start = (batch.x + self.threat.sample(batch.generators(self), batch.x.shape[1:])).astype("float32")
         rows = {
             "x": batch.x,
             "y": batch.y,
-            "target": rival(batch, self.restarts),
+            "target": target_class(batch, self.restarts),
             "x_adv": start,
             "x_old": start,
             "gradient": np.zeros_like(start),
@@ -88,19 +90,19 @@ class APGD(GradientAttack):
             "halved": np.ones(count, bool),
             "broken": np.zeros(count, bool),
         }
-        stepper = classifier.stepper(apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
+        steps_fn = classifier.compile_steps(_apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
         spans = checkpoints(self.steps)
 
-        def arguments(step: int, alive: np.ndarray) -> tuple:
-            # Without a gradient yet, step 0 only looks at the start.
-            knobs = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
-            return self._ball(), knobs
+        def arguments(step: int, left: Array) -> tuple[Any, ...]:
+            # Step 0 has no gradient yet and only evaluates the start, so step 1 has no momentum.
+            params = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
+            return self.threat.bounds, params
 
-        return search(stepper, batch, rows, self.steps + 1, arguments, persist=self._persist)
+        return run_steps(steps_fn, batch, rows, self.steps + 1, arguments)
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """After which steps progress is checked, and over how many of them."""
+    """Return after which steps progress is checked, and over how many steps."""
     span, shortest, shrink = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     spans, step = {}, span
     while step <= steps:
@@ -110,16 +112,23 @@ def checkpoints(steps: int) -> dict[int, int]:
     return spans
 
 
-def apgd_step(
-    classifier: Classifier, rows: dict, ball: dict, knobs: dict, *, loss: str, targeted: bool, norm: str | int
-) -> dict:
-    """One step, and the check of progress where `span`, the steps since the last one, is not 0."""
+def _apgd_step(
+    classifier: Classifier,
+    rows: dict[str, Tensor],
+    bounds: Bounds,
+    params: dict[str, Tensor],
+    *,
+    loss: str,
+    targeted: bool,
+    norm: Norm,
+) -> dict[str, Tensor]:
+    """Take one step, and check progress where `span`, the number of steps since the last check, is not 0."""
     size = ops.reshape(rows["step_size"], (-1,) + (1,) * (len(rows["x"].shape) - 1))
-    ahead = balls.project(rows["x_adv"] + size * balls.direction(rows["gradient"], norm), rows["x"], ball, norm)
-    inertia = knobs["inertia"]
+    ahead = project(rows["x_adv"] + size * steepest_ascent(rows["gradient"], norm), rows["x"], bounds, norm)
+    inertia = params["inertia"]
     moved = rows["x_adv"] + (1 - inertia) * (ahead - rows["x_adv"]) + inertia * (rows["x_adv"] - rows["x_old"])
-    x_adv = balls.project(moved, rows["x"], ball, norm)
-    values, gradient, wrong = ascent(classifier, x_adv, rows, loss=loss, targeted=targeted)
+    x_adv = project(moved, rows["x"], bounds, norm)
+    values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
 
     searching = ops.logical_not(rows["broken"])
     better = ops.logical_and(searching, ops.logical_or(wrong, values > rows["best_loss"]))
@@ -128,9 +137,9 @@ def apgd_step(
     best_loss = ops.where(better, values, rows["best_loss"])
     rises = rows["rises"] + ops.cast(values > rows["last_loss"], "float32")
 
-    checked = knobs["span"] > 0
+    is_check = params["span"] > 0
     stuck = ops.logical_and(ops.logical_not(rows["halved"]), rows["checked_loss"] >= best_loss)
-    halve = ops.logical_and(checked, ops.logical_or(rises <= 0.75 * knobs["span"], stuck))
+    halve = ops.logical_and(is_check, ops.logical_or(rises <= 0.75 * params["span"], stuck))
     return rows | {
         "x_adv": where_rows(halve, best, x_adv),
         "x_old": rows["x_adv"],
@@ -138,10 +147,10 @@ def apgd_step(
         "best": best,
         "best_gradient": best_gradient,
         "best_loss": best_loss,
-        "checked_loss": ops.where(checked, best_loss, rows["checked_loss"]),
+        "checked_loss": ops.where(is_check, best_loss, rows["checked_loss"]),
         "last_loss": values,
         "step_size": ops.where(halve, rows["step_size"] / 2, rows["step_size"]),
-        "rises": ops.where(checked, 0.0, rises),
-        "halved": ops.where(checked, halve, rows["halved"]),
+        "rises": ops.where(is_check, 0.0, rises),
+        "halved": ops.where(is_check, halve, rows["halved"]),
         "broken": ops.logical_or(rows["broken"], wrong),
     }

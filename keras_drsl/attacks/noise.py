@@ -1,79 +1,69 @@
-"""Random points of the ball: the least an attack must beat."""
+"""Random points of the ball: the least that an attack must beat."""
 
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_drsl import _arguments
-from keras_drsl.attacks import balls
-from keras_drsl.attacks.attack import Attack, Batch, misclassified, search, where_rows
-from keras_drsl.attacks.classifier import Classifier
-from keras_drsl.attacks.objectives import objective
+from keras_drsl import _validation
+from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl.attacks.base import Attack, Batch
+from keras_drsl.attacks.loop import run_steps, where_rows
+from keras_drsl.attacks.objectives import misclassified, objective
+from keras_drsl.models.classifier import Classifier
+from keras_drsl.threat import Bounds, project
 
 
 class Noise(Attack):
-    """Random points of the ball around the input, uniformly distributed.
+    """Try random points of the ball around the input, uniformly distributed.
 
-    Use it as a witness against gradient attacks: what only noise breaks, they should have broken.
+    Use it to detect gradient masking. Gradient attacks should break every image that noise breaks.
 
-    Formula: `x + u`, clipped to `[clip_min, clip_max]`, u uniform in the ball of radius `eps`. Of all points the first
-    misclassified one is kept, or else the one of the largest margin of a rival over the true class.
+    Formula: `x + u`, clipped to `[clip_min, clip_max]`, with `u` uniform in the ball of radius `eps`. The first
+    misclassified point is returned, or else the point with the largest margin of another class over the true class.
 
     Args:
-        eps: the radius of the ball, > 0, in units of the input.
-        points: how many to try, >= 1.
-        norm: `"inf"` or 2.
-        clip_min: the smallest valid input value.
-        clip_max: the largest valid input value.
-        seed: the seed of the points, >= 0.
+        eps: The radius of the ball, > 0, in units of the input.
+        points: How many points to try, >= 1.
+        **options: `norm`, `clip_min`, `clip_max`, `threat` and `seed` of `keras_drsl.attacks.Attack`.
 
     Raises:
-        ValueError: for arguments out of their range.
+        ValueError: If an argument is out of its range.
 
     Example:
 
-    >>> from keras_drsl.attacks import Noise
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)])
-    >>> x, y = np.full((4, 8), 0.5), np.arange(4)
-    >>> x_adv = Noise(eps=0.1, points=5)(model, x, y)
-    >>> bool(np.abs(x_adv - x).max() <= 0.1 + 1e-6)
-    True
+    >>> keras_drsl.attacks.Noise(eps=0.1, points=5)(model, np.full((4, 8), 0.5), np.arange(4)).shape
+    (4, 8)
     """
 
-    def __init__(
-        self,
-        eps: float,
-        *,
-        points: int = 100,
-        norm: str | int = "inf",
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
-        self.points = _arguments.check_integer("points", points, at_least=1)
+    needs_gradient = False
 
-    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
+    def __init__(self, eps: float | None = None, *, points: int = 100, **options: Any) -> None:
+        super().__init__(eps, **options)
+        self.points = _validation.check_integer("points", points, at_least=1)
+
+    def run(self, classifier: Classifier, batch: Batch) -> Array:
+        """Search by random points; see the base class for arguments and result."""
         generators = batch.generators(self)
 
-        def arguments(step: int, alive: np.ndarray) -> tuple:
-            at = [generators[one] for one in alive]
-            return self._ball(), balls.random_points(at, batch.x.shape[1:], self.eps, self.norm)
+        def arguments(step: int, left: Array) -> tuple[Any, ...]:
+            at = [generators[row] for row in left]
+            return self.threat.bounds, self.threat.sample(at, batch.x.shape[1:])
 
-        stepper = classifier.stepper(try_points, norm=self.norm)
-        return search(stepper, batch, start_of(batch), self.points, arguments, persist=self._persist)
+        steps_fn = classifier.compile_steps(_noise_step, norm=self.norm)
+        return run_steps(steps_fn, batch, gradient_free_rows(batch), self.points, arguments)
 
 
-def start_of(batch: Batch) -> dict[str, np.ndarray]:
-    """The rows of a search that needs no gradient."""
+def gradient_free_rows(batch: Batch) -> dict[str, Array]:
+    """Return the rows that a search without gradients starts with."""
     count = len(batch.x)
     margin = np.full(count, -np.inf, "float32")
     return {"x": batch.x, "y": batch.y, "best": batch.x, "margin": margin, "broken": np.zeros(count, bool)}
 
 
-def keep_better(classifier: Classifier, rows: dict, x_adv: Any) -> dict:
-    """The rows with `x_adv` as the best point where its margin is the largest so far."""
+def keep_better(classifier: Classifier, rows: dict[str, Tensor], x_adv: Tensor) -> dict[str, Tensor]:
+    """Return the rows with `x_adv` as the best point where its margin is the largest so far."""
     logits = classifier(x_adv)
     margin = objective("margin", logits, rows["y"], rows["y"], targeted=False)
     wrong = misclassified(logits, rows["y"])
@@ -85,6 +75,8 @@ def keep_better(classifier: Classifier, rows: dict, x_adv: Any) -> dict:
     }
 
 
-def try_points(classifier: Classifier, rows: dict, ball: dict, delta: Any, *, norm: str | int) -> dict:
-    """Look at one more point of the ball."""
-    return keep_better(classifier, rows, balls.project(rows["x"] + delta, rows["x"], ball, norm))
+def _noise_step(
+    classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, *, norm: Norm
+) -> dict[str, Tensor]:
+    """Evaluate one more point of the ball."""
+    return keep_better(classifier, rows, project(rows["x"] + delta, rows["x"], bounds, norm))

@@ -1,63 +1,68 @@
-"""Attacks made on one model, tried on another."""
+"""Attacks made on one model and tried on another."""
 
-import copy
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-
-from keras_drsl.attacks.attack import Attack, Batch
-from keras_drsl.attacks.classifier import Classifier, fingerprint
+from keras_drsl._typing import Array, Tensor
+from keras_drsl.attacks.base import Attack, Batch
+from keras_drsl.models.classifier import Classifier
+from keras_drsl.models.fingerprint import fingerprint
 
 
 class Transfer(Attack):
-    """The points another attack finds on a second model.
+    """Try the points that another attack finds on a second model.
 
-    Use it as a witness against gradient attacks: what breaks a model by way of another one, an attack on the model
-    itself should have broken. The best second model is one of the same shape trained on the same data without any
-    defence.
+    Use it to detect gradient masking. An attack on the model itself should break every image that falls to the second
+    model's attack. The best second model has the same architecture and was trained on the same data without a defense.
+
+    Note:
+
+    - The search goes on where the second model is misled, and includes inputs that it misclassifies without an attack.
 
     Args:
-        source: the second model, a `keras.Model` or function of logits, as `logits_fn` of an attack.
-        attack: the attack on it. It does not stop where the second model is misled, and also moves what that model
-            misclassifies without an attack.
+        source: The second model, a `keras.Model` or a function of logits.
+        attack: The attack on it.
 
     Raises:
-        ValueError: if `attack` is not an attack of this package.
+        ValueError: If `attack` is no `keras_drsl.attacks.Attack`.
 
     Example:
 
-    >>> from keras_drsl.attacks import PGD, Transfer
-    >>> one, other = (keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)]) for _ in range(2))
-    >>> x, y = np.full((4, 8), 0.5), np.arange(4)
-    >>> x_adv = Transfer(other, PGD(eps=0.1))(one, x, y)
-    >>> bool(np.abs(x_adv - x).max() <= 0.1 + 1e-6)
-    True
+    >>> model, second = (keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)]) for _ in range(2))
+    >>> transfer = keras_drsl.attacks.Transfer(second, keras_drsl.attacks.PGD(eps=0.1))
+    >>> transfer.name
+    'transfer_pgd_ce'
+    >>> transfer(model, np.full((4, 8), 0.5), np.arange(4)).shape
+    (4, 8)
     """
 
-    def __init__(self, source: Callable, attack: Attack) -> None:
+    needs_gradient = False
+
+    def __init__(self, source: Callable[[Tensor], Tensor] | Classifier, attack: Attack) -> None:
         if not isinstance(attack, Attack):
             raise ValueError(f"`attack` must be an attack of keras_drsl.attacks. Received: attack={attack!r}")
-        super().__init__(
-            attack.eps, norm=attack.norm, clip_min=attack.clip_min, clip_max=attack.clip_max, seed=attack.seed
-        )
-        self._source = Classifier.of(source)
-        self._attack = copy.copy(attack)
-        self._attack._persist = True
+        super().__init__(threat=attack.threat, seed=attack.seed)
+        self.source = Classifier.of(source)
+        self.attack = attack
 
     @property
     def name(self) -> str:
-        """What reports call the attack."""
-        return f"transfer_{self._attack.name}"
+        """The name of the attack in reports."""
+        return f"transfer_{self.attack.name}"
 
     @property
-    def settings(self) -> dict:
-        """Every setting, by name, as JSON takes it."""
-        inner = {"name": self._attack.name} | self._attack.settings
-        return {"attack": inner, "source": fingerprint(self._source.logits_fn)}
+    def settings(self) -> dict[str, Any]:
+        """The other attack with its settings, and the fingerprint of the second model."""
+        inner = {"name": self.attack.name} | self.attack.settings
+        return {"attack": inner, "source": fingerprint(self.source.logits_fn)}
 
-    def runs(self, classes: int) -> int:
-        """How many runs an example that withstands them all goes through."""
-        return self._attack.runs(classes)
+    def __repr__(self) -> str:
+        return f"Transfer(source={self.source.logits_fn!r}, attack={self.attack!r})"
 
-    def _search(self, classifier: Classifier, batch: Batch) -> np.ndarray:
-        return self._attack._search(self._source, batch)
+    def num_runs(self, num_classes: int) -> int:
+        """Return how many searches an example that withstands them all goes through."""
+        return self.attack.num_runs(num_classes)
+
+    def run(self, classifier: Classifier, batch: Batch) -> Array:
+        """Search on the second model; see the base class for arguments and result."""
+        return self.attack.run(self.source, batch._replace(stop_when_broken=False))

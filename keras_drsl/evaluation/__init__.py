@@ -1,8 +1,18 @@
-"""How robust a model is, and reasons to believe the answer."""
+"""How robust a model is, and evidence for or against the answer."""
 
+from keras_drsl.evaluation.checks import Outcome, check
+from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
 from keras_drsl.evaluation.evaluate import evaluate_robustness
-from keras_drsl.evaluation.head import find_logits
 from keras_drsl.evaluation.report import Check, RobustnessReport
 
-__all__ = ["Check", "RobustnessCurve", "RobustnessReport", "evaluate_robustness", "find_logits", "robustness_curve"]
+__all__ = [
+    "Check",
+    "EvaluationContext",
+    "Outcome",
+    "RobustnessCurve",
+    "RobustnessReport",
+    "check",
+    "evaluate_robustness",
+    "robustness_curve",
+]

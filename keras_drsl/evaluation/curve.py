@@ -1,4 +1,4 @@
-"""Robust accuracy against the size of the attack."""
+"""Robust accuracy against the radius of the attack."""
 
 import json
 import os
@@ -8,23 +8,27 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl.attacks.classifier import class_ids
-from keras_drsl.evaluation import files
-from keras_drsl.evaluation.evaluate import check_inputs, check_model, check_threat, evaluate_examples, make_plan
-from keras_drsl.evaluation.examples import Examples, read_examples
-from keras_drsl.evaluation.head import find_logits, unchanged
-from keras_drsl.evaluation.report import Check, new_figure, plain, wilson
+from keras_drsl import _files
+from keras_drsl._data import class_ids, read_examples
+from keras_drsl._typing import Norm
+from keras_drsl.evaluation.evaluator import Evaluator
+from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.report import Check
+from keras_drsl.evaluation.report_format import to_json_values
+from keras_drsl.models.random_state import check_model, preserve_random_state
+from keras_drsl.plotting import new_figure, norm_label
+from keras_drsl.threat import ThreatModel
 
 
 class RobustnessCurve:
-    """What `robustness_curve` found.
+    """The result of `robustness_curve`.
 
     Args:
-        eps: the radii, rising.
-        breaking_eps: for each example the smallest of the radii at which it was broken, 0 if it is misclassified
-            without an attack, infinite if it withstood them all.
-        settings: what the evaluation at each radius was given.
-        checks: by radius, the outcome of each check there.
+        eps: The radii, rising.
+        breaking_eps: For each example the smallest of the radii at which it was broken, 0 if it is misclassified
+            without an attack, infinity if it withstood them all.
+        settings: The arguments of the evaluation at each radius.
+        checks: By radius, the outcome of each check there.
     """
 
     def __init__(
@@ -45,40 +49,50 @@ class RobustnessCurve:
         """The robust accuracy at each radius, in [0, 1], never rising; at radius 0 the clean accuracy."""
         return [float((self.breaking_eps > eps).mean()) for eps in self.eps]
 
+    @property
+    def confidence_intervals(self) -> list[tuple[float, float]]:
+        """The 95 % interval of each accuracy over samples of examples, by Wilson's method."""
+        count = len(self.breaking_eps)
+        return [wilson(round(share * count), count) for share in self.accuracy]
+
     def __str__(self) -> str:
         lines = (
-            [] if self.trustworthy else ["NOT TRUSTWORTHY: a check failed. The accuracies are at best upper bounds."]
+            [] if self.trustworthy else ["NOT TRUSTWORTHY: a check failed. The accuracies are upper bounds at best."]
         )
         count = len(self.breaking_eps)
         lines.append(f"{'eps':>10}{'robust':>9}   95 % interval, {count} examples, norm {self.settings['norm']}")
-        for eps, share in zip(self.eps, self.accuracy, strict=True):
-            low, high = wilson(round(share * count), count)
+        for eps, share, (low, high) in zip(self.eps, self.accuracy, self.confidence_intervals, strict=True):
             lines.append(f"{eps:>10.4g}{share:>9.1%}   {low:.1%} to {high:.1%}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         content = {
             "settings": self.settings,
             "eps": self.eps,
             "accuracy": self.accuracy,
             "trustworthy": self.trustworthy,
-            "checks": [{"eps": eps, **vars(one)} for eps, checks in self.checks.items() for one in checks],
+            "checks": [{"eps": eps, **vars(check)} for eps, checks in self.checks.items() for check in checks],
             "breaking_eps": self.breaking_eps.tolist(),
         }
-        return plain(content)
+        values: dict[str, Any] = to_json_values(content)
+        return values
 
-    def to_json(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write everything to a file.
 
+        Args:
+            path: The file.
+            overwrite: Whether to replace a file that exists.
+
         Raises:
-            ValueError: if the file is there already and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
         """
-        files.write(files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
 
     def plot(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         label: str | None = None,
         others: Mapping[str, "RobustnessCurve"] | None = None,
@@ -87,31 +101,30 @@ class RobustnessCurve:
         """Draw the curve with its 95 % intervals.
 
         Args:
-            path: the figure's file.
-            label: what the legend calls the curve.
-            others: more curves to draw beside it, by label.
-            overwrite: replace a file that is there.
+            path: The file of the figure. Its ending names the kind of figure, such as `.png`.
+            label: The name of the curve in the legend.
+            others: More curves to draw beside it, by label.
+            overwrite: Whether to replace a file that exists.
 
         Raises:
-            ValueError: if the file is there already and `overwrite` is not set, or cannot be written.
-            ImportError: without matplotlib.
+            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ImportError: Without matplotlib.
         """
-        path = files.check_new("path", path, overwrite=overwrite)
+        path = _files.check_new("path", path, overwrite=overwrite)
         figure, axes = new_figure()
         curves: list[tuple[str | None, RobustnessCurve]] = [(label, self), *(others or {}).items()]
         for name, curve in curves:
-            count = len(curve.breaking_eps)
-            bounds = np.array([wilson(round(share * count), count) for share in curve.accuracy])
+            bounds = 100 * np.array(curve.confidence_intervals)
             (line,) = axes.plot(curve.eps, np.multiply(curve.accuracy, 100), "o-", label=name)
-            axes.fill_between(curve.eps, 100 * bounds[:, 0], 100 * bounds[:, 1], color=line.get_color(), alpha=0.2)
-        axes.set(xlabel=f"eps (norm {self.settings['norm']})", ylabel="robust accuracy (%)", ylim=(0, 101))
+            axes.fill_between(curve.eps, bounds[:, 0], bounds[:, 1], color=line.get_color(), alpha=0.2)
+        axes.set(xlabel=f"eps ({norm_label(self.settings['norm'])})", ylabel="robust accuracy (%)", ylim=(0, 101))
         doubt = "" if all(curve.trustworthy for _, curve in curves) else ", NOT TRUSTWORTHY: a check failed"
         if self.settings["suite"] == "quick":
             doubt = ", an upper bound" + doubt
         axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
         axes.grid(alpha=0.3)
         if label is not None or others:
-            axes.legend()
+            figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=150)
 
 
@@ -121,42 +134,47 @@ def robustness_curve(
     y: Any = None,
     *,
     eps: Sequence[float],
-    norm: str | int = "inf",
+    norm: Norm | None = None,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+    threat: ThreatModel | None = None,
     suite: str = "standard",
     attacks: Iterable[Any] | None = None,
+    checks: str | Iterable[Any] | None = None,
     from_logits: bool | None = None,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
     batch_size: int = 256,
     max_samples: int | None = None,
     seed: int = 0,
     verbose: int = 1,
 ) -> RobustnessCurve:
-    """Robust accuracy against the size of the attack.
+    """Measure the robust accuracy at several radii.
 
-    Each radius is evaluated on what the smaller ones left standing, so the accuracy never rises.
+    Use it to see at which size of attack a model fails. Each radius is evaluated on the examples that withstood the
+    smaller ones, so the accuracy never rises.
 
     Args:
-        model: as for `evaluate_robustness`.
-        x_or_dataset: as for `evaluate_robustness`.
-        y: as for `evaluate_robustness`.
-        eps: the radii, each 0 or more; 0 is the clean accuracy.
-        norm: `"inf"` or 2.
-        suite: as for `evaluate_robustness`.
-        attacks: names of attacks, in place of the suite's.
-        from_logits: as for `evaluate_robustness`.
-        clip_min: the smallest valid input value.
-        clip_max: the largest valid input value.
-        batch_size: how many examples are attacked together.
-        max_samples: how many examples to evaluate, the first ones; None for all.
-        seed: the seed of all randomness, >= 0.
-        verbose: 0 for silence, 1 for a line a radius.
+        model: As in `evaluate_robustness`.
+        x_or_dataset: As in `evaluate_robustness`.
+        y: As in `evaluate_robustness`.
+        eps: The radii, each 0 or more and rising; at 0 the curve has the clean accuracy.
+        norm: `"inf"` (the default) or 2.
+        clip_min: The smallest valid input value, 0 by default.
+        clip_max: The largest valid input value, 1 by default.
+        threat: A `keras_drsl.ThreatModel` in place of `norm`, `clip_min` and `clip_max`. Its `eps` is not used.
+        suite: As in `evaluate_robustness`.
+        attacks: Names of attacks, in place of those of the suite.
+        checks: As in `evaluate_robustness`.
+        from_logits: As in `evaluate_robustness`.
+        batch_size: How many examples are attacked together.
+        max_samples: How many examples to evaluate, the first ones; None for all.
+        seed: The seed of all randomness, >= 0.
+        verbose: 0 for no output, 1 for one line per radius.
 
     Returns:
         A `RobustnessCurve`.
 
     Raises:
-        ValueError: as `evaluate_robustness`, before any radius is evaluated.
+        ValueError: As in `evaluate_robustness`, before any radius is evaluated.
 
     Example:
 
@@ -167,40 +185,55 @@ def robustness_curve(
     True
     """
     check_model("model", model)
-    threat = {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
-    if isinstance(eps, str) or not isinstance(eps, Iterable):
-        raise ValueError(f"`eps` must hold several radii. Received: eps={eps!r}")
-    threats = [None if one == 0 else check_threat(one, **threat) for one in eps]
-    radii = [0.0 if one is None else one["eps"] for one in threats]
-    if not radii or radii != sorted(set(radii)):
-        raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={list(eps)}")
-    examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=None)
-    plans = []
-    for one in threats:
-        # Radius 0 is known from any other.
-        known = one or check_threat(1e-6 * (clip_max - clip_min), **threat)
-        check_inputs(examples.x, known)
-        plans.append(
-            make_plan(suite, attacks, known, seed=seed, batch_size=batch_size, max_samples=max_samples, shard=None)
-        )
-
-    breaking, checks = np.full(len(examples.x), np.inf), {}
-    with unchanged(model):
-        head = find_logits(model, examples.x[:32], from_logits)
-        labels = class_ids(examples.y, len(examples.x), head.classifier.logits(examples.x[:1]).shape[1])
-        for start in range(0, len(examples.x), batch_size):
-            part = slice(start, start + batch_size)
-            breaking[part][head.is_wrong(examples.x[part], labels[part])] = 0.0
-        for radius, plan in zip(radii, plans, strict=True):
-            standing = np.isinf(breaking)
-            if radius == 0 or not standing.any():
+    threats = _threats(eps, norm, clip_min, clip_max, threat)
+    options = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples}
+    evaluators = {
+        radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
+        for radius, threat in threats.items()
+    }
+    examples = read_examples(x_or_dataset, y, max_samples=max_samples)
+    for evaluator in evaluators.values():
+        evaluator.check_examples(examples)
+    breaking, found = np.full(len(examples.x), np.inf), {}
+    first = next(iter(evaluators.values()))
+    with preserve_random_state(model):
+        logits_model = first.find_logits(model, examples, from_logits)
+        outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
+        labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
+        examples = examples._replace(y=labels)
+        breaking[outputs.argmax(axis=1) != labels] = 0.0
+        for radius, evaluator in evaluators.items():
+            robust = np.isinf(breaking)
+            if radius == 0 or not robust.any():
                 continue
-            left = Examples(examples.x[standing], labels[standing], examples.ids[standing], examples.digest)
-            report = evaluate_examples(head, None, left, plan, state_path=None, verbose=0)
-            broken = [one is not None for one in report.per_example["broken_by"]]
-            breaking[np.flatnonzero(standing)[broken]] = radius
-            checks[radius] = report.checks
+            report = evaluator.evaluate(logits_model, examples.select(robust))
+            broken = [name is not None for name in report.per_example["broken_by"]]
+            breaking[np.flatnonzero(robust)[broken]] = radius
+            found[radius] = report.checks
             if verbose:
                 print(f"eps {radius:.4g}: robust {np.isinf(breaking).mean():.1%}", flush=True)
-    kept = {key: value for key, value in plans[0].settings.items() if key != "eps"}
-    return RobustnessCurve(radii, breaking, kept | {"examples": len(breaking)}, checks)
+    settings = {key: value for key, value in first.settings.items() if key != "eps"}
+    return RobustnessCurve(list(threats), breaking, settings | {"examples": len(breaking)}, found)
+
+
+def _threats(
+    eps: Any, norm: Norm | None, clip_min: float | None, clip_max: float | None, threat: ThreatModel | None
+) -> dict[float, ThreatModel]:
+    """Return the threat model of each radius. Radius 0 has a tiny one, which is never attacked."""
+    if isinstance(eps, str) or not isinstance(eps, Iterable):
+        raise ValueError(f"`eps` must hold several radii. Received: eps={eps!r}")
+    radii = list(eps)
+    if threat is None:
+        # The range is checked without a radius first; the smallest positive float fits any range.
+        smallest = 1e-6 * ((1.0 if clip_max is None else clip_max) - (0.0 if clip_min is None else clip_min))
+        threat = ThreatModel.from_arguments(max(smallest, 1e-30), norm, clip_min, clip_max)
+    else:
+        threat = ThreatModel.from_arguments(None, norm, clip_min, clip_max, threat)
+    base = threat.replace(eps=1e-6 * threat.span)
+    threats = {}
+    for radius in radii:
+        known = base if isinstance(radius, int | float) and radius == 0 else base.replace(eps=radius)
+        threats[0.0 if known is base else known.eps] = known
+    if not radii or list(threats) != sorted(threats) or len(threats) != len(radii):
+        raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={radii}")
+    return threats

@@ -1,4 +1,4 @@
-"""What an evaluation found."""
+"""The result of an evaluation."""
 
 import json
 import math
@@ -7,45 +7,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from keras_drsl import _files
+from keras_drsl._typing import Status
+from keras_drsl.evaluation import rendering
+from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.report_format import FORMAT, read_content, to_json_values
 
-from keras_drsl.evaluation import files
-
-FORMAT = 1
-STATUSES = ("pass", "warn", "fail")
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
 
 
 @dataclass(frozen=True)
 class Check:
-    """One reason to believe an evaluation, or not to.
+    """One piece of evidence for or against an evaluation.
 
     Attributes:
-        name: what was looked at.
-        status: `"pass"`, `"warn"` or `"fail"`.
-        value: the figure it was judged by.
-        meaning: one sentence on what the figure says.
+        name: The name of the check.
+        status: `"pass"`, `"warn"`, `"fail"`, or `"skipped"` if there was nothing to test.
+        value: The figure that the status was decided by.
+        message: One sentence that says what the figure means.
     """
 
     name: str
-    status: str
+    status: Status
     value: float
-    meaning: str
+    message: str
 
 
 class RobustnessReport:
-    """What `evaluate_robustness` found: accuracies, attack by attack, and checks of whether to believe them.
+    """The result of `evaluate_robustness`: accuracies, attack by attack, and checks of whether to believe them.
 
-    Print it for a summary with the failed checks first.
+    Print it for a summary with the failed checks first. All that a format of your own needs is public: write it as a
+    function of a report.
 
     Args:
-        settings: the threat model and all other arguments of the evaluation.
-        attacks: one dictionary an attack in the order they ran, with `name`, `settings` and `seconds`.
-        checks: the outcome of each check.
-        per_example: dictionary of lists of equal length: `index`, each example's place in the data set; `label`, its
-            true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none was needed,
-            None if it withstood them all.
-        provenance: model, versions and device, as recorded.
+        settings: The threat model and all other arguments of the evaluation.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`.
+        checks: The outcome of each check.
+        per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
+            `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
+            was needed, None if it withstood them all.
+        provenance: Model, data, versions and device, as recorded.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class RobustnessReport:
         settings: dict[str, Any],
         attacks: list[dict[str, Any]],
         checks: list[Check],
-        per_example: dict[str, list],
+        per_example: dict[str, list[Any]],
         provenance: dict[str, Any],
     ) -> None:
         self.settings = settings
@@ -63,39 +64,39 @@ class RobustnessReport:
         self.provenance = provenance
 
     @property
-    def images(self) -> int:
-        """How many examples were evaluated."""
+    def num_examples(self) -> int:
+        """The number of examples that were evaluated."""
         return len(self.per_example["broken_by"])
 
     @property
     def clean_accuracy(self) -> float:
-        """The share of examples classified correctly without an attack, in [0, 1]."""
-        return 1 - self._broken(CLEAN) / self.images
+        """The share of examples that are classified correctly without an attack, in [0, 1]."""
+        return 1 - self._count_broken_by(CLEAN) / self.num_examples
 
     @property
     def robust_accuracy(self) -> float:
         """The share of examples that withstood everything that ran, in [0, 1]."""
-        return self._broken(None) / self.images
+        return self._count_broken_by(None) / self.num_examples
 
     @property
     def confidence_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the robust accuracy for the examples as a sample, after Wilson."""
-        return wilson(self._broken(None), self.images)
+        """The 95 % interval of the robust accuracy over samples of examples, by Wilson's method."""
+        return wilson(self._count_broken_by(None), self.num_examples)
 
     @property
     def accuracy(self) -> dict[str, dict[str, float]]:
-        """By attack, in the order they ran, each working on what those before it left standing.
+        """The accuracies by attack, in the order the attacks ran, each on the examples that withstood those before.
 
-        `cumulative` is the share of all examples that stand after it; `alone` the share that withstood it of those it
-        was tried on, `tried` their number.
+        `cumulative` is the share of all examples that are robust after the attack. `alone` is the share of the examples
+        it was tried on that withstood it; `tried` is their number.
         """
-        standing = self.images - self._broken(CLEAN)
+        robust = self.num_examples - self._count_broken_by(CLEAN)
         result = {}
         for attack in self.attacks:
-            tried, broken = attack.get("tried", standing), self._broken(attack["name"])
-            standing -= broken
+            tried, broken = attack.get("tried", robust), self._count_broken_by(attack["name"])
+            robust -= broken
             result[attack["name"]] = {
-                "cumulative": standing / self.images,
+                "cumulative": robust / self.num_examples,
                 "alone": 1 - broken / tried if tried else math.nan,
                 "tried": tried,
             }
@@ -106,17 +107,17 @@ class RobustnessReport:
         """False if a check failed."""
         return all(check.status != "fail" for check in self.checks)
 
-    def _broken(self, name: str | None) -> int:
+    def _count_broken_by(self, name: str | None) -> int:
         return self.per_example["broken_by"].count(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         content = {
             "format": FORMAT,
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "confidence_interval": list(self.confidence_interval),
-            "images": self.images,
+            "num_examples": self.num_examples,
             "trustworthy": self.trustworthy,
             "settings": self.settings,
             "attacks": [attack | self.accuracy[attack["name"]] for attack in self.attacks],
@@ -124,36 +125,37 @@ class RobustnessReport:
             "provenance": self.provenance,
             "per_example": self.per_example,
         }
-        return plain(content)
+        values: dict[str, Any] = to_json_values(content)
+        return values
 
-    def to_json(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write everything to a file.
 
+        Args:
+            path: The file.
+            overwrite: Whether to replace a file that exists.
+
         Raises:
-            ValueError: if the file is there already and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
         """
-        files.write(files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> "RobustnessReport":
-        """Read what `to_json` wrote.
+    def from_json(cls, path: str | os.PathLike[str]) -> "RobustnessReport":
+        """Read a file that `to_json` of this or an earlier version wrote.
+
+        Args:
+            path: The file.
 
         Raises:
-            ValueError: if the file holds no report.
+            ValueError: If the file holds no report.
         """
         try:
             with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}")
-            checks = [
-                Check(**check | {"value": math.nan if check["value"] is None else check["value"]})
-                for check in content["checks"]
-            ]
-            derived = ("cumulative", "alone")
-            attacks = [{key: one[key] for key in one if key not in derived} for one in content["attacks"]]
-            report = cls(content["settings"], attacks, checks, content["per_example"], content["provenance"])
-            if report.images < 1 or len({len(values) for values in report.per_example.values()}) != 1:
+                content = read_content(json.load(file))
+            checks = [Check(**check) for check in content["checks"]]
+            report = cls(content["settings"], content["attacks"], checks, content["per_example"], content["provenance"])
+            if report.num_examples < 1 or len({len(values) for values in report.per_example.values()}) != 1:
                 raise ValueError("lists of different lengths")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -166,171 +168,40 @@ class RobustnessReport:
     def merge(cls, reports: Sequence["RobustnessReport"]) -> "RobustnessReport":
         """Join the reports of disjoint shards of one data set.
 
-        Of each check the worst outcome counts; one warns if a shard is missing.
+        Each check has its worst outcome of all shards. A check `shards` warns if a shard is missing.
+
+        Args:
+            reports: The reports, in any order.
 
         Raises:
-            ValueError: if they are reports of different models, data, settings or attacks, or share an example.
+            ValueError: If they are reports of different models, data, settings or attacks, or share an example.
         """
-        if not reports:
-            raise ValueError("`reports` must hold at least one report. Received: none")
-        first = reports[0]
-        for other in reports[1:]:
-            for what in ("model", "undefended", "data"):
-                if first.provenance.get(what) != other.provenance.get(what):
-                    raise ValueError(f"`reports` must be of one evaluation. Received: two of different {what}")
-            if _common(first) != _common(other):
-                raise ValueError("`reports` must be of one evaluation. Received: two of different settings or attacks")
-        joined = [
-            dict(zip(report.per_example, row, strict=True))
-            for report in reports
-            for row in zip(*report.per_example.values(), strict=True)
-        ]
-        joined.sort(key=lambda row: row["index"])
-        if len({row["index"] for row in joined}) < len(joined):
-            raise ValueError("`reports` must be of different examples. Received: two that share some")
+        from keras_drsl.evaluation.merge import merge_reports
 
-        # A check is among the attacks only where it broke something.
-        attacks: dict[str, dict[str, Any]] = {}
-        for report in reports:
-            for one in report.attacks:
-                known = attacks.setdefault(one["name"], one | {"seconds": 0.0, "tried": 0})
-                known["seconds"] += one["seconds"]
-                known["tried"] += report.accuracy[one["name"]]["tried"]
-        ordered = sorted(attacks.values(), key=lambda one: one["name"].startswith("check:"))
-
-        checks: dict[str, Check] = {}
-        for check in (check for report in reports for check in report.checks):
-            known_check = checks.get(check.name)
-            if known_check is None or STATUSES.index(check.status) > STATUSES.index(known_check.status):
-                worst = f"{check.meaning} (the worst of {len(reports)} shards)"
-                checks[check.name] = Check(check.name, check.status, check.value, worst)
-        shards = [shard for report in reports for shard in report.settings.get("shards", [report.settings["shard"]])]
-        count = shards[0] and shards[0][1]
-        missing = [f"{one}/{count}" for one in range(count or 0) if [one, count] not in shards]
-        if missing:
-            meaning = f"shards are missing, {', '.join(missing)}: this is a report on the others"
-            checks["shards"] = Check("shards", "warn", len(missing), meaning)
-        settings = _without_shard(first.settings) | {"shards": shards}
-        per_example = {name: [row[name] for row in joined] for name in first.per_example}
-        return cls(settings, ordered, list(checks.values()), per_example, first.provenance)
+        return merge_reports(reports)
 
     def to_markdown(self) -> str:
-        """The report as Markdown: a heading line, a table of attacks, a table of checks, failures first."""
-        low, high = self.confidence_interval
-        lines = [
-            f"Robust accuracy **{self.robust_accuracy:.1%}** (95 % interval {low:.1%} to {high:.1%}), clean "
-            f"{self.clean_accuracy:.1%}, on {self.images} examples, norm {self.settings['norm']}, "
-            f"eps {self.settings['eps']:.4g}{'' if self.trustworthy else ' - **not trustworthy: a check failed**'}",
-            "",
-            "| attack | tried on | withstood | standing after it | seconds |",
-            "|---|---|---|---|---|",
-        ]
-        for attack in self.attacks:
-            one = self.accuracy[attack["name"]]
-            lines.append(
-                f"| {attack['name']} | {one['tried']} | {_percent(one['alone'])} | {one['cumulative']:.1%} | "
-                f"{attack['seconds']:.1f} |"
-            )
-        if self.checks:
-            lines += ["", "| check | outcome | figure | meaning |", "|---|---|---|---|"]
-            lines += [
-                f"| {check.name} | {check.status} | {check.value:.4g} | {check.meaning} |"
-                for check in self._by_outcome()
-            ]
-        return "\n".join(lines) + "\n"
+        """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
+        return rendering.to_markdown(self)
 
     def __str__(self) -> str:
-        low, high = self.confidence_interval
-        settings = self.settings
-        lines = []
-        if not self.trustworthy:
-            lines.append("NOT TRUSTWORTHY: a check failed. The robust accuracy is at best an upper bound.")
-        lines += [
-            f"robust accuracy  {self.robust_accuracy:7.1%}   95 % interval {low:.1%} to {high:.1%}",
-            f"clean accuracy   {self.clean_accuracy:7.1%}   {self.images} examples, norm {settings['norm']}, "
-            f"eps {settings['eps']:.4g}, suite {settings['suite']}",
-            "",
-            f"{'attack':<22}{'tried on':>9}{'withstood':>11}{'standing after':>16}{'seconds':>9}",
-        ]
-        for attack in self.attacks:
-            one = self.accuracy[attack["name"]]
-            lines.append(
-                f"{attack['name']:<22}{one['tried']:>9}{_percent(one['alone']):>11}{one['cumulative']:>16.1%}"
-                f"{attack['seconds']:>9.1f}"
-            )
-        if self.checks:
-            lines += ["", f"{'check':<22}{'':6}{'figure':>9}"]
-        for check in self._by_outcome():
-            status = check.status if check.status == "pass" else check.status.upper()
-            lines.append(f"{check.name:<22}{status:<6}{check.value:>9.4g}  {check.meaning}")
-        return "\n".join(lines)
+        return rendering.to_text(self)
 
     def __repr__(self) -> str:
         return (
             f"<RobustnessReport: robust {self.robust_accuracy:.1%}, clean {self.clean_accuracy:.1%}, eps "
-            f"{self.settings['eps']:.4g}, {self.images} examples>"
+            f"{self.settings['eps']:.4g}, {self.num_examples} examples>"
         )
 
-    def plot(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Draw the accuracy left after each attack.
+    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Draw the accuracy without an attack and after each attack.
+
+        Args:
+            path: The file of the figure. Its ending names the kind of figure, such as `.png`.
+            overwrite: Whether to replace a file that exists.
 
         Raises:
-            ValueError: if the file is there already and `overwrite` is not set, or cannot be written.
-            ImportError: without matplotlib.
+            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ImportError: Without matplotlib.
         """
-        path = files.check_new("path", path, overwrite=overwrite)
-        figure, axes = new_figure()
-        names = [CLEAN, *self.accuracy]
-        values = [self.clean_accuracy, *(one["cumulative"] for one in self.accuracy.values())]
-        bars = axes.barh(names, np.multiply(values, 100), color=["C1", *["C0"] * len(self.accuracy)])
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.invert_yaxis()
-        title = f"norm {self.settings['norm']}, eps {self.settings['eps']:.4g}, {self.images} examples"
-        axes.set(xlabel="accuracy left (%)", xlim=(0, 110), title=title)
-        figure.savefig(path, dpi=150)
-
-    def _by_outcome(self) -> list[Check]:
-        return sorted(self.checks, key=lambda check: -STATUSES.index(check.status))
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, after Wilson."""
-    z = 1.959963984540054
-    share = successes / count
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
-
-
-def new_figure() -> tuple[Any, Any]:
-    """An empty figure that no window shows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need `pip install "keras-drsl[plot]"`') from error
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{share:.1%}"
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON takes it: None for what is no number."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _without_shard(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in ("shard", "shards")}
-
-
-def _common(report: RobustnessReport) -> tuple:
-    """What the reports of all shards of one evaluation have in common."""
-    shard = report.settings.get("shard")
-    attacks = [(one["name"], one["settings"]) for one in report.attacks if not one["name"].startswith("check:")]
-    return _without_shard(report.settings), attacks, shard and shard[1]
+        rendering.plot(self, _files.check_new("path", path, overwrite=overwrite))

@@ -1,10 +1,12 @@
-"""The attacks by name, and the suites they make up."""
+"""The attacks by name, and the suites that they form."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from keras_drsl import _validation
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Noise, Square, cleverhans
+from keras_drsl.threat import ThreatModel
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm_ce": FGSM,
@@ -20,66 +22,60 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd_t_dlr": partial(APGD, loss="dlr", targeted=True),
     "square": Square,
     "noise": Noise,
+    **{f"cleverhans_{name}": attack for name, attack in cleverhans.BY_NAME.items()},
 }
-NOT_OFFERED = {
-    "carlini_wagner_l2": cleverhans.NOT_OFFERED["CarliniWagnerL2"],
-    "spsa": cleverhans.NOT_OFFERED["SPSA"],
+NOT_AVAILABLE = {
+    "carlini_wagner_l2": cleverhans.NOT_AVAILABLE["CarliniWagnerL2"],
+    "spsa": cleverhans.NOT_AVAILABLE["SPSA"],
 }
-SUITES = {
+SUITES: dict[str, tuple[str | Callable[..., Attack], ...]] = {
     "quick": ("fgsm_ce", partial(PGD, loss="margin", steps=20)),
     "cleverhans": tuple(f"cleverhans_{name}" for name in cleverhans.BY_NAME),
     "standard": ("apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"),
 }
 
 
-def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: dict[str, Any], seed: int) -> dict[str, Attack]:
-    """The attacks of a suite, or those given, by names that tell them apart.
+def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel, seed: int) -> dict[str, Attack]:
+    """Return the attacks of a suite, or those given, by names that tell them apart.
 
     Args:
-        suite: a key of `SUITES`.
-        attacks: names or attacks in place of the suite.
-        threat: `eps`, `norm`, `clip_min` and `clip_max`.
-        seed: the seed of attacks given by name.
+        suite: A key of `SUITES`.
+        attacks: Names or attacks in place of the suite.
+        threat: The threat model of the evaluation.
+        seed: The seed of attacks given by name.
 
     Raises:
-        ValueError: for an unknown suite or attack, or an attack made for another threat.
+        ValueError: If the suite or an attack is unknown, or an attack was made for another threat model.
     """
-    if suite not in SUITES:
-        raise ValueError(f"`suite` must be one of {', '.join(map(repr, SUITES))}. Received: suite={suite!r}")
+    _validation.check_choice("suite", suite, tuple(SUITES))
     if isinstance(attacks, str | Attack):
         attacks = [attacks]
     made: dict[str, Attack] = {}
-    for one in SUITES[suite] if attacks is None else attacks:
-        attack = one if isinstance(one, Attack) else _make(one, threat, seed)
-        for key, value in threat.items():
-            if getattr(attack, key) != value:
-                raise ValueError(
-                    f"`attacks` must be made for `{key}={value!r}`, as the evaluation is. "
-                    f"Received: {attack.name} with {key}={getattr(attack, key)!r}"
-                )
-        name, place = attack.name, 2
+    for item in SUITES[suite] if attacks is None else attacks:
+        attack = item if isinstance(item, Attack) else _find(item)(threat=threat, seed=seed)
+        if attack.threat != threat:
+            raise ValueError(
+                f"`attacks` must be made for {threat}, as the evaluation is. Received: {attack.name} for "
+                f"{attack.threat}"
+            )
+        name, number = attack.name, 2
         while name in made:
-            name, place = f"{attack.name}_{place}", place + 1
+            name, number = f"{attack.name}_{number}", number + 1
         made[name] = attack
     if not made:
         raise ValueError("`attacks` must hold at least one attack. Received: none")
     return made
 
 
-def _make(one: Any, threat: dict[str, Any], seed: int) -> Attack:
-    if isinstance(one, str):
-        name = one.removeprefix("cleverhans_")
-        if name in NOT_OFFERED:
-            raise ValueError(f"`attacks` cannot hold {one!r} of cleverhans: {NOT_OFFERED[name]}")
-        if one.startswith("cleverhans_") and name in cleverhans.BY_NAME:
-            one = cleverhans.BY_NAME[name]
-        elif one in ATTACKS:
-            one = ATTACKS[one]
-        else:
-            known = [*ATTACKS, *SUITES["cleverhans"]]
-            raise ValueError(f"`attacks` must hold attacks or names of {', '.join(map(str, known))}. Received: {one!r}")
-    elif not callable(one):
-        raise ValueError(f"`attacks` must hold attacks or their names. Received: {one!r}")
-    attack = one(**threat)
-    attack.seed = seed
-    return attack
+def _find(item: Any) -> Callable[..., Attack]:
+    """Return what makes an attack: the entry of a name, or a class or function itself."""
+    if isinstance(item, str):
+        name = item.removeprefix("cleverhans_")
+        if name in NOT_AVAILABLE:
+            raise ValueError(f"`attacks` cannot hold {item!r} of cleverhans: {NOT_AVAILABLE[name]}")
+        if item not in ATTACKS:
+            raise ValueError(f"`attacks` must hold attacks or names of {', '.join(ATTACKS)}. Received: {item!r}")
+        return ATTACKS[item]
+    if not callable(item):
+        raise ValueError(f"`attacks` must hold attacks or their names. Received: {item!r}")
+    return item  # type: ignore[no-any-return]

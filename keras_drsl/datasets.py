@@ -1,4 +1,4 @@
-"""The data sets the command and the examples know by name."""
+"""The data sets that the command and the examples load by name."""
 
 import os
 from pathlib import Path
@@ -6,25 +6,34 @@ from typing import Any
 
 import numpy as np
 
+from keras_drsl import _validation
+from keras_drsl._typing import Array
+
 NAMES = ("digits", "mnist", "cifar10")
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple, tuple]:
-    """Images scaled to [0, 1] and class ids.
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Load images scaled to [0, 1] and class ids.
 
     Args:
         name: `"digits"` (scikit-learn's, no download, 360 images drawn for the test), `"mnist"` or `"cifar10"`.
-        data_dir: where tensorflow-datasets has MNIST and CIFAR-10; None to download them.
+        data_dir: The folder where tensorflow-datasets has MNIST and CIFAR-10; None to download them.
 
     Returns:
         `(x_train, y_train), (x_test, y_test)`, float32 `(count, height, width, channels)` and integers `(count,)`.
 
     Raises:
-        ValueError: for an unknown name, or a data set that cannot be loaded.
-        ImportError: without the library that has it.
+        ValueError: If the name is unknown, or the data set cannot be loaded.
+        ImportError: Without the library that has the data set.
+
+    Example:
+
+    >>> (x_train, y_train), (x_test, y_test) = keras_drsl.datasets.load("digits")
+    >>> x_test.shape
+    (360, 8, 8, 1)
     """
-    if name not in NAMES:
-        raise ValueError(f"`name` must be one of {', '.join(map(repr, NAMES))}. Received: name={name!r}")
+    _validation.check_choice("name", name, NAMES)
+    package = "scikit-learn" if name == "digits" else "tensorflow-datasets importlib_resources"
     try:
         if name == "digits":
             from sklearn.datasets import load_digits
@@ -37,7 +46,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple, t
 
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(f'{name} needs `pip install "keras-drsl[examples]"`') from error
+        raise ImportError(f"{name} needs `pip install {package}`") from error
     try:
         options: dict[str, Any] = {"batch_size": -1, "as_supervised": True, "download": data_dir is None}
         train, test = tfds.as_numpy(tfds.load(name, split=["train", "test"], data_dir=data_dir, **options))
@@ -52,11 +61,14 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple, t
     return ((x_train / 255).astype("float32"), y_train), ((x_test / 255).astype("float32"), y_test)
 
 
-def load_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays `x` and `y`, or `x_test` and `y_test`, of a file; nothing in it is ever executed.
+def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:
+    """Load the arrays `x` and `y`, or `x_test` and `y_test`, of a file. Pickled code in it is never executed.
+
+    Args:
+        path: The npz file.
 
     Raises:
-        ValueError: if the file cannot be read so.
+        ValueError: If the file holds no such arrays.
     """
     try:
         with np.load(Path(path), allow_pickle=False) as file:

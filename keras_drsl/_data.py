@@ -1,0 +1,206 @@
+"""Inputs and labels in any form, as arrays."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend, _validation
+from keras_drsl._typing import Array
+
+
+def to_array(x: Any) -> Array:
+    """Return a tensor, a list or an array as an array."""
+    return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
+
+
+def digest(*arrays: Array) -> str:
+    """Return the SHA-256 of arrays."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def class_ids(y: Any, count: int, num_classes: int) -> Array:
+    """Return labels of any form as class ids `(count,)`, int32.
+
+    Args:
+        y: Class ids `(count,)` or `(count, 1)`, or one-hot labels `(count, num_classes)`.
+        count: The number of examples.
+        num_classes: The number of classes.
+
+    Raises:
+        ValueError: If the labels have another shape or are no classes.
+    """
+    y = to_array(y)
+    if y.ndim == 2 and y.shape[1] in (1, num_classes):
+        if y.shape[1] > 1 and not (y.max(axis=1) > 0).all():
+            raise ValueError(f"`y` must name a class in each row. Received: row {np.argmin(y.max(axis=1))} of zeros")
+        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
+    if y.shape != (count,):
+        raise ValueError(
+            f"`y` must hold one label for each of the {count} inputs and {num_classes} classes. "
+            f"Received: y.shape={y.shape}"
+        )
+    is_class = np.isin(y, np.arange(num_classes))
+    if not is_class.all():
+        raise ValueError(f"`y` must hold class ids in [0, {num_classes}). Received: {y[~is_class][0]}")
+    return y.astype("int32")
+
+
+class Examples(NamedTuple):
+    """The examples that are evaluated.
+
+    Attributes:
+        x: float32, shape `(count, ...)`.
+        y: Labels as they were given, with `count` rows.
+        ids: The position of each example in the whole data set, int64, shape `(count,)`.
+        digest: The SHA-256 of the data set that these are a shard of.
+    """
+
+    x: Array
+    y: Array
+    ids: Array
+    digest: str
+
+    def select(self, mask: Array) -> "Examples":
+        """Return the examples where a mask of shape `(count,)` is True."""
+        return self._replace(x=self.x[mask], y=self.y[mask], ids=self.ids[mask])
+
+
+def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None) -> Examples:
+    """Return the first `max_samples` examples, and of these every n-th one for a shard `(i, n)`.
+
+    Args:
+        x: Inputs, or a data set of batches `(inputs, labels)`.
+        y: Labels of an array of inputs, or None for a data set.
+        max_samples: How many examples to read; None for all.
+        shard: `(i, n)`, or None for all examples.
+
+    Raises:
+        ValueError: If there are no examples, or inputs and labels do not fit.
+    """
+    if max_samples is not None:
+        _validation.check_integer("max_samples", max_samples, at_least=1)
+    if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
+        if y is None:
+            raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
+        x, y = to_array(x)[:max_samples], to_array(y)[:max_samples]
+    else:
+        if y is not None:
+            raise ValueError(
+                "`y` must be None where `x_or_dataset` is a data set, which holds the labels itself. "
+                f"Received: x_or_dataset of {type(x).__name__}, y of {type(y).__name__}"
+            )
+        x, y = _read_dataset(x, max_samples)
+    if len(x) != len(y):
+        raise ValueError(f"`y` must hold one label for each input. Received: {len(x)} inputs, {len(y)} labels")
+    if len(x) == 0:
+        raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
+    if x.ndim < 2:
+        raise ValueError(f"`x_or_dataset` must hold inputs of shape (count, ...). Received: shape {x.shape}")
+    if not np.issubdtype(x.dtype, np.number):
+        raise ValueError(f"`x_or_dataset` must hold numbers. Received: dtype {x.dtype}")
+    ids = np.arange(len(x))[slice(None) if shard is None else slice(shard[0], None, shard[1])]
+    if len(ids) == 0:
+        raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(x)} examples")
+    return Examples(x[ids].astype("float32"), y[ids], ids, digest(x, y))
+
+
+def first_batch(x: Any, y: Any) -> tuple[Any, tuple[Array, Array]]:
+    """Return training data and the inputs and labels that can be seen before training.
+
+    Args:
+        x: Inputs, or an iterable of batches, as `keras.Model.fit` takes them.
+        y: Labels of an array of inputs, or None.
+
+    Returns:
+        `(x, (inputs, labels))`. Of arrays, all inputs and labels are seen; of other data, the first batch. The returned
+        `x` gives that batch again.
+
+    Raises:
+        ValueError: If there are no examples or no labels, or an example has several inputs.
+    """
+    if x is None:
+        raise ValueError("`x` must hold inputs, or give batches of them. Received: x=None")
+    batch: Any = (x, y)
+    if isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    elif isinstance(x, Iterator):
+        batch = next(x, None)
+        # Keras accepts a generator here, but no other iterator.
+        x = (item for item in itertools.chain([batch], x))
+    elif y is None and not hasattr(x, "shape"):
+        batch = next(iter(x), None)
+    inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    inputs, labels = only_input(inputs), only_input(labels)
+    if labels is None and inputs is not None:
+        raise ValueError("`y` must hold labels, or `x` give batches `(inputs, labels)`. Received: no labels")
+    if isinstance(inputs, dict | list | tuple):
+        raise ValueError(f"`x` must hold one input per example, not several. Received: {type(inputs).__name__}")
+    inputs = np.empty(0) if inputs is None else to_array(_backend.per_replica_value(inputs))
+    if inputs.size == 0:
+        raise ValueError("`x` must hold at least one example. Received: none")
+    labels = to_array(_backend.per_replica_value(labels))
+    if inputs.ndim < 2 or labels.ndim == 0:
+        raise ValueError(
+            "`x` must hold inputs of shape (count, ...), or give batches of them (a tf.data.Dataset: call `.batch`). "
+            f"Received: inputs of shape {inputs.shape}"
+        )
+    return x, (inputs, labels)
+
+
+def only_input(x: Any) -> Any:
+    """Return the input of an example; Keras also takes it as a list of one."""
+    return x[0] if isinstance(x, list | tuple) and len(x) == 1 else x
+
+
+def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
+    inputs: list[Array] = []
+    labels: list[Array] = []
+    count = 0
+    for batch in _batches(dataset, max_samples):
+        if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
+            raise ValueError(
+                "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
+                f"Received: {type(batch).__name__}"
+            )
+        x, y = to_array(batch[0]), to_array(batch[1])
+        if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+            raise ValueError(
+                "`x_or_dataset` must give batches of as many labels as inputs (a tf.data.Dataset: call `.batch`). "
+                f"Received: shapes {x.shape} and {y.shape}"
+            )
+        inputs.append(x)
+        labels.append(y)
+        count += len(x)
+        if max_samples is not None and count >= max_samples:
+            break
+    if count == 0:
+        raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
+    return np.concatenate(inputs)[:max_samples], np.concatenate(labels)[:max_samples]
+
+
+def _batches(dataset: Any, max_samples: int | None) -> Iterator[Any]:
+    if isinstance(dataset, keras.utils.PyDataset):
+        endless = dataset.num_batches is None
+        positions = itertools.count() if endless else range(dataset.num_batches)
+        batches: Iterable[Any] = (dataset[position] for position in positions)
+    elif isinstance(dataset, Iterable):
+        # TensorFlow reports a cardinality of -1 for an infinite data set.
+        endless = hasattr(dataset, "cardinality") and int(dataset.cardinality()) == -1
+        batches = dataset
+    else:
+        raise ValueError(
+            "`x_or_dataset` must be an array, a tensor, a tf.data.Dataset or a keras.utils.PyDataset. "
+            f"Received: {type(dataset).__name__}"
+        )
+    if endless and max_samples is None:
+        raise ValueError("`max_samples` must be given for a data set without end. Received: max_samples=None")
+    yield from batches

@@ -1,0 +1,254 @@
+"""The base class of attacks: checks, restarts, and the choice of the worst point found."""
+
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from keras_drsl import _validation
+from keras_drsl._data import class_ids, to_array
+from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
+from keras_drsl.threat import ThreatModel
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Batch(NamedTuple):
+    """Rows to attack: examples that are classified correctly without an attack, each for one restart.
+
+    Attributes:
+        x: Inputs, float32, shape `(batch, ...)`.
+        y: Class ids, int32, shape `(batch,)`.
+        ids: Integers that tell the examples of a data set apart, shape `(batch,)`.
+        logits: The logits of the clean inputs, shape `(batch, C)`.
+        restart: Which of the `Attack.num_runs` runs each row is for, shape `(batch,)`.
+        example_index: Equal integers for the rows of one example, shape `(batch,)`.
+        stop_when_broken: Whether a search may end for an example as soon as it is misclassified.
+    """
+
+    x: Array
+    y: Array
+    ids: Array
+    logits: Array
+    restart: Array
+    example_index: Array
+    stop_when_broken: bool = True
+
+    def generators(self, attack: "Attack") -> list[np.random.Generator]:
+        """Return one source of random numbers per row.
+
+        It depends on the seed and the name of the attack, the restart and the id of the example only, so an example
+        gets equal numbers in any batch and on any backend.
+        """
+        name = zlib.crc32(attack.name.encode())
+        keys = zip(self.restart.tolist(), self.ids.tolist(), strict=True)
+        return [np.random.default_rng((attack.seed, name, *key)) for key in keys]
+
+
+class Attack:
+    """The base of all attacks: a search for a misclassified point near each input.
+
+    Derive from it to write an attack: implement `run`, and call the attack as any other. A constructor argument is kept
+    under its own name, so that `settings` and `repr` find it.
+
+    Note:
+
+    - An attack cannot be changed after it was made: reports record its settings.
+    - Attacks of one class with equal settings are equal.
+
+    Attributes:
+        needs_gradient: Whether the attack follows gradients of the model. Attacks without gradients run last in an
+            evaluation, and are evidence of gradient masking where they break what the others could not.
+        restarts: How many searches each example goes through.
+
+    Args:
+        eps: The radius of the ball around each input, > 0, in units of the input.
+        norm: `"inf"` (the default) or 2.
+        clip_min: The smallest valid input value, 0 by default.
+        clip_max: The largest valid input value, 1 by default.
+        threat: A `keras_drsl.ThreatModel` in place of the four.
+        seed: The seed of all randomness, an integer >= 0. The random numbers of an example depend on it, the name of
+            the attack, the restart and the id of the example, but not on the batch.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> class Corner(keras_drsl.attacks.Attack):
+    ...     needs_gradient = False
+    ...
+    ...     def run(self, classifier, batch):
+    ...         generators = batch.generators(self)
+    ...         delta = [self.eps * generator.choice([-1.0, 1.0], batch.x.shape[1:]) for generator in generators]
+    ...         return np.clip(batch.x + np.array(delta, "float32"), self.clip_min, self.clip_max)
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10)])
+    >>> Corner(eps=0.1)(model, np.full((4, 8), 0.5), np.arange(4)).shape
+    (4, 8)
+    """
+
+    needs_gradient = True
+    restarts = 1
+
+    def __init__(
+        self,
+        eps: float | None = None,
+        *,
+        norm: Norm | None = None,
+        clip_min: float | None = None,
+        clip_max: float | None = None,
+        threat: ThreatModel | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        self.seed = _validation.check_integer("seed", seed, at_least=0)
+        self._classifier: Classifier | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name in vars(self):
+            raise AttributeError(
+                f"`{name}` of an attack cannot be changed. Make a new attack. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def eps(self) -> float:
+        """The radius of the ball."""
+        return self.threat.eps
+
+    @property
+    def norm(self) -> Norm:
+        """The norm of the ball."""
+        return self.threat.norm
+
+    @property
+    def clip_min(self) -> float:
+        """The smallest valid input value."""
+        return self.threat.clip_min
+
+    @property
+    def clip_max(self) -> float:
+        """The largest valid input value."""
+        return self.threat.clip_max
+
+    @property
+    def name(self) -> str:
+        """The name of the attack in reports."""
+        return type(self).__name__.lower()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every argument of the constructor by name, as JSON takes it."""
+        names: list[str] = []
+        for cls in type(self).__mro__:
+            if "__init__" in vars(cls):
+                parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+                names = [parameter.name for parameter in parameters if parameter.kind not in _VARIADIC] + names
+                if all(parameter.kind not in _VARIADIC for parameter in parameters):
+                    break
+        return {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "threat")}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.settings == getattr(other, "settings", None)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def num_runs(self, num_classes: int) -> int:
+        """Return how many searches an example that withstands them all goes through."""
+        return self.restarts
+
+    def run(self, classifier: Classifier, batch: Batch) -> Array:
+        """Search for a misclassified point near each row.
+
+        Args:
+            classifier: The model; call it on a tensor for logits, or compile a function of it by `compile`.
+            batch: The rows to attack.
+
+        Returns:
+            The best point found for each row, of the shape of `batch.x`.
+        """
+        raise NotImplementedError
+
+    @final
+    def __call__(
+        self,
+        logits_fn: Callable[[Tensor], Tensor] | Classifier,
+        x: Any,
+        y: Any,
+        *,
+        ids: Any = None,
+        batch_size: int | None = None,
+    ) -> Array:
+        """Attack a batch.
+
+        Args:
+            logits_fn: A `keras.Model`, or any function that maps inputs to **logits**, shape `(batch, C)`. It is
+                compiled once while calls pass the same one. For several attacks, or a lambda, pass a
+                `keras_drsl.models.Classifier` of it.
+            x: Inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
+            y: The true labels: class ids `(batch,)` or `(batch, 1)`, or one-hot `(batch, C)`.
+            ids: Integers that tell the examples apart, by default their position in the batch. Equal ids get equal
+                random numbers.
+            batch_size: How many rows to work on at once, if more than there are inputs. Several restarts or targets of
+                one input then share a batch, which is faster.
+
+        Returns:
+            Inputs of the same shape, float32, within the threat model. Of the points that the attack kept, the one with
+            the largest margin of another class over the true class. A search stops at a misclassified point. Inputs
+            that are misclassified without an attack are returned unchanged.
+
+        Raises:
+            ValueError: If inputs lie outside the clip range, labels do not match or are no classes, or the function
+                returns probabilities.
+        """
+        x = np.asarray(to_array(x), dtype="float32")
+        if len(x) == 0:
+            return x
+        self.threat.validate("x", x)
+        classifier = self._classifier_of(logits_fn)
+        logits = classifier.logits(x)
+        if looks_like_probabilities(logits):
+            raise ValueError(
+                "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and "
+                "sum to 1. Give the model before its softmax: keras_drsl.models.find_logits(model, x).classifier."
+            )
+        y = class_ids(y, len(x), logits.shape[1])
+        ids = np.arange(len(x)) if ids is None else np.asarray(ids)
+        return self._run_all(classifier, x, y, ids, logits, max(batch_size or len(x), len(x)))
+
+    def _classifier_of(self, logits_fn: Callable[[Tensor], Tensor] | Classifier) -> Classifier:
+        """Return the classifier of the last call if the function is the same, to reuse its programs."""
+        last = self._classifier
+        if last is None or logits_fn not in (last, last.logits_fn) or not last.reads_current_weights:
+            last = self._classifier = Classifier.of(logits_fn)
+        return last
+
+    def _run_all(self, classifier: Classifier, x: Array, y: Array, ids: Array, logits: Array, batch_size: int) -> Array:
+        """Run every restart on the examples that no earlier one has broken."""
+        x_adv, reached = x.copy(), margins(logits, y)
+        robust = np.flatnonzero(~is_misclassified(logits, y))
+        run, num_runs = 0, self.num_runs(logits.shape[1])
+        while run < num_runs and len(robust):
+            # Where few examples are left, several restarts fill the batch.
+            count = min(batch_size // len(robust), num_runs - run)
+            rows = np.tile(robust, count)
+            restart = np.repeat(np.arange(run, run + count), len(robust))
+            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows)
+            found = self.run(classifier, batch)
+            outputs = classifier.logits(found)
+            margin, broken = margins(outputs, batch.y), is_misclassified(outputs, batch.y)
+            for part in np.split(np.arange(len(rows)), count):
+                index = rows[part]
+                better = broken[part] | (margin[part] > reached[index])
+                x_adv[index[better]], reached[index[better]] = found[part[better]], margin[part[better]]
+            robust = robust[~np.isin(robust, rows[broken])]
+            run += count
+        return x_adv

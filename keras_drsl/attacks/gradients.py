@@ -1,0 +1,110 @@
+"""The parts that attacks along a gradient share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend, _validation
+from keras_drsl._typing import Array, Tensor
+from keras_drsl.attacks.base import Attack, Batch
+from keras_drsl.attacks.objectives import LOSSES, misclassified, objective
+from keras_drsl.models.classifier import Classifier
+
+
+class GradientAttack(Attack):
+    """An attack that increases a loss, away from the true class or towards each target class in turn.
+
+    Args:
+        eps: The radius of the ball, > 0, in units of the input.
+        loss: `"ce"`, `"margin"` or `"dlr"`; see `keras_drsl.attacks.objectives`.
+        targeted: Whether to aim at target classes, the one of the largest logit first.
+        targets: How many target classes, >= 1; all non-true classes if there are fewer.
+        steps: How many steps, >= 1.
+        restarts: How many starts (per target), >= 1.
+        **options: `norm`, `clip_min`, `clip_max`, `threat` and `seed` of `Attack`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    _family = ""
+
+    def __init__(
+        self,
+        eps: float | None = None,
+        *,
+        loss: str,
+        targeted: bool,
+        targets: int,
+        steps: int,
+        restarts: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(eps, **options)
+        self.loss = _validation.check_choice("loss", loss, LOSSES)
+        self.targeted = bool(targeted)
+        self.targets = _validation.check_integer("targets", targets, at_least=1)
+        self.steps = _validation.check_integer("steps", steps, at_least=1)
+        self.restarts = _validation.check_integer("restarts", restarts, at_least=1)
+
+    @property
+    def name(self) -> str:
+        """The name of the attack in reports."""
+        return f"{self._family}_t_{self.loss}" if self.targeted else f"{self._family}_{self.loss}"
+
+    def num_runs(self, num_classes: int) -> int:
+        """Return how many searches an example that withstands them all goes through."""
+        return self.restarts * (min(self.targets, num_classes - 1) if self.targeted else 1)
+
+
+def target_class(batch: Batch, restarts: int) -> Array:
+    """Return the target class of each row, the one of the largest logit first, shape `(batch,)`.
+
+    Args:
+        batch: The rows to attack.
+        restarts: How many restarts each target gets.
+    """
+    others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
+    order = np.argsort(-others, axis=1, kind="stable")
+    # Untargeted attacks ignore the target and may have more restarts than there are classes.
+    rank = np.minimum(batch.restart // restarts, order.shape[1] - 1)
+    return np.take_along_axis(order, rank[:, None], axis=1)[:, 0].astype("int32")
+
+
+def loss_and_gradient(
+    classifier: Classifier, x_adv: Tensor, rows: dict[str, Tensor], *, loss: str, targeted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of an attack at a point, a gradient to follow, and whether the point is misclassified."""
+
+    def loss_fn(logits: Tensor) -> Tensor:
+        return objective(loss, logits, rows["y"], rows["target"], targeted=targeted)
+
+    values, logits, gradient = input_gradient(classifier, loss_fn, x_adv)
+    return values, replace_nonfinite(gradient), misclassified(logits, rows["y"])
+
+
+def input_gradient(
+    classifier: Classifier, loss_fn: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each row, the logits, and the direction of the gradient of each loss with respect to `x`.
+
+    The gradient is scaled to a largest element of 1 at the logits. The gradient of a confident prediction is small, and
+    on its way back through a half-precision model it would underflow. Attacks follow its direction only.
+    """
+
+    def loss_along_gradient(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        logits = classifier(x)
+        values, _, gradient = _backend.value_and_gradient(lambda z: (loss_fn(z), ()), ops.stop_gradient(logits))
+        largest = ops.max(ops.abs(gradient), axis=-1, keepdims=True)
+        scaled = ops.stop_gradient(gradient / ops.maximum(largest, 1e-30))
+        return ops.sum(logits * scaled, axis=-1), (values, logits)
+
+    _, (values, logits), gradient = _backend.value_and_gradient(loss_along_gradient, x)
+    return values, logits, gradient
+
+
+def replace_nonfinite(gradient: Tensor) -> Tensor:
+    """Replace NaN by 0 and infinite elements by large ones, so that the gradient has a direction."""
+    return ops.clip(ops.where(ops.isnan(gradient), 0.0, gradient), -1e30, 1e30)

@@ -1,0 +1,19 @@
+"""Checks: what a careful reader would try before believing a robust accuracy. One theme per file."""
+
+# The order of the imports is the order in which checks run.
+from keras_drsl.evaluation.checks import outputs, gradients, search, self_tests, transfer  # noqa: I001
+from keras_drsl.evaluation.checks.registry import CHECKS, Outcome, RegisteredCheck, check, choose, run_check
+
+__all__ = [
+    "CHECKS",
+    "Outcome",
+    "RegisteredCheck",
+    "check",
+    "choose",
+    "gradients",
+    "outputs",
+    "run_check",
+    "search",
+    "self_tests",
+    "transfer",
+]

@@ -1,0 +1,110 @@
+"""Checks for gradient masking: gradients that exist, point somewhere, and lead further with more effort."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+from keras import ops
+
+from keras_drsl._typing import Tensor
+from keras_drsl.attacks import APGD, FGSM, PGD
+from keras_drsl.attacks.gradients import input_gradient
+from keras_drsl.attacks.objectives import LOSSES, objective
+from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.context import EvaluationContext
+from keras_drsl.models.classifier import Classifier
+
+NO_CORRECT_IMAGE = Outcome("skipped", math.nan, "no image is classified correctly")
+
+
+@check(suites=None, stage="before")
+def gradients(context: EvaluationContext) -> Outcome:
+    """Check that the losses of the attacks have gradients."""
+    context = context.correct
+    if len(context.x) == 0:
+        return NO_CORRECT_IMAGE
+    vanished = {loss: _share_without_gradient(context, loss) for loss in LOSSES}
+    text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
+    if vanished["margin"] > 0.01:
+        status = "fail" if vanished["margin"] > 0.1 else "warn"
+        return Outcome(
+            status, vanished["margin"], f"inputs without a gradient ({text}): gradient attacks do not work there"
+        )
+    if max(vanished.values()) > 0.05:
+        message = f"inputs without a gradient ({text}): only attacks on the margin work there"
+        return Outcome("warn", vanished["margin"], message)
+    return Outcome("pass", vanished["margin"], f"inputs without a gradient: {text}")
+
+
+def _share_without_gradient(context: EvaluationContext, loss: str) -> float:
+    program = context.model.classifier.compile(_largest_gradient, loss=loss)
+    largest = []
+    for start in range(0, len(context.x), context.batch_size):
+        part = slice(start, start + context.batch_size)
+        largest.append(ops.convert_to_numpy(program(context.x[part], context.y[part])))
+    return float((~(np.concatenate(largest) > 0)).mean())  # NaN counts as no gradient
+
+
+def _largest_gradient(classifier: Classifier, x: Tensor, y: Tensor, *, loss: str) -> Tensor:
+    """Return the largest element of the gradient of each row, NaN where any element is NaN."""
+    _, _, gradient = input_gradient(classifier, lambda logits: objective(loss, logits, y, y, targeted=False), x)
+    axes = tuple(range(1, len(gradient.shape)))
+    # A maximum may ignore NaN; a sum does not.
+    return ops.max(ops.abs(gradient), axis=axes) + 0.0 * ops.sum(gradient, axis=axes)
+
+
+@check(suites=["standard"])
+def many_steps_beat_one(context: EvaluationContext) -> Outcome:
+    """Check that many small steps break at least as many images as one large step."""
+    context = context.correct
+    if len(context.x) == 0:
+        return NO_CORRECT_IMAGE
+    one_step = context.accuracy_under(context.make_attack(FGSM))
+    gain = one_step - context.accuracy_under(context.make_attack(PGD, steps=20))
+    status = "pass" if gain >= -0.005 else "warn" if gain >= -0.02 else "fail"
+    message = "share of images that PGD breaks beyond FGSM; if it is negative, the gradient is unreliable"
+    return Outcome(status, gain, message)
+
+
+@check(suites=["standard"])
+def losses_agree(context: EvaluationContext) -> Outcome:
+    """Check that attacks on different losses find the same."""
+    context = context.correct
+    if len(context.x) == 0:
+        return NO_CORRECT_IMAGE
+    reached = {loss: context.accuracy_under(context.make_attack(PGD, loss=loss, steps=20)) for loss in LOSSES}
+    gap = max(reached.values()) - min(reached.values())
+    text = ", ".join(f"{loss} {value:.1%}" for loss, value in reached.items())
+    message = f"accuracy after PGD-20 on {len(context.x)} images: {text}"
+    if gap > 0.05 + 1e-9:
+        return Outcome("warn", gap, message + "; attacks on the weaker losses overstate the robustness")
+    return Outcome("pass", gap, message)
+
+
+@check(suites=["standard"])
+def larger_eps(context: EvaluationContext) -> Outcome:
+    """Check that a larger ball does not leave more images robust."""
+    context = context.correct
+    if len(context.x) == 0:
+        return NO_CORRECT_IMAGE
+    radii = sorted({min(factor * context.threat.eps, context.largest_eps) for factor in (0.5, 1, 2)})
+    attacks = [context.make_attack(PGD, eps=eps, loss="margin", steps=20) for eps in radii]
+    reached = [context.accuracy_under(attack) for attack in attacks]
+    rise = max((later - sooner for sooner, later in pairwise(reached)), default=0.0)
+    status = "pass" if rise <= 0.005 else "warn" if rise <= 0.02 else "fail"
+    text = ", ".join(f"{accuracy:.1%} at {eps:.3g}" for eps, accuracy in zip(radii, reached, strict=True))
+    return Outcome(status, rise, f"largest rise of the accuracy with eps under PGD-20: {text}")
+
+
+@check(suites=["standard"])
+def unbounded(context: EvaluationContext) -> Outcome:
+    """Check that an attack without bounds breaks every image."""
+    context = context.correct
+    if len(context.x) == 0:
+        return NO_CORRECT_IMAGE
+    # The strongest kind of the suite: PGD alone fails on models that the suite breaks.
+    attack = context.make_attack(APGD, eps=context.largest_eps, loss="margin", targeted=True, targets=3)
+    left = context.accuracy_under(attack)
+    status = "pass" if left == 0 else "warn" if left <= 0.02 else "fail"
+    message = "accuracy when any valid input is allowed; above 0, the attack cannot follow the gradient"
+    return Outcome(status, left, message)

@@ -1,0 +1,39 @@
+"""Checks whether more effort breaks more images."""
+
+import math
+
+from keras_drsl.attacks import APGD, Attack, Noise
+from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.context import EvaluationContext
+
+
+def attack_robust_images(context: EvaluationContext, attack: Attack, description: str) -> Outcome:
+    """Attack the images that are still robust, and report those that fall."""
+    robust = context.robust
+    if len(robust.x) == 0:
+        return Outcome("skipped", math.nan, "no robust image was left to attack")
+    withstood = robust.withstood(attack)
+    share = float(1 - withstood.mean())
+    status = "pass" if share <= 0.01 + 1e-9 else "warn" if share <= 0.05 + 1e-9 else "fail"
+    message = f"share of {len(withstood)} robust images that fall to {description}"
+    return Outcome(status, share, message, robust.ids[~withstood].tolist())
+
+
+@check(suites=["standard"])
+def converged(context: EvaluationContext) -> Outcome:
+    """Check that more steps break no more images."""
+    attack = context.make_attack(APGD, loss="margin", targeted=True, targets=3, steps=200)
+    return attack_robust_images(context, attack, "twice the steps against the three largest non-true logits")
+
+
+@check(suites=["standard"])
+def restarts(context: EvaluationContext) -> Outcome:
+    """Check that more random starts break no more images."""
+    attack = context.make_attack(APGD, loss="margin", targeted=True, targets=3, seed=context.seed + 1)
+    return attack_robust_images(context, attack, "other starts against the three largest non-true logits")
+
+
+@check(suites=["quick", "cleverhans", "standard"])
+def noise(context: EvaluationContext) -> Outcome:
+    """Check that random points break no more images."""
+    return attack_robust_images(context, context.make_attack(Noise, points=20), "20 random points of the ball")

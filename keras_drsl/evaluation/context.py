@@ -1,0 +1,136 @@
+"""What a check can look at: the model, the examples, and what the attacks have found so far."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_drsl._typing import Array
+from keras_drsl.attacks import Attack
+from keras_drsl.models.classifier import is_misclassified
+from keras_drsl.models.logits import LogitsModel
+from keras_drsl.threat import ThreatModel
+
+MAX_EXAMPLES = 200  # how many examples a check looks at
+
+
+class Audit(NamedTuple):
+    """A record of the perturbations that attacks returned.
+
+    Attributes:
+        largest: The size of the largest finite perturbation.
+        outside: How many were outside the threat model, NaN included.
+    """
+
+    largest: float = 0.0
+    outside: int = 0
+
+    def add(self, other: "Audit") -> "Audit":
+        """Return the record of both."""
+        return Audit(max(self.largest, other.largest), self.outside + other.outside)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationContext:
+    """What a check of `keras_drsl.evaluation.check` receives. It cannot be changed.
+
+    Attributes:
+        model: The model under evaluation, `model.model`, and its logits, `model.classifier`.
+        x: Inputs, float32, shape `(count, ...)`.
+        y: Class ids, int32, shape `(count,)`.
+        ids: The position of each example in the data set, shape `(count,)`.
+        logits: The logits of the clean inputs, shape `(count, C)`.
+        broken_by: For each example the name of the attack that broke it so far, `"clean"` if it is misclassified
+            without an attack, or None.
+        threat: The threat model.
+        seed: The seed of the evaluation.
+        batch_size: How many examples to work on at once.
+        attacks: The attacks of the evaluation, by name.
+        undefended: A second model without a defense and its logits, or None.
+        audit: A record of the perturbations that the attacks returned.
+    """
+
+    model: LogitsModel
+    x: Array
+    y: Array
+    ids: Array
+    logits: Array
+    broken_by: tuple[str | None, ...]
+    threat: ThreatModel
+    seed: int
+    batch_size: int
+    attacks: Mapping[str, Attack]
+    undefended: LogitsModel | None
+    audit: Audit
+
+    @property
+    def gradient_free(self) -> list[str]:
+        """The names of the attacks that need no gradient."""
+        return [name for name, attack in self.attacks.items() if not attack.needs_gradient]
+
+    @property
+    def largest_eps(self) -> float:
+        """The radius of a ball that holds every valid input."""
+        return self.threat.largest_eps(self.x.shape[1:])
+
+    def select(self, mask: Array) -> "EvaluationContext":
+        """Return the context of the first 200 of the examples where a mask is True."""
+        kept = np.flatnonzero(mask)[:MAX_EXAMPLES]
+        broken_by = tuple(self.broken_by[index] for index in kept)
+        arrays = {name: getattr(self, name)[kept] for name in ("x", "y", "ids", "logits")}
+        return dataclasses.replace(self, **arrays, broken_by=broken_by)
+
+    @property
+    def correct(self) -> "EvaluationContext":
+        """The first 200 examples that are classified correctly without an attack."""
+        return self.select(~is_misclassified(self.logits, self.y))
+
+    @property
+    def robust(self) -> "EvaluationContext":
+        """The first 200 examples that withstood everything so far."""
+        return self.select(np.array([name is None for name in self.broken_by]))
+
+    def make_attack(self, family: Callable[..., Attack], *, eps: float | None = None, **options: Any) -> Attack:
+        """Make an attack with the seed and the threat model of the evaluation, or another `eps`."""
+        threat = self.threat if eps is None else self.threat.replace(eps=eps)
+        return family(threat=threat, **{"seed": self.seed} | options)
+
+    def withstood(self, attack: Attack, model: LogitsModel | None = None) -> Array:
+        """Return which examples an attack does not break within its own threat model, shape `(count,)`.
+
+        Args:
+            attack: The attack.
+            model: The model that is attacked, by default the one under evaluation.
+        """
+        model = model or self.model
+        parts = [np.zeros(0, bool)]
+        for start in range(0, len(self.x), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            x, y = self.x[part], self.y[part]
+            x_adv = attack(model.classifier, x, y, ids=self.ids[part], batch_size=self.batch_size)
+            parts.append(~breaks(model, x_adv, x, y, attack.threat)[0])
+        return np.concatenate(parts)
+
+    def accuracy_under(self, attack: Attack, model: LogitsModel | None = None) -> float:
+        """Return the share of examples that withstand an attack, 0 without examples; arguments as `withstood`."""
+        withstood = self.withstood(attack, model)
+        return float(withstood.mean()) if len(withstood) else 0.0
+
+
+def breaks(model: LogitsModel, x_adv: Array, x: Array, y: Array, threat: ThreatModel) -> tuple[Array, Audit]:
+    """Return which inputs an attack has broken, and a record of the perturbations.
+
+    An input is broken if the perturbed one lies within the threat model and the model itself misclassifies it.
+
+    Args:
+        model: The model.
+        x_adv: The inputs that the attack returned, shape `(batch, ...)`.
+        x: The clean inputs.
+        y: Class ids, shape `(batch,)`.
+        threat: The threat model.
+    """
+    allowed = threat.contains(x_adv, x)
+    sizes = threat.size(x_adv.astype("float64") - x)
+    audit = Audit(float(sizes[np.isfinite(sizes)].max(initial=0.0)), int((~allowed).sum()))
+    return allowed & model.misclassifies(x_adv, y), audit

@@ -1,0 +1,274 @@
+"""The protocol: which attacks and checks run on which examples, and when an example counts as broken."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_drsl import _backend, _validation
+from keras_drsl._data import Examples, class_ids, digest
+from keras_drsl._typing import Array
+from keras_drsl.attacks import Attack
+from keras_drsl.evaluation.checks import CHECKS, choose, run_check
+from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
+from keras_drsl.evaluation.report import CLEAN, Check, RobustnessReport
+from keras_drsl.evaluation.state import State
+from keras_drsl.evaluation.suites import make_attacks
+from keras_drsl.models.fingerprint import fingerprint
+from keras_drsl.models.logits import LogitsModel, find_logits
+from keras_drsl.models.random_state import check_model
+from keras_drsl.threat import ThreatModel
+
+NUM_TRIED = 32  # how many inputs the logits of a model are looked for on
+
+
+class Evaluator:
+    """An evaluation whose arguments are checked, ready for models and examples.
+
+    `evaluate_robustness`, `robustness_curve` and `RobustnessMonitor` share it, and explain its arguments.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        threat: ThreatModel,
+        *,
+        suite: str,
+        attacks: Iterable[Any] | None = None,
+        checks: str | Iterable[Any] | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        max_samples: int | None = None,
+        shard: tuple[int, int] | None = None,
+    ) -> None:
+        self.threat = threat
+        attack_seed = _validation.check_integer("seed", seed, at_least=0)
+        by_name = make_attacks(suite, attacks, threat, attack_seed)
+        # Attacks without gradients come last: the images that they break withstood the others.
+        self.attacks = dict(sorted(by_name.items(), key=lambda item: not item[1].needs_gradient))
+        self.checks, listed = choose(checks, suite)
+        self._listed = listed
+        self.settings: dict[str, Any] = {
+            **threat.to_dict(),
+            "suite": suite if attacks is None else "custom",
+            "checks": self.checks if listed else checks or suite,
+            "seed": attack_seed,
+            "batch_size": _validation.check_integer("batch_size", batch_size, at_least=1),
+            "max_samples": max_samples,
+            "shard": None if shard is None else list(_check_shard(shard)),
+        }
+
+    def check_examples(self, examples: Examples) -> Examples:
+        """Return examples that fit the threat model, or raise `ValueError`."""
+        self.threat.validate("x_or_dataset", examples.x)
+        return examples
+
+    def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
+        """Find the logits of a model."""
+        return find_logits(model, examples.x[:NUM_TRIED], from_logits)
+
+    def find_undefended(self, undefended: Any, model: LogitsModel, examples: Examples) -> LogitsModel:
+        """Find the logits of an undefended model, or raise `ValueError` if it does not fit the other model."""
+        check_model("undefended", undefended)
+        x = examples.x[:NUM_TRIED]
+        try:
+            second = find_logits(undefended, x)
+            num_classes = [some.classifier.logits(x[:1]).shape[1] for some in (second, model)]
+        except Exception as error:
+            raise ValueError(f"`undefended` must be a classifier of the same inputs as `model`: {error}") from error
+        if num_classes[0] != num_classes[1]:
+            raise ValueError(
+                f"`undefended` must have the {num_classes[1]} classes of `model`. Received: {num_classes[0]}"
+            )
+        return second
+
+    def evaluate(
+        self,
+        model: LogitsModel,
+        examples: Examples,
+        *,
+        undefended: LogitsModel | None = None,
+        state_path: str | os.PathLike[str] | None = None,
+        verbose: int = 0,
+    ) -> RobustnessReport:
+        """Run attacks and checks, and return the report.
+
+        Args:
+            model: The model and its logits.
+            examples: The examples, checked.
+            undefended: The undefended model and its logits, or None.
+            state_path: A file to keep progress in, or None.
+            verbose: 0 for no output, 1 for progress bars.
+
+        Raises:
+            ValueError: If labels do not match, outputs are not finite, or the state belongs to another evaluation.
+        """
+        batch_size = self.settings["batch_size"]
+        logits = model.classifier.logits_in_batches(examples.x, batch_size)
+        outputs = logits if model.outputs == "logits" else model.model.logits_in_batches(examples.x, batch_size)
+        examples = examples._replace(y=class_ids(examples.y, len(examples.x), logits.shape[1]))
+        if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
+            raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
+        settings = self.settings | {"outputs": model.outputs}
+        provenance = _provenance(model, undefended, examples)
+        state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
+        wrong = (outputs.argmax(axis=1) != examples.y).tolist()
+        state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
+        context = EvaluationContext(
+            model=model,
+            x=examples.x,
+            y=examples.y,
+            ids=examples.ids,
+            logits=logits,
+            broken_by=tuple(state.broken_by),
+            threat=self.threat,
+            seed=settings["seed"],
+            batch_size=batch_size,
+            attacks=self.attacks,
+            undefended=undefended,
+            audit=Audit(**state.audit),
+        )
+        run = _Run(context, state, verbose)
+        names = [name for name in self.checks if self._listed or CHECKS[name].applies(context)]
+        run.run_checks([name for name in names if CHECKS[name].stage == "before"])
+        for name, attack in self.attacks.items():
+            run.run_attack(name, attack)
+        run.run_checks([name for name in names if CHECKS[name].stage == "after"])
+        return self._report(settings, names, state, examples, provenance)
+
+    def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
+        """Return what must be equal for an evaluation to continue from a state."""
+        return {
+            "settings": settings,
+            **{key: provenance[key] for key in ("model", "undefended", "data", "backend")},
+            "predictions": digest(outputs.argmax(axis=1)),
+            "attacks": {name: attack.settings for name, attack in self.attacks.items()},
+            "version": provenance["versions"]["keras-drsl"],
+        }
+
+    def _report(
+        self,
+        settings: dict[str, Any],
+        check_names: list[str],
+        state: State,
+        examples: Examples,
+        provenance: dict[str, Any],
+    ) -> RobustnessReport:
+        records = [
+            {"name": name, "settings": attack.settings, "seconds": state.seconds[name]}
+            for name, attack in self.attacks.items()
+        ]
+        for name in (f"check:{name}" for name in check_names):
+            if name in state.broken_by:
+                # A check attacks a limited number of images: it was not tried on all that were robust.
+                records.append(
+                    {"name": name, "settings": {}, "seconds": state.seconds[name], "tried": state.done[name]}
+                )
+        per_example = {
+            "index": examples.ids.tolist(),
+            "label": examples.y.tolist(),
+            "broken_by": list(state.broken_by),
+        }
+        checks = [Check(**state.checks[name]) for name in check_names]
+        return RobustnessReport(settings, records, checks, per_example, provenance)
+
+
+class _Run:
+    """Attacks and checks at work on the examples of one evaluation, from where its state says."""
+
+    def __init__(self, context: EvaluationContext, state: State, verbose: int) -> None:
+        self._context = context
+        self._state = state
+        self._verbose = verbose
+
+    def run_attack(self, name: str, attack: Attack) -> None:
+        """Attack the examples that are robust so far, batch by batch."""
+        context, state = self._context, self._state
+        # The examples that were robust when the attack began, also if it began before a kill.
+        robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
+        starts = range(0, len(robust), context.batch_size)
+        state.done.setdefault(name, 0)
+        state.seconds.setdefault(name, 0.0)
+        bar = self._bar(name, len(robust))
+        for number, start in enumerate(starts):
+            if number < state.done[name]:
+                continue
+            began = time.perf_counter()
+            rows = robust[start : start + context.batch_size]
+            x, y = context.x[rows], context.y[rows]
+            x_adv = attack(context.model.classifier, x, y, ids=context.ids[rows], batch_size=context.batch_size)
+            broken, audit = breaks(context.model, x_adv, x, y, context.threat)
+            for index in rows[broken]:
+                state.broken_by[index] = name
+            state.audit = Audit(**state.audit).add(audit)._asdict()
+            state.done[name] = number + 1
+            state.seconds[name] += time.perf_counter() - began
+            state.save()
+            if bar:
+                share = state.broken_by.count(None) / len(state.broken_by)
+                bar.update(min(start + context.batch_size, len(robust)), values=[("robust", share)])
+
+    def run_checks(self, names: list[str]) -> None:
+        """Run the checks that the state does not hold yet."""
+        state = self._state
+        bar = self._bar("checks", len(names))
+        for number, name in enumerate(names):
+            if name not in state.checks:
+                began = time.perf_counter()
+                context = dataclasses.replace(
+                    self._context, broken_by=tuple(state.broken_by), audit=Audit(**state.audit)
+                )
+                outcome = run_check(name, context)
+                key = f"check:{name}"
+                for index in np.flatnonzero(np.isin(context.ids, list(outcome.broken))):
+                    state.broken_by[index] = key
+                state.checks[name] = {
+                    "name": name,
+                    "status": outcome.status,
+                    "value": outcome.value,
+                    "message": outcome.message,
+                }
+                state.done[key], state.seconds[key] = len(context.robust.x), time.perf_counter() - began
+                state.save()
+            if bar:
+                bar.update(number + 1)
+
+    def _bar(self, title: str, count: int) -> Any:
+        """Print a title and return a progress bar, or None where there is nothing to show."""
+        if not self._verbose or not count:
+            return None
+        print(title)
+        return keras.utils.Progbar(count, stateful_metrics=["robust"], verbose=1)
+
+
+def _check_shard(shard: Any) -> tuple[int, int]:
+    is_pair = isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(part, int) for part in shard)
+    if not is_pair or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"`shard` must be (i, n) with 0 <= i < n. Received: shard={shard!r}")
+    return shard[0], shard[1]
+
+
+def _provenance(model: LogitsModel, undefended: LogitsModel | None, examples: Examples) -> dict[str, Any]:
+    """Return model, data, versions and device, for a reader who wants to repeat the evaluation."""
+    versions = {"python": platform.python_version()}
+    for package in ("keras-drsl", "keras", _backend.NAME, "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a folder that was not installed
+            versions[package] = "unknown"
+    return {
+        "model": fingerprint(model.model.logits_fn),
+        "undefended": None if undefended is None else fingerprint(undefended.model.logits_fn),
+        "data": examples.digest,
+        "versions": versions,
+        "backend": _backend.NAME,
+        "device": _backend.device_name(),
+    }

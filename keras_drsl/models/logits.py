@@ -1,0 +1,133 @@
+"""The logits of a model whose outputs may be probabilities.
+
+Attacks follow logits: the gradient of a saturated softmax is 0. The program that computes the outputs is asked for what
+its last softmax was given. No layer is changed for it, so other threads can call the model meanwhile.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend
+from keras_drsl._typing import Array, Tensor
+from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities
+from keras_drsl.spread import class_values
+
+
+class LogitsModel(NamedTuple):
+    """A model and the way to its logits.
+
+    Attributes:
+        classifier: Maps inputs to logits, with the weights of the model. Attacks follow it.
+        model: Maps inputs to the outputs of the model. Its predictions decide which inputs are misclassified.
+        outputs: `"logits"` if the model returns them; `"softmax"` if they were found behind its softmax;
+            `"probabilities"` if they were not, and the logarithms of the probabilities replace them.
+    """
+
+    classifier: Classifier
+    model: Classifier
+    outputs: Literal["logits", "softmax", "probabilities"]
+
+    def misclassifies(self, x: Array, y: Array) -> Array:
+        """Return which inputs the model itself misclassifies, shape `(batch,)`."""
+        return is_misclassified(self.model.logits(x), y)
+
+
+def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -> LogitsModel:
+    """Find the logits of a model, behind its softmax if it ends with one.
+
+    Use it to attack a model that ends with a softmax: `find_logits(model, x).classifier` is what attacks take.
+
+    Note:
+
+    - Sequential, functional, nested and subclassed models are searched alike, on all backends.
+    - Logits count as found only if their softmax equals the outputs, also on random inputs.
+    - The average of two softmax outputs has no logits: `outputs` is then `"probabilities"`.
+
+    Args:
+        model: A classifier.
+        x: A few inputs to try the model on, shape `(batch, ...)`.
+        from_logits: Whether the outputs are said to be logits; None to find out.
+
+    Returns:
+        A `LogitsModel`.
+
+    Raises:
+        ValueError: If the outputs are not of shape `(batch, C >= 2)`, not finite, or not as `from_logits` says.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    >>> keras_drsl.models.find_logits(model, np.ones((2, 8), "float32")).outputs
+    'softmax'
+    """
+    own = Classifier(model)
+    outputs = own.logits(x)
+    _check_outputs(model, outputs, from_logits)
+    if not looks_like_probabilities(outputs):
+        return LogitsModel(own, own, "logits")
+    # Random inputs as well: a candidate may equal the logits on the data alone.
+    tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
+    behind_softmax = Classifier(_Function(model, _backend.softmax_input(lambda x: model(x, training=False))))
+    try:
+        logits = behind_softmax.logits(tried)
+    except LookupError:
+        logits = None
+    if logits is not None and not looks_like_probabilities(logits) and _is_softmax_of(own.logits(tried), logits):
+        return LogitsModel(behind_softmax, own, "softmax")
+    logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
+    return LogitsModel(logarithms, own, "probabilities")
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Return the logarithms of probabilities in float32, finite."""
+    return class_values(ops.cast(probabilities, "float32"), from_logits=False, space="log_softmax")
+
+
+class _Function:
+    """A function of a model, with the variables that it reads."""
+
+    def __init__(self, model: keras.Model, function: Callable[[Tensor], Tensor]) -> None:
+        self._model = model
+        self._function = function
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return list(self._model.variables)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+
+def _check_outputs(model: keras.Model, outputs: Array, from_logits: bool | None) -> None:
+    """Raise `ValueError` for outputs that are neither logits nor probabilities, or not as `from_logits` says."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(f"`model` must return outputs of shape (batch, classes >= 2). Received: {outputs.shape}")
+    if not np.isfinite(outputs).all():
+        weights = [weight.path for weight in model.weights if not np.isfinite(ops.convert_to_numpy(weight)).all()]
+        cause = f" Weights that are not finite: {', '.join(weights[:3])}." if weights else ""
+        raise ValueError(f"`model` must return finite outputs. Received: NaN or infinite ones.{cause}")
+    probabilities = looks_like_probabilities(outputs)
+    if from_logits and probabilities:
+        raise ValueError(
+            "`from_logits=True`, but the outputs of `model` look like probabilities: they are not negative and sum to "
+            "1. Leave `from_logits=None`, and the logits behind them are found where possible."
+        )
+    if from_logits is False and not probabilities:
+        raise ValueError(
+            "`from_logits=False`, but the outputs of `model` are no probabilities. "
+            f"Received: values from {outputs.min():g} to {outputs.max():g}, sums from {outputs.sum(1).min():g} to "
+            f"{outputs.sum(1).max():g}"
+        )
+
+
+def _is_softmax_of(probabilities: Array, logits: Array) -> bool:
+    """Return whether the softmax of the logits equals the probabilities, small ones included."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    significant = probabilities > 1e-4
+    # Above that, the logarithm of a half-precision probability is exact to 0.02.
+    return np.allclose(log_p[significant], np.log(probabilities[significant]), atol=2e-2)
