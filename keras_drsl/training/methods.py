@@ -1,6 +1,6 @@
 """The methods of adversarial training: which inputs they learn from, and what they add to the loss.
 
-Symbols: x the clean inputs and x' the attacked ones, y the true classes, p and p' the softmax of the logits of x and x'.
+Symbols: x the clean inputs, x' the attacked ones, y the true classes, p and p' the softmax of the logits of x and x'.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ def linear(*last_layers):
 
 
 def smooth():
-    """A model of two layers without kinks, with weights from NumPy."""
+    """Return a model of two layers without kinks, with weights from NumPy."""
     rng = np.random.default_rng(1)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)])
     model.set_weights([rng.normal(size=weight.shape) for weight in model.get_weights()])
@@ -61,7 +61,7 @@ def drs_losses(z, y, lam=LAM):
 
 
 def drs_gradient(z, y, lam):
-    """The gradient of DRSLoss with respect to the logits, in closed form."""
+    """Compute the gradient of DRSLoss with respect to the logits, in closed form."""
     p, is_true = softmax(z), reference.one_hot(y, 3)
     others = np.where(is_true == 1, 0.0, np.log(p))
     mean = others.sum(1, keepdims=True) / 2
@@ -73,7 +73,7 @@ def cross_entropies(z, y):
 
 
 def worst_inputs(x, y, eps=EPS, norm="inf"):
-    """The inputs of the largest cross-entropy of the linear model in the ball."""
+    """Return the inputs of the largest cross-entropy of the linear model in the ball."""
     direction = SLOPES[:, 1] - SLOPES[:, 0]
     direction = np.sign(direction) if norm == "inf" else direction / np.linalg.norm(direction)
     return x + eps * np.where(y == 0, 1, -1)[:, None] * direction
@@ -91,7 +91,7 @@ class NumPyMLP:
         return self.hidden @ last_kernel + last_bias
 
     def gradients(self, x, upstream):
-        """The gradients of the weights and of the inputs, for those of the logits."""
+        """Compute the gradients of the weights and of the inputs, for those of the logits."""
         kernel, _, last_kernel, _ = self.weights
         inner = (upstream @ last_kernel.T) * (1 - self.hidden**2)
         return [x.T @ inner, inner.sum(0), self.hidden.T @ upstream, upstream.sum(0)], inner @ kernel.T

@@ -31,7 +31,7 @@ NO_STEP = {"steps": 1, "step_size": 1e-12}
 
 
 def fixed_start(name):
-    """The method, with an attack that starts where the fixture `start_at` says."""
+    """Return the method, with an attack that starts where the fixture `start_at` says."""
     return METHODS[name].replace(start_near_input=False)
 
 

@@ -33,6 +33,8 @@ from tests.training.cases import (
 )
 
 PGD_L2 = {"norm": 2, "steps": 3, "step_size": 0.04}
+# One step that ends in a corner of the ball.
+ONE_STEP = {"steps": 1, "step_size": 2 * EPS}
 
 
 class TestStep:
@@ -74,7 +76,7 @@ class TestStep:
 
     def test_takes_labels_of_any_form_and_a_softmax(self):
         x, y = data()
-        expected, _ = train(linear(), x, y, graph=False)
+        expected, _ = train(linear(), x, y, graph=False, **ONE_STEP)
         cases = {
             "column": (y[:, None], {}),
             "one-hot": (reference.one_hot(y, 3).astype("float32"), {}),
@@ -83,7 +85,7 @@ class TestStep:
         }
         for name, (labels, options) in cases.items():
             layers = [keras.layers.Softmax()] if "softmax" in name else []
-            weights, history = train(linear(*layers), x, labels, **{"graph": False} | options)
+            weights, history = train(linear(*layers), x, labels, **{"graph": False} | ONE_STEP | options)
             np.testing.assert_allclose(weights[0], expected[0], atol=1e-5, err_msg=name)
             assert set(history) == {"accuracy", "attack_strength", "clean_accuracy", "loss"}
 
@@ -217,7 +219,7 @@ class TestFit:
     def test_draws_no_batch_twice(self):
         x, y = data(24)
         batches = [(x[start : start + 8], y[start : start + 8]) for start in (0, 8, 16)]
-        options = {"step_size": 2 * EPS, "graph": False}
+        options = {"graph": False, **ONE_STEP}
         expected, _ = train(smooth(), x, y, batch_size=8, **options)
 
         class Batches(keras.utils.PyDataset):
@@ -237,15 +239,15 @@ class TestFit:
 
     def test_takes_the_one_input_in_a_list(self):
         x, y = data()
-        expected, _ = train(smooth(), x, y, step_size=2 * EPS, graph=False)
-        weights, _ = train(smooth(), [x], y, step_size=2 * EPS, graph=False)
+        expected, _ = train(smooth(), x, y, graph=False, **ONE_STEP)
+        weights, _ = train(smooth(), [x], y, graph=False, **ONE_STEP)
         np.testing.assert_array_equal(weights[0], expected[0])
 
     def test_train_on_batch_is_a_step_of_fit(self):
         x, y = data()
-        expected, history = train(smooth(), x, y, steps=3, step_size=2 * EPS, graph=False)
+        expected, history = train(smooth(), x, y, graph=False, **ONE_STEP)
         model = smooth()
-        robust = wrap(model, steps=3, step_size=2 * EPS)
+        robust = wrap(model, **ONE_STEP)
         logs = robust.train_on_batch(x, y, return_dict=True)
         assert logs == pytest.approx({name: values[0] for name, values in history.items()}, abs=1e-5)
         np.testing.assert_allclose(model.get_weights()[0], expected[0], atol=1e-6)
@@ -275,7 +277,9 @@ class TestSaving:
         assert "keras_drsl" not in sys.modules
         """
         np.save(tmp_path / "x.npy", x)
-        run_python(code, *[tmp_path / name for name in ("robust.keras", "z.npy", "x.npy")])
+        # The NumPy backend starts fast.
+        names = ("robust.keras", "z.npy", "x.npy")
+        run_python(code, *[tmp_path / name for name in names], env={"KERAS_BACKEND": "numpy"})
         np.testing.assert_allclose(np.load(tmp_path / "z.npy"), model.predict(x, verbose=0), atol=1e-6)
 
     def test_resumes_exactly_after_it_was_killed(self, tmp_path):
@@ -323,7 +327,9 @@ def test_two_devices_end_with_the_weights_of_one():
             robust = keras_drsl.AdversarialTraining(
                 model, 0.1, norm=2, steps=3, method=method, warmup_epochs=1, seed=0)
             loss = keras_drsl.DRSLoss(from_logits=True)
-            robust.compile(optimizer=keras.optimizers.SGD(0.5), loss=loss, metrics=["accuracy"])
+            # One device needs no graph, which takes long to build.
+            options = {"run_eagerly": devices == 1 and not jax, "metrics": ["accuracy"]}
+            robust.compile(keras.optimizers.SGD(0.5), loss, **options)
         options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
         history = robust.fit(x, y, validation_data=(x, y), **options).history
         return [np.asarray(weight) for weight in model.get_weights()], history
@@ -337,7 +343,7 @@ def test_two_devices_end_with_the_weights_of_one():
         dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
         with strategy.scope():
             model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-            robust = keras_drsl.AdversarialTraining(model, 0.1)
+            robust = keras_drsl.AdversarialTraining(model, 0.1, steps=1)
             robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
         robust.fit(strategy.experimental_distribute_dataset(dataset), verbose=0)
 
