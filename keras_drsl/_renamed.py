@@ -34,7 +34,6 @@ RENAMED: dict[str, dict[str, str]] = {
         "keras_drsl.attacks.classifier": "keras_drsl.models.classifier",
         "keras_drsl.attacks.gradient": "keras_drsl.attacks.gradients",
         "keras_drsl.evaluation.datasets": "keras_drsl.datasets",
-        "keras_drsl.evaluation.evaluate": "keras_drsl.evaluation.evaluator",
         "keras_drsl.evaluation.examples": "keras_drsl._data",
         "keras_drsl.evaluation.files": "keras_drsl._files",
         "keras_drsl.evaluation.find_logits": "keras_drsl.models.find_logits",

@@ -46,7 +46,7 @@ def test_a_curve_is_drawn(files, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
-def test_strict_tells_of_a_failed_check(files, tmp_path):
+def test_strict_reports_a_failed_check(files, tmp_path):
     assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json", "--strict") == 0
     content = json.loads((tmp_path / "r.json").read_text())
     content["checks"][0]["status"] = "fail"
@@ -55,7 +55,7 @@ def test_strict_tells_of_a_failed_check(files, tmp_path):
     assert cli.main(["show", str(tmp_path / "bad.json"), "--strict"]) == 3
 
 
-def test_what_will_not_do_ends_with_status_2_and_a_reason(files, tmp_path, capsys):
+def test_bad_arguments_end_with_status_2(files, tmp_path, capsys):
     def fails(run, reason):
         capsys.readouterr()
         try:
@@ -83,7 +83,7 @@ def test_what_will_not_do_ends_with_status_2_and_a_reason(files, tmp_path, capsy
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-def test_neither_pickles_nor_code_in_a_model_are_run(files, tmp_path, capsys):
+def test_pickles_and_code_in_models_are_not_run(files, tmp_path, capsys):
     np.savez(tmp_path / "pickle.npz", x=np.array([{"a": 1}], dtype=object), y=np.zeros(1))
     assert (
         cli.main(["evaluate", str(files / "model.keras"), "--dataset", str(tmp_path / "pickle.npz"), "--eps", "0.1"])

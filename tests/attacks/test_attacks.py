@@ -5,22 +5,24 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_drsl.attacks import APGD, FGSM, PGD, Classifier, Noise, Square, Transfer
+import keras_drsl
+from keras_drsl.attacks import APGD, FGSM, PGD, Noise, Square, Transfer
 from keras_drsl.attacks.apgd import checkpoints
 from keras_drsl.attacks.square import bump, tiling, window_shape
+from keras_drsl.models import Classifier
 from tests.backends import on_tensorflow
 from tests.layers import Quantised
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
 ATTACKS = {
     "fgsm": FGSM,
-    "pgd_ce": lambda eps, **knobs: PGD(eps, steps=10, **knobs),
-    "pgd_momentum": lambda eps, **knobs: PGD(eps, steps=10, momentum=0.9, loss="margin", **knobs),
-    "apgd_ce": lambda eps, **knobs: APGD(eps, steps=20, **knobs),
-    "apgd_t_dlr": lambda eps, **knobs: APGD(eps, steps=20, loss="dlr", targeted=True, **knobs),
-    "apgd_t_margin": lambda eps, **knobs: APGD(eps, steps=20, loss="margin", targeted=True, **knobs),
-    "square": lambda eps, **knobs: Square(eps, queries=150, **knobs),
-    "noise": lambda eps, **knobs: Noise(eps, points=10, **knobs),
+    "pgd_ce": lambda eps, **options: PGD(eps, steps=10, **options),
+    "pgd_momentum": lambda eps, **options: PGD(eps, steps=10, momentum=0.9, loss="margin", **options),
+    "apgd_ce": lambda eps, **options: APGD(eps, steps=20, **options),
+    "apgd_t_dlr": lambda eps, **options: APGD(eps, steps=20, loss="dlr", targeted=True, **options),
+    "apgd_t_margin": lambda eps, **options: APGD(eps, steps=20, loss="margin", targeted=True, **options),
+    "square": lambda eps, **options: Square(eps, queries=150, **options),
+    "noise": lambda eps, **options: Noise(eps, points=10, **options),
 }
 every_attack = pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS.keys())
 both_norms = pytest.mark.parametrize("norm", ["inf", 2])
@@ -37,7 +39,7 @@ def withstands(classifier, x_adv, y):
 
 @both_norms
 @every_attack
-def test_it_stays_in_the_ball_and_the_range_and_breaks_nothing_that_cannot_be_broken(linear, make, norm):
+def test_results_are_valid_and_no_better_than_exact(linear, make, norm):
     x, y = inputs()
     x_adv = make(0.15, norm=norm)(linear, x, y)
     delta = np.abs(x_adv.astype("float64") - x)
@@ -53,7 +55,7 @@ def test_it_stays_in_the_ball_and_the_range_and_breaks_nothing_that_cannot_be_br
 
 @both_norms
 @pytest.mark.parametrize("family", [PGD, APGD])
-def test_targeted_at_the_margin_it_reaches_the_exact_worst_case_of_a_linear_model(linear, family, norm):
+def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
     x, y = inputs(100)
     # Within a thousandth either answer is right for float32.
     clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
@@ -65,7 +67,7 @@ def test_targeted_at_the_margin_it_reaches_the_exact_worst_case_of_a_linear_mode
 
 
 @both_norms
-def test_square_comes_near_the_exact_worst_case_of_a_linear_model(linear, norm):
+def test_square_is_nearly_exact_on_a_linear_model(linear, norm):
     x, y = inputs(100)
     expected = exact_robust(x, y, 0.15, norm)
     withstood = withstands(linear, Square(0.15, queries=2000, norm=norm)(linear, x, y), y)
@@ -74,7 +76,7 @@ def test_square_comes_near_the_exact_worst_case_of_a_linear_model(linear, norm):
 
 
 @every_attack
-def test_equal_seeds_give_equal_results_whatever_the_batch(linear, make):
+def test_equal_seeds_give_equal_results_in_any_batch(linear, make):
     x, y = inputs(40)
     # Nothing is broken at this radius, so nothing leaves.
     robust = distance(x, y, "inf") > 0.03
@@ -89,19 +91,19 @@ def test_equal_seeds_give_equal_results_whatever_the_batch(linear, make):
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])
-def test_several_runs_in_one_batch_break_the_same_as_one_after_the_other(linear, norm):
+def test_restarts_in_one_batch_break_the_same(linear, norm):
     x, y = inputs(60)
     attack = PGD(0.15, loss="margin", targeted=True, restarts=3, steps=10, norm=norm)
-    one, many = (attack(linear, x, y, batch_size=size) for size in (None, 500))
-    np.testing.assert_array_equal(withstands(linear, one, y), withstands(linear, many, y))
-    # What nothing broke is attacked by all runs either way.
-    left = withstands(linear, one, y)
-    np.testing.assert_allclose(many[left][:, :3], one[left][:, :3], atol=1e-5)
+    alone, together = (attack(linear, x, y, batch_size=size) for size in (None, 500))
+    np.testing.assert_array_equal(withstands(linear, alone, y), withstands(linear, together, y))
+    # Inputs that nothing broke are attacked by all restarts either way.
+    left = withstands(linear, alone, y)
+    np.testing.assert_allclose(together[left][:, :3], alone[left][:, :3], atol=1e-5)
 
 
 @on_tensorflow
 @pytest.mark.parametrize("make", [ATTACKS["apgd_t_margin"], ATTACKS["square"]], ids=["apgd", "square"])
-def test_compiled_or_not_the_result_is_the_same(make):
+def test_compiled_and_eager_results_agree(make):
     import tensorflow as tf
 
     x, y = inputs(20)
@@ -113,7 +115,7 @@ def test_compiled_or_not_the_result_is_the_same(make):
         tf.config.run_functions_eagerly(False)
 
 
-def test_huge_logits_blind_the_cross_entropy_and_nothing_else():
+def test_huge_logits_blind_the_cross_entropy_only():
     x, y = inputs()
     huge = Classifier(linear_model(WEIGHTS * 1e4))
     expected = exact_robust(x, y, 0.15, "inf")
@@ -122,7 +124,7 @@ def test_huge_logits_blind_the_cross_entropy_and_nothing_else():
     np.testing.assert_array_equal(left(APGD(0.15, loss="margin", targeted=True)), expected)
 
 
-def test_a_model_that_hides_its_gradient_falls_to_square_and_to_transfer_only():
+def test_hidden_gradients_fall_to_square_and_transfer():
     open_model = linear_model()
     hidden = keras.Sequential([keras.Input((4,)), Quantised(), open_model])
     x, y = inputs()
@@ -136,15 +138,15 @@ def test_a_model_that_hides_its_gradient_falls_to_square_and_to_transfer_only():
     assert left(Transfer(open_model, apgd)) <= exact + 0.05
 
 
-def test_with_fewer_than_four_classes_dlr_is_the_margin(linear):
+def test_dlr_of_three_classes_is_the_margin(linear):
     x, y = inputs()
     for targeted in (False, True):
-        knobs = {"targeted": targeted, "steps": 10, "random_start": False}
-        dlr, margin = (PGD(0.1, loss=loss, **knobs)(linear, x, y) for loss in ("dlr", "margin"))
+        options = {"targeted": targeted, "steps": 10, "random_start": False}
+        dlr, margin = (PGD(0.1, loss=loss, **options)(linear, x, y) for loss in ("dlr", "margin"))
         np.testing.assert_array_equal(dlr, margin)
 
 
-def test_what_is_misclassified_stays_as_it_is_and_nan_counts_as_broken(linear):
+def test_misclassified_inputs_stay_and_nan_is_broken(linear):
     x, y = inputs(10)
     wrong = (y + 1) % 3
     np.testing.assert_array_equal(APGD(0.1)(linear, x, wrong), x)
@@ -155,7 +157,7 @@ def test_what_is_misclassified_stays_as_it_is_and_nan_counts_as_broken(linear):
     assert np.isnan(broken.logits(x_adv)).any(axis=1).all()
 
 
-def test_programs_are_compiled_once_for_all_sizes_of_batch_and_ball():
+def test_one_program_serves_all_sizes_and_radii():
     model, calls = linear_model(), []
 
     def logits_fn(x):
@@ -172,7 +174,7 @@ def test_programs_are_compiled_once_for_all_sizes_of_batch_and_ball():
     assert len(calls) == count
 
 
-def test_weights_are_looked_up_in_each_call():
+def test_weights_are_read_in_each_call():
     model = linear_model()
     attack = PGD(0.15, loss="margin", targeted=True)
     x, y = inputs()
@@ -184,7 +186,7 @@ def test_weights_are_looked_up_in_each_call():
     np.testing.assert_array_equal(withstands(Classifier(model), attack(model, x, y), y), expected)
 
 
-def test_the_weights_of_a_method_are_looked_up_too():
+def test_weights_of_a_method_are_read_in_each_call():
     class Headed(keras.Model):
         def __init__(self):
             super().__init__()
@@ -208,7 +210,7 @@ def test_the_weights_of_a_method_are_looked_up_too():
 
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (6, 6, 3), (2, 6, 6, 3)])
 @both_norms
-def test_square_takes_inputs_of_any_number_of_axes(shape, norm):
+def test_square_takes_any_number_of_axes(shape, norm):
     model = keras.Sequential([keras.Input(shape), keras.layers.Flatten(), keras.layers.Dense(3)])
     x = np.random.default_rng(0).random((4, *shape)).astype("float32")
     y = model.predict(x, verbose=0).argmax(1)
@@ -217,7 +219,7 @@ def test_square_takes_inputs_of_any_number_of_axes(shape, norm):
     assert np.abs(x_adv - x).max() > 0.01
 
 
-def test_the_spans_of_apgd_are_those_of_the_paper():
+def test_apgd_checkpoints_are_those_of_the_paper():
     # w_j = p_j * steps with p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), in whole steps.
     p = [0, 22]
     while p[-1] < 100:
@@ -227,7 +229,7 @@ def test_the_spans_of_apgd_are_those_of_the_paper():
     assert list(checkpoints(3)) == [1, 2, 3]
 
 
-def test_the_windows_and_bumps_of_square_are_those_of_the_paper():
+def test_square_windows_are_those_of_the_paper():
     assert window_shape(0.8, 28, 28, at_least=1) == (25, 25)
     assert window_shape(0.8 / 512, 28, 28, at_least=1) == (1, 1)
     assert window_shape(0.4, 64, 1, at_least=1) == (26, 1)
@@ -238,6 +240,32 @@ def test_the_windows_and_bumps_of_square_are_those_of_the_paper():
     tiles = tiling(8, 8, 3, np.random.default_rng(0))
     assert tiles.shape == (8, 8, 3)
     np.testing.assert_allclose((tiles**2).sum(), 1)
+
+
+def test_repr_constructs_an_equal_attack():
+    for name, make in {**ATTACKS, "named": lambda eps, **options: PGD(eps, step_size=0.01)}.items():
+        attack = make(0.1, norm=2, clip_max=2.0, seed=3) if name != "named" else make(0.1)
+        again = eval(repr(attack))
+        assert again == attack, name
+        assert hash(again) == hash(attack)
+        assert again != type(attack)(0.2)
+    assert PGD(0.1) != APGD(0.1)
+
+
+def test_a_threat_model_replaces_the_four_arguments():
+    threat = keras_drsl.ThreatModel(0.1, norm=2, clip_min=-1.0)
+    for make in ATTACKS.values():
+        assert make(None, threat=threat) == make(0.1, norm=2, clip_min=-1.0)
+        with pytest.raises(ValueError, match=r"`threat` must be given without .* Received: threat=.* and norm='inf'"):
+            make(None, threat=threat, norm="inf")
+
+
+def test_an_attack_cannot_be_changed():
+    attack = PGD(0.1)
+    for name, value in (("seed", -5), ("steps", 3), ("threat", None)):
+        with pytest.raises(AttributeError, match=f"`{name}` of an attack cannot be changed.* Received: {name}={value}"):
+            setattr(attack, name, value)
+    assert attack == PGD(0.1)
 
 
 class TestBadInput:
@@ -255,7 +283,10 @@ class TestBadInput:
             (lambda: Square(0.1, queries=0), "`queries` must be an integer of 1 or more. Received: queries=0"),
             (lambda: Square(0.1, p_init=0), r"`p_init` must be a number in \(0, 1\]. Received: p_init=0"),
             (lambda: Noise(0.1, points=0), "`points` must be an integer of 1 or more. Received: points=0"),
-            (lambda: FGSM(0.1, clip_min=1), "`clip_min` must be below `clip_max`. Received: clip_min=1, clip_max=1.0"),
+            (
+                lambda: FGSM(0.1, clip_min=1),
+                "`clip_min` must be below `clip_max`. Received: clip_min=1.0, clip_max=1.0",
+            ),
             (lambda: Transfer(None, 3), "`attack` must be an attack of keras_drsl.attacks. Received: attack=3"),
         ],
     )

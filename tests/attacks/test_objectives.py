@@ -9,20 +9,20 @@ from tests.backends import values
 def by_hand(loss, z, y, t, targeted):
     """The formulas, for one row, in float64."""
     z = z.astype("float64")
-    rival = z[t] if targeted else max(z[k] for k in range(len(z)) if k != y)
+    other = z[t] if targeted else max(z[k] for k in range(len(z)) if k != y)
     log_total = np.log(np.exp(z).sum())
     if loss == "ce":
         return z[t] - log_total if targeted else log_total - z[y]
     if loss == "margin":
-        return rival - z[y]
+        return other - z[y]
     ordered = sorted(z, reverse=True)
     low = (ordered[2] + ordered[3]) / 2 if targeted else ordered[2]
-    return (rival - z[y]) / (ordered[0] - low)
+    return (other - z[y]) / (ordered[0] - low)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
-def test_each_is_its_formula(loss, targeted):
+def test_each_loss_equals_its_formula(loss, targeted):
     rng = np.random.default_rng(0)
     z = rng.normal(0, 2, (20, 6)).astype("float32")
     y = rng.integers(0, 6, 20)

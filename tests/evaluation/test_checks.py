@@ -5,23 +5,34 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_drsl
 from keras_drsl import evaluate_robustness
-from keras_drsl.evaluation.checks import breakable
+from keras_drsl.evaluation import Outcome, check
+from keras_drsl.evaluation.checks import CHECKS
+from keras_drsl.evaluation.checks.self_tests import breakable_model
 from tests.layers import Quantised, Random
 from tests.linear import WEIGHTS, inputs, linear_model
 
 
-def checks_of(model, *, eps=0.15, attacks=("apgd_t_margin",), classes=3, **knobs):
+def checks_of(model, *, eps=0.15, attacks=("apgd_t_margin",), classes=3, **options):
     x, y = inputs(60, WEIGHTS[:, :classes])
-    report = evaluate_robustness(model, x, y, eps=eps, attacks=attacks, verbose=0, **knobs)
+    report = evaluate_robustness(model, x, y, eps=eps, attacks=attacks, verbose=0, **options)
     return {check.name: check for check in report.checks}, report
 
 
-def test_a_model_without_fault_passes_them_all():
+@pytest.fixture
+def new_check():
+    """The decorator `check`, whose checks are removed from the registry after the test."""
+    before = dict(CHECKS)
+    yield check
+    CHECKS.clear()
+    CHECKS.update(before)
+
+
+def test_a_sound_model_passes_all_checks():
     # Of two classes: with more, the cross-entropy's attacks are not exact on a linear model, which a check says.
     checks, report = checks_of(linear_model(WEIGHTS[:, :2]), attacks=("apgd_t_margin", "noise"), classes=2)
     assert {name for name, check in checks.items() if check.status != "pass"} == set()
-    assert len(checks) == 15
     assert report.trustworthy
 
 
@@ -39,26 +50,26 @@ def test_a_hidden_gradient_is_seen():
     assert not report.trustworthy
 
 
-def test_what_only_square_breaks_is_seen():
+def test_images_that_only_square_breaks_are_seen():
     model = keras.Sequential([keras.Input((4,)), Quantised(), linear_model()])
     checks, _ = checks_of(model, attacks=("apgd_t_margin", "square"), suite="quick")
     assert checks["black_box"].status == "fail"
 
 
-def test_square_before_the_others_is_no_black_box_that_only_succeeds():
+def test_square_listed_first_still_runs_last():
     checks, _ = checks_of(linear_model(), attacks=("square", "apgd_t_margin"), suite="quick")
     assert checks["black_box"].status == "pass"
 
 
-def test_a_check_that_ends_in_an_error_has_failed_and_loses_nothing(monkeypatch):
-    def broken(*arguments, **options):
+def test_a_check_that_raises_an_error_has_failed(new_check):
+    @new_check()
+    def breaks_down(context):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("keras_drsl.evaluation.checks.objective", broken)
-    checks, report = checks_of(linear_model(), suite="quick")
-    assert checks["gradients"].status == "fail"
-    assert "RuntimeError: no" in checks["gradients"].meaning
-    assert report.images == 60
+    checks, report = checks_of(linear_model(), suite="quick", checks=[breaks_down])
+    assert checks["breaks_down"].status == "fail"
+    assert "RuntimeError: no" in checks["breaks_down"].message
+    assert report.num_examples == 60
 
 
 def test_a_random_model_is_seen():
@@ -89,21 +100,21 @@ def test_probabilities_without_logits_are_seen():
     assert checks["outputs"].status == "warn"
 
 
-def test_with_an_undefended_model_its_fall_and_the_transfer_are_checked():
+def test_an_undefended_model_is_checked():
     hidden = keras.Sequential([keras.Input((4,)), Quantised(), linear_model()])
     checks, _ = checks_of(hidden, undefended=linear_model(), suite="quick", eps=0.2)
     assert checks["transfer"].status == "fail"
-    assert checks["twin"].status == "warn"
+    assert checks["undefended"].status == "warn"
     checks, _ = checks_of(linear_model(), undefended=linear_model(), suite="quick", eps=0.9)
-    assert checks["twin"].status == "pass"
+    assert checks["undefended"].status == "pass"
     checks, _ = checks_of(linear_model(), undefended=linear_model(WEIGHTS * 0), suite="quick")
-    assert checks["twin"].status == "warn"
+    assert checks["undefended"].status == "warn"
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])
-def test_the_control_is_as_breakable_as_it_says(norm):
-    threat = {"eps": 0.1, "norm": norm, "clip_min": -1.0, "clip_max": 1.0}
-    weights, x, y = breakable((3, 3), threat, seed=0)
+def test_the_linear_model_breaks_at_90_percent(norm):
+    threat = keras_drsl.ThreatModel(0.1, norm, clip_min=-1.0, clip_max=1.0)
+    weights, x, y = breakable_model((3, 3), threat, seed=0)
     slopes = weights.T[y][:, None] - weights.T[None]
     margin = (x.reshape(len(x), 1, 9) * slopes).sum(-1)
     dual = np.abs(slopes).sum(-1) if norm == "inf" else np.sqrt((slopes**2).sum(-1))
@@ -111,3 +122,65 @@ def test_the_control_is_as_breakable_as_it_says(norm):
     assert np.all(nearest <= 0.0901)
     assert np.mean(np.abs(nearest - 0.09) < 1e-4) > 0.4
     assert np.abs(x).max() <= 0.9
+
+
+def test_a_registered_check_runs_with_its_suites(new_check):
+    @new_check(suites=["quick"], stage="before")
+    def counts(context):
+        return Outcome("warn", len(context.x), "number of examples")
+
+    checks, report = checks_of(linear_model(), suite="quick")
+    assert (checks["counts"].status, checks["counts"].value) == ("warn", 60)
+    assert report.trustworthy
+    checks, _ = checks_of(linear_model(), suite="quick", checks="cleverhans")
+    assert "counts" not in checks
+
+
+def test_examples_that_a_check_names_are_broken(new_check):
+    @new_check()
+    def breaks_the_first(context):
+        assert context.broken_by.count(None) == len(context.robust.x)
+        return Outcome("fail", 1.0, "breaks one example", broken=[context.robust.ids[0]])
+
+    _, plain = checks_of(linear_model(), suite="quick", checks=[])
+    _, report = checks_of(linear_model(), suite="quick", checks=[breaks_the_first])
+    assert report.per_example["broken_by"].count("check:breaks_the_first") == 1
+    assert report.robust_accuracy == pytest.approx(plain.robust_accuracy - 1 / 60)
+
+
+def test_checks_are_chosen_apart_from_the_suite():
+    checks, report = checks_of(linear_model(), suite="quick", checks=["deterministic", "transfer"])
+    assert {name: entry.status for name, entry in checks.items()} == {"deterministic": "pass", "transfer": "skipped"}
+    assert report.settings["checks"] == ["deterministic", "transfer"]
+    assert report.settings["suite"] == "custom"
+    with pytest.raises(ValueError, match=r"`checks` must be a suite .* or hold checks or names of .* Received: 'best'"):
+        checks_of(linear_model(), checks=["best"])
+
+
+def test_a_check_without_anything_to_test_is_skipped():
+    x, y = inputs(60)
+    report = evaluate_robustness(linear_model(), x, (y + 1) % 3, eps=0.1, attacks=["fgsm_ce"], verbose=0)
+    statuses = {entry.name: entry.status for entry in report.checks}
+    for name in ("gradients", "logit_scale", "many_steps_beat_one", "losses_agree", "larger_eps", "unbounded", "noise"):
+        assert statuses[name] == "skipped", name
+    assert report.trustworthy
+    assert "skipped: " in str(report)
+
+
+def test_a_context_cannot_be_changed(new_check):
+    @new_check()
+    def changes(context):
+        context.broken_by = ()
+
+    checks, _ = checks_of(linear_model(), suite="quick", checks=[changes])
+    assert "FrozenInstanceError" in checks["changes"].message
+
+
+def test_a_check_has_a_stage_and_a_name_of_its_own(new_check):
+    with pytest.raises(ValueError, match="`stage` must be one of 'before', 'after'. Received: stage='during'"):
+        new_check(stage="during")
+    with pytest.raises(ValueError, match="`check` must have a name that no other check has. Received: noise"):
+
+        @new_check()
+        def noise(context):
+            raise AssertionError

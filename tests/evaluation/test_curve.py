@@ -17,7 +17,7 @@ def curve():
     return robustness_curve(linear_model(), x, y, eps=RADII, attacks=["apgd_t_margin"], suite="quick", verbose=0)
 
 
-def test_it_is_the_exact_curve_of_a_linear_model(curve):
+def test_the_curve_of_a_linear_model_is_exact(curve):
     x, y = inputs(60)
     exact = distance(x, y, "inf")
     assert curve.accuracy == pytest.approx([(exact > eps).mean() for eps in RADII])
@@ -25,38 +25,38 @@ def test_it_is_the_exact_curve_of_a_linear_model(curve):
     np.testing.assert_array_equal(curve.breaking_eps, bounds[np.searchsorted(RADII, exact)])
 
 
-def test_it_can_be_written_and_drawn(curve, tmp_path):
+def test_a_curve_can_be_written_and_drawn(curve, tmp_path):
     curve.to_json(tmp_path / "curve.json")
     content = json.loads((tmp_path / "curve.json").read_text())
     assert content["accuracy"] == curve.accuracy
     pytest.importorskip("matplotlib")
-    curve.plot(tmp_path / "curve.png", label="one", others={"two": curve})
+    curve.plot(tmp_path / "curve.png", label="first", others={"second": curve})
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="`path` must be a path where nothing is yet"):
+    with pytest.raises(ValueError, match="`path` must be a path where nothing exists"):
         curve.plot(tmp_path / "curve.png")
 
 
-def test_a_model_that_is_wrong_without_an_attack_has_a_curve():
+def test_a_wrong_model_has_a_curve():
     x, y = inputs(10)
     curve = robustness_curve(linear_model(), x, (y + 1) % 3, eps=[0, 0.1], suite="quick", verbose=0)
     assert curve.accuracy == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("eps", [[], [0.2, 0.1], [0.1, 0.1], [-0.1], [0.1, 2], 0.1, "0.1"])
-def test_radii_that_are_none_are_refused(eps):
+def test_bad_radii_are_refused(eps):
     x, y = inputs(5)
     with pytest.raises(ValueError, match="`eps` must"):
         robustness_curve(linear_model(), x, y, eps=eps, verbose=0)
 
 
-def test_no_radius_is_evaluated_before_all_are_known_to_fit(capsys):
+def test_all_radii_are_checked_first(capsys):
     x, y = inputs(5)
     with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"):
         robustness_curve(linear_model(), x, y, eps=[0.1, 100], norm=2)
     assert capsys.readouterr().out == ""
 
 
-def test_what_cannot_be_believed_says_so():
+def test_an_untrustworthy_curve_says_so():
     x, y = inputs(20)
     model = keras.Sequential([keras.Input((4,)), Random(), linear_model()])
     curve = robustness_curve(model, x, y, eps=[0.05], suite="quick", verbose=0)

@@ -1,4 +1,4 @@
-"""What the arguments of public classes and functions may be; anything else is a `ValueError` that names them."""
+"""Check the arguments of public classes and functions."""
 
 import math
 import numbers
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_number(name: str, value: Any, rule: str, obeys: Callable[[float], bool]) -> float:
-    """`value` as a float if it is a finite number that obeys the rule, or `ValueError`."""
+    """Return `value` as a float, or raise `ValueError` unless it is a finite number that obeys the rule."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and obeys(float(value))):
         raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
@@ -15,17 +15,17 @@ def check_number(name: str, value: Any, rule: str, obeys: Callable[[float], bool
 
 
 def check_non_negative(name: str, value: Any) -> float:
-    """`value` as a float >= 0, or `ValueError`."""
+    """Return `value` as a float, or raise `ValueError` unless it is a number >= 0."""
     return check_number(name, value, "a non-negative number", lambda number: number >= 0)
 
 
 def check_positive(name: str, value: Any) -> float:
-    """`value` as a float > 0, or `ValueError`."""
+    """Return `value` as a float, or raise `ValueError` unless it is a number > 0."""
     return check_number(name, value, "a positive number", lambda number: number > 0)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
-    """`value` if it is one of `choices`, or `ValueError`."""
+    """Return `value`, or raise `ValueError` unless it is one of `choices`."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")
@@ -33,7 +33,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """`value` as an int, or `ValueError`."""
+    """Return `value` as an int, or raise `ValueError` unless it is an integer in its range."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or (at_least is not None and value < at_least):
         rule = "an integer" if at_least is None else f"an integer of {at_least} or more"

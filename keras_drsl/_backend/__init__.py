@@ -1,0 +1,49 @@
+"""Provide what differs between TensorFlow, JAX and PyTorch. No other part of the package asks which of them runs.
+
+`tensorflow.py`, `jax.py` and `torch.py` define the same functions; the docstrings in `tensorflow.py` explain them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import keras
+
+if TYPE_CHECKING:
+    from keras_drsl._backend import tensorflow as _running
+else:
+    if keras.config.backend() not in ("tensorflow", "jax", "torch"):
+        raise ImportError(
+            "keras_drsl needs `KERAS_BACKEND` to be 'tensorflow', 'jax' or 'torch'. "
+            f"Received: KERAS_BACKEND={keras.config.backend()!r}"
+        )
+    _running = importlib.import_module(f"{__name__}.{keras.config.backend()}")
+
+NAME = _running.NAME
+HAS_XLA = _running.HAS_XLA
+READS_WEIGHTS_EACH_CALL = _running.READS_WEIGHTS_EACH_CALL
+
+bucket_size = _running.bucket_size
+compile_function = _running.compile_function
+concrete_value = _running.concrete_value
+cpu_cores = _running.cpu_cores
+custom_gradient = _running.custom_gradient
+custom_vjp = _running.custom_vjp
+device_name = _running.device_name
+fori_loop = _running.fori_loop
+gather_rows = _running.gather_rows
+get_mask = _running.get_mask
+input_of_softmax = _running.input_of_softmax
+jit = _running.jit
+multi_step = _running.multi_step
+per_replica_value = _running.per_replica_value
+replica_id = _running.replica_id
+set_mask = _running.set_mask
+softmax_input = _running.softmax_input
+sync_state = _running.sync_state
+value_and_gradient = _running.value_and_gradient
+
+
+def require_tensorflow(feature: str) -> None:
+    """Raise `RuntimeError` on JAX and PyTorch, where a feature does not exist."""
+    if NAME != "tensorflow":
+        raise RuntimeError(f"{feature} needs `KERAS_BACKEND=tensorflow`. Received: KERAS_BACKEND={NAME}")

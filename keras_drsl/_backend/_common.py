@@ -1,0 +1,31 @@
+"""Share what two of the three backends do alike."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_drsl._typing import Tensor
+
+
+def available_cores() -> int:
+    """Return how many processor cores this process may use, or how many exist where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def step_by_step(program: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Call a compiled step once per element of the stacked arguments' first axis."""
+
+    def several(rows: dict[str, Tensor], *stacked: Any) -> dict[str, Tensor]:
+        flat = keras.tree.flatten(stacked)
+        for arguments in zip(*flat, strict=True):
+            rows = program(rows, *keras.tree.pack_sequence_as(stacked, arguments))
+        return rows
+
+    return several
+
+
+def not_a_softmax() -> LookupError:
+    """Make the error of `softmax_input`."""
+    return LookupError("The last operation of the function is not a softmax over the last axis.")

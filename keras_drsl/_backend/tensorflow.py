@@ -1,0 +1,284 @@
+"""TensorFlow. The docstrings here hold for the functions of the same names in `jax.py` and `torch.py` too."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_drsl._backend._common import available_cores, not_a_softmax
+from keras_drsl._typing import Array, Tensor
+
+NAME = "tensorflow"
+
+# Whether XLA can compile programs.
+HAS_XLA = True
+
+# Whether a compiled function reads the weights it closes over again in each call.
+READS_WEIGHTS_EACH_CALL = True
+
+# Operations of a graph that return their input, perhaps in another dtype.
+CASTS = ("Cast", "Identity", "IdentityN")
+
+
+def concrete_value(x: Tensor) -> Array | None:
+    """Return the values of a tensor, or None while a program is traced."""
+    if isinstance(x, keras.KerasTensor) or tf.is_symbolic_tensor(x):
+        return None
+    values: Array = keras.ops.convert_to_numpy(x)
+    return values
+
+
+def get_mask(x: Tensor) -> Tensor | None:
+    """Return the Keras mask of a tensor, or None."""
+    return getattr(x, "_keras_mask", None)
+
+
+def set_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the tensor with a Keras mask. Keras then averages over the valid positions only."""
+    x._keras_mask = mask
+    return x
+
+
+def cpu_cores() -> int | None:
+    """Return how many processor cores compute a program; None for an accelerator, or for several devices on JAX."""
+    on_accelerator = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU")
+    return None if on_accelerator else available_cores()
+
+
+def device_name() -> str:
+    """Return the name of the graphics card, or "cpu"."""
+    cards = tf.config.list_physical_devices("GPU")
+    return str(tf.config.experimental.get_device_details(cards[0]).get("device_name", "gpu")) if cards else "cpu"
+
+
+def gather_rows(x: Tensor, columns: Tensor) -> Tensor:
+    """Return one element per row: `x[i, columns[i]]`, shape `(rows,)`."""
+    # Older versions of `ops.take_along_axis` cannot be compiled for a number of rows not known while tracing.
+    return tf.gather(x, columns, batch_dims=1)
+
+
+def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
+    """Compile a program with XLA. It can be called eagerly, in a graph, or in a program that XLA compiles.
+
+    Args:
+        program: a function of tensors that returns tensors.
+        *specs: the shape and dtype of each argument, or a tuple of such pairs for a tuple of tensors. None stands for a
+            length that differs from call to call.
+    """
+
+    def to_spec(spec: Any) -> Any:
+        return tf.TensorSpec(*spec) if isinstance(spec[1], str) else tuple(map(to_spec, spec))
+
+    compiled: Callable[..., Any] = tf.function(
+        program, input_signature=list(map(to_spec, specs)), jit_compile=True, autograph=False
+    )
+    return compiled
+
+
+def compile_function(
+    function: Callable[..., Any], variables: list[Any], *, free_axes: Callable[[int], int] = lambda index: 1
+) -> Callable[..., Any]:
+    """Compile a function for tensors of any number of rows.
+
+    Args:
+        function: takes and returns nested structures of tensors.
+        variables: the Keras variables it reads. Their values are read again in each call.
+        free_axes: maps the index of an argument to how many of its first axes change their lengths from call to call.
+
+    Returns:
+        A function of the same arguments, as arrays or tensors.
+    """
+    programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def to_spec(x: Any, free: int) -> Any:
+        free = min(len(x.shape), free)
+        return tf.TensorSpec((None,) * free + tuple(x.shape[free:]), x.dtype)
+
+    def call(*arguments: Any) -> Any:
+        signature = [
+            tf.nest.map_structure(partial(to_spec, free=free_axes(index)), argument)
+            for index, argument in enumerate(arguments)
+        ]
+        key = tuple(tf.nest.flatten(signature))
+        if key not in programs:
+            # Without XLA: TensorFlow's own convolutions are several times faster on a processor.
+            programs[key] = tf.function(function, input_signature=signature, autograph=False)
+        return programs[key](*arguments)
+
+    return call
+
+
+def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> Callable[..., dict[str, Tensor]]:
+    """Compile a program that runs several steps per call, to amortize dispatch overhead.
+
+    Args:
+        step: maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
+        variables: the Keras variables it reads. Their values are read again in each call.
+
+    Returns:
+        A function of the rows and the stacked arguments. It takes one step per element of their first axis.
+    """
+
+    def steps(rows: dict[str, Tensor], *stacked: Any) -> dict[str, Tensor]:
+        def body(number: Tensor, rows: dict[str, Tensor]) -> Any:
+            return number + 1, step(rows, *tf.nest.map_structure(lambda x: x[number], stacked))
+
+        count = tf.shape(tf.nest.flatten(stacked)[0])[0]
+        shapes = tf.nest.map_structure(lambda x: tf.TensorShape((None, *x.shape[1:])), rows)
+        invariants = (tf.TensorShape(()), shapes)
+        last: dict[str, Tensor] = tf.while_loop(lambda number, rows: number < count, body, (0, rows), invariants)[1]
+        return last
+
+    # In the stacked arguments, both the number of steps and the number of rows differ from call to call.
+    return compile_function(steps, variables, free_axes=lambda index: 2 if index else 1)
+
+
+def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables: list[Any]) -> Tensor:
+    """Repeat a step within a program.
+
+    Args:
+        step: maps a tensor to the next tensor.
+        times: the number of steps.
+        x: the first tensor.
+        variables: the Keras variables that the step reads.
+    """
+    return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
+
+
+def replica_id() -> Tensor | int:
+    """Return the index of the replica of `tf.distribute` that computes this program; 0 without replicas."""
+    context = tf.distribute.get_replica_context()
+    return context.replica_id_in_sync_group if context else 0
+
+
+def per_replica_value(x: Any) -> Any:
+    """Return one replica's part of a batch that `tf.distribute` has divided; anything else unchanged."""
+    return x.values[0] if isinstance(x, tf.distribute.DistributedValues) else x
+
+
+def bucket_size(rows: int) -> int:
+    """Return how many rows a call of a `compile_function` program should have to hold `rows`.
+
+    JAX compiles a program again for each number of rows, so there only few numbers are used.
+    """
+    return rows
+
+
+def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any, Tensor]:
+    """Return the values of a function, its second result, and the gradient of the sum of the values.
+
+    Args:
+        function: maps `x` to one value per row and any structure of tensors.
+        x: the tensor to differentiate with respect to.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(x)
+        values, auxiliary = function(x)
+    return values, auxiliary, tape.gradient(values, x, unconnected_gradients="zero")
+
+
+def custom_gradient(
+    value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
+    hessian_product: Callable[..., Tensor],
+    x: Tensor,
+    *constants: Tensor,
+) -> Tensor:
+    """Compute one value per row of `x` with a gradient that is computed together with the values.
+
+    Args:
+        value_and_gradient: maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
+        hessian_product: maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
+            shape of `x`.
+        x: shape `(rows, columns)`.
+        *constants: tensors that need no gradient.
+
+    Returns:
+        Shape `(rows,)`.
+    """
+
+    # TensorFlow does not look into `value_and_gradient` for a second derivative: without `hessian_product` it would
+    # silently be zero.
+    @tf.custom_gradient
+    def differentiable(x: Tensor) -> Any:
+        # Nor may it try to: XLA compiles operations that have no derivative there.
+        values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *constants)))
+
+        @tf.custom_gradient
+        def scaled(x: Tensor, upstream: Tensor) -> Any:
+            def backward(vector: Tensor) -> Any:
+                product = hessian_product(x, *constants, vector * upstream[:, None])
+                # For a third derivative, the gradient must still depend on `x`.
+                return product, tf.reduce_sum(vector * scaled(x, tf.ones_like(upstream)), axis=-1)
+
+            return gradient * upstream[:, None], backward
+
+        return values, lambda upstream: scaled(x, upstream)
+
+    return differentiable(x)
+
+
+def custom_vjp(
+    forward: Callable[..., tuple[Tensor, Any]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    constants: tuple[Tensor, ...],
+) -> Tensor:
+    """Compute values whose gradient another program computes from statistics of the first program.
+
+    Args:
+        forward: maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
+        backward: maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
+        inputs: tensors to differentiate with respect to.
+        constants: tensors that need no gradient.
+
+    Returns:
+        Shape `(rows,)`.
+    """
+
+    @tf.custom_gradient
+    def differentiable(*inputs: Tensor) -> Any:
+        values, statistics = forward(*map(tf.stop_gradient, (*inputs, *constants)))
+        return values, lambda upstream: backward(*inputs, *constants, statistics, upstream)
+
+    # The gradient reaches a variable through the tensor of its value.
+    return differentiable(*map(tf.convert_to_tensor, inputs))
+
+
+def sync_state(model: keras.Model) -> None:
+    """Write the values that training has computed into the model's variables; only JAX keeps them elsewhere."""
+
+
+def input_of_softmax(x: Tensor) -> Tensor | None:
+    """Return the input of the softmax that made a tensor of a TensorFlow graph; None where it cannot be found."""
+    operation = getattr(x, "op", None) if tf.is_symbolic_tensor(x) else None
+    return operation.inputs[0] if operation is not None and operation.type == "Softmax" else None
+
+
+def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function return the input of its last softmax: the logits behind the probabilities.
+
+    The function is called as it is: nothing in it is changed, so other threads may call it at the same time.
+
+    Args:
+        function: maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
+            casts may follow.
+
+    Returns:
+        A function of the same argument, differentiable where `function` is. It can be called in a program. It raises
+        `LookupError` if the last operation is not a softmax.
+    """
+
+    def logits(x: Tensor) -> Tensor:
+        outputs = function(x)
+        while tf.is_symbolic_tensor(outputs) and outputs.op.type in CASTS:
+            outputs = outputs.op.inputs[outputs.value_index]
+        found = input_of_softmax(outputs)
+        if found is None:
+            raise not_a_softmax()
+        return found
+
+    # Only a graph records which operation made a tensor.
+    program = tf.function(logits, autograph=False, reduce_retracing=True)
+    return lambda x: logits(x) if tf.inside_function() else program(x)

@@ -1,0 +1,117 @@
+"""`ThreatModel` and the projections: expected values come from loops in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_drsl import ThreatModel
+from keras_drsl.threat import project, steepest_ascent
+from tests.backends import values
+
+
+def points(count=30):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (count, 2, 3)).astype("float32")
+    return x, (x + rng.normal(0, 0.5, x.shape)).astype("float32")
+
+
+def nearest(x_adv, x, eps, norm, low, high):
+    """Project one row in float64."""
+    delta = x_adv.astype("float64") - x
+    if norm == "inf":
+        delta = np.array([max(-eps, min(eps, value)) for value in delta.ravel()]).reshape(delta.shape)
+    else:
+        length = math.sqrt(sum(value**2 for value in delta.ravel()))
+        delta = delta * min(1.0, eps / length)
+    return np.minimum(np.maximum(x + delta, low), high)
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_projections_are_the_nearest_points(norm):
+    threat = ThreatModel(0.3, norm, clip_min=0.1, clip_max=0.9)
+    x, x_adv = points()
+    x = x.clip(0.1, 0.9)
+    expected = [nearest(row_adv, row, 0.3, norm, 0.1, 0.9) for row_adv, row in zip(x_adv, x, strict=True)]
+    np.testing.assert_allclose(values(threat.project(x_adv, x)), expected, atol=1e-6)
+    np.testing.assert_allclose(values(project(x_adv, x, threat.bounds, norm)), expected, atol=1e-6)
+    assert threat.contains(values(threat.project(x_adv, x)), x).all()
+
+
+def test_sizes_and_contents_are_counted():
+    x, x_adv = points()
+    delta = x_adv.astype("float64") - x
+    np.testing.assert_allclose(ThreatModel(1, "inf").size(delta), [max(abs(row.ravel())) for row in delta])
+    lengths = [math.sqrt((row**2).sum()) for row in delta]
+    np.testing.assert_allclose(ThreatModel(1, 2).size(delta), lengths)
+    inside = [length <= 1 and row.min() >= 0 and row.max() <= 1 for length, row in zip(lengths, x_adv, strict=True)]
+    assert 0 < sum(inside) < len(inside)
+    np.testing.assert_array_equal(ThreatModel(1, 2).contains(x_adv, x), inside)
+    x_adv[0] = np.nan
+    assert not ThreatModel(1, 2).contains(x_adv, x)[0]
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_samples_fill_the_ball(norm):
+    threat = ThreatModel(0.5, norm)
+    delta = threat.sample([np.random.default_rng(seed) for seed in range(2000)], (3,))
+    sizes = threat.size(delta)
+    assert sizes.max() <= 0.5 + 1e-6
+    # A share (r / eps)^3 of the ball's volume lies within r.
+    assert np.mean(sizes <= 0.25) == pytest.approx(0.125, abs=0.03)
+
+
+def test_the_steepest_step_has_size_one():
+    gradient = np.array([[3.0, -4.0], [0.0, 0.0], [1e-30, 0.0]], "float32")
+    np.testing.assert_array_equal(values(steepest_ascent(ops.convert_to_tensor(gradient), "inf")), np.sign(gradient))
+    expected = [[0.6, -0.8], [0.0, 0.0], [1.0, 0.0]]
+    np.testing.assert_allclose(values(steepest_ascent(ops.convert_to_tensor(gradient), 2)), expected, atol=1e-6)
+
+
+def test_equal_numbers_make_equal_threat_models():
+    threat = ThreatModel(8 / 255, norm=np.inf)
+    assert threat == ThreatModel(8 / 255, "inf", 0, 1)
+    assert len({threat, ThreatModel(8 / 255), threat.replace(eps=0.1)}) == 2
+    assert eval(repr(threat)) == threat
+    assert ThreatModel(**threat.to_dict()) == threat
+
+
+def test_a_threat_model_is_frozen():
+    with pytest.raises(AttributeError):
+        ThreatModel(0.1).eps = 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"eps": 0}, "`eps` must be a positive number. Received: eps=0"),
+        ({"eps": math.nan}, "`eps` must be a positive number. Received: eps=nan"),
+        ({"eps": 2}, "`eps` must be no larger than the range, clip_max - clip_min = 1. Received: eps=2"),
+        ({"eps": 0.1, "norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
+        ({"eps": 0.1, "clip_min": math.inf}, "`clip_min` must be a finite number. Received: clip_min=inf"),
+        ({"eps": 0.1, "clip_min": 1}, "`clip_min` must be below `clip_max`. Received: clip_min=1.0, clip_max=1.0"),
+        ({}, "`eps` or `threat` must be given. Received: neither"),
+        ({"threat": 0.1}, "`threat` must be a keras_drsl.ThreatModel. Received: threat=0.1"),
+        (
+            {"threat": ThreatModel(0.1), "eps": 0.1, "clip_max": 1.0},
+            "`threat` must be given without `eps`, `norm`, `clip_min` and `clip_max`, which it holds. "
+            r"Received: threat=ThreatModel\(.*\) and eps=0.1, clip_max=1.0",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        ThreatModel.from_arguments(**arguments)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    x = np.full((2, 4), 0.5, "float32")
+    ThreatModel(2, 2).validate("x", x)
+    with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"):
+        ThreatModel(2.1, 2).validate("x", x)
+    for bad in (x * 255, x * np.nan):
+        with pytest.raises(
+            ValueError, match=r"`images` must lie in \[clip_min, clip_max\] = \[0, 1\]. Received: values"
+        ):
+            ThreatModel(0.1).validate("images", bad)
