@@ -42,7 +42,10 @@ LOSSES = {
     "DRSLoss": ("DRSLoss", [{"lam": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)]),
     "PRSLoss": ("PRSLoss", [{"lam": value} for value in (1e-4, 1e-3, 1e-2, 1e-1)]),
     "Squentropy": ("Squentropy", [{"lam": value} for value in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)]),
-    "GuidedComplementEntropy": ("guided complement entropy", [{"alpha": value} for value in (0.05, 0.1, 0.2, 1 / 3, 0.5)]),
+    "GuidedComplementEntropy": (
+        "guided complement entropy",
+        [{"alpha": value} for value in (0.05, 0.1, 0.2, 1 / 3, 0.5)],
+    ),
     "ComplementObjective": ("complement objective", [{"lam": value} for value in (1.0, 3.0, 10.0, 30.0)]),
     "ProbabilisticallyCompactLoss": ("prob. compact loss", [{"lam": value} for value in (0.0, 0.05, 0.2)]),
     "LogitSqueezing": ("logit squeezing", [{"lam": value} for value in (0.03, 0.1, 0.3, 1.0)]),
@@ -59,9 +62,9 @@ COPIES = ("copies", "copies_ce", "copies_apart")
 REPEATED = ("cross_entropy", "label_smoothing", "LogitSqueezing", "Squentropy", "DRSLoss", "copies")
 # With seed 0, these are attacked at every radius on every image.
 IN_FULL = ("cross_entropy", "DRSLoss", "GuidedComplementEntropy", "LogitSqueezing", "copies")
-# `eps`: the radii of the test; choices are made at the last one. `again`: how many settings are tried with a second seed.
-# `seeds`: how many models are tested; `more_seeds` for cross-entropy and the `best` on validation. `redrawn`: each seed has
-# its own test images.
+# `eps`: the radii of the test; choices are made at the last one. `again`: how many settings are tried with a second
+# seed. `seeds`: how many models are tested; `more_seeds` for cross-entropy and the `best` on validation. `redrawn`:
+# each seed has its own test images.
 STUDIES = {
     "digits": {
         "data": "digits", "redrawn": False,
@@ -379,7 +382,9 @@ def rows_of(tested):
 def stored_steps(path):
     """Return the cells of the step column of a table by loss, setting and noise; empty without a table."""
     lines = path.read_text().splitlines() if path.exists() else []
-    head = next((number for number, line in enumerate(lines) if line.startswith("| loss | setting | training noise")), None)
+    head = next(
+        (number for number, line in enumerate(lines) if line.startswith("| loss | setting | training noise")), None
+    )
     if head is None or " step " not in lines[head]:
         return {}
     table = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
@@ -451,21 +456,28 @@ def introduction(path, study, tested, radii):
     images = f"{tested[0]['images']} test images{', drawn anew for each seed' if study['redrawn'] else ''}"
     robust, fell = against_order(tested, radii)
     order = (
-        " Images are attacked at the largest radius first. Those that withstand it count as robust at smaller radii. In "
-        f"the runs that attacked all images at all radii, {fell} of {robust} images that were robust at a larger radius "
-        "fell at a smaller one."
+        "Images are attacked at the largest radius first. Those that withstand it count as robust at smaller radii. "
+        f"In the runs that attacked all images at all radii, {fell} of {robust} images that were robust at a larger "
+        "radius fell at a smaller one."
     )
-    return (
-        f"From `{path.name}`, which holds each run. Suite standard on {images}, L-inf, no adversarial training, "
-        f"{study['recipe']['epochs']} epochs, half as many for two copies. In %, mean +- standard deviation over the "
-        f"seeds. ECE: expected calibration error. noisy: accuracy under Gaussian noise of {study['seen_noise']}. "
-        f"Difference at {radii[-1]}: to cross-entropy with its own best noise, or without noise, seed by seed, with its "
-        "95 % interval over seeds where there are several, and the half-width over images. The best of many rows looks "
-        "better than it is. Step: time of a training step over that of cross-entropy without noise, ratio of the medians "
-        "and quartiles of the turns; for two copies, with half as many images. All models are trained from scratch by "
-        "one recipe, also where the authors begin with cross-entropy (prob. compact loss). `*`: the first or last of the "
-        f"values to choose from.{order if len(radii) > 1 else ''}"
-    )
+    sentences = [
+        f"From `{path.name}`, which holds each run.",
+        f"Suite standard on {images}, L-inf, no adversarial training, {study['recipe']['epochs']} epochs, half as many "
+        "for two copies.",
+        "In %, mean +- standard deviation over the seeds.",
+        "ECE: expected calibration error.",
+        f"noisy: accuracy under Gaussian noise of {study['seen_noise']}.",
+        f"Difference at {radii[-1]}: to cross-entropy with its own best noise, or without noise, seed by seed, with "
+        "its 95 % interval over seeds where there are several, and the half-width over images.",
+        "The best of many rows looks better than it is.",
+        "Step: time of a training step over that of cross-entropy without noise, ratio of the medians and quartiles of "
+        "the turns; for two copies, with half as many images.",
+        "All models are trained from scratch by one recipe, also where the authors begin with cross-entropy (prob. "
+        "compact loss).",
+        "`*`: the first or last of the values to choose from.",
+        *([order] if len(radii) > 1 else []),
+    ]
+    return " ".join(sentences)
 
 
 def test_table(rows, study, radii, steps):

@@ -1,20 +1,20 @@
-"""Does the diversity of the softmax values say how an attack will end? The paper's finding, tested.
+"""Test the finding of the paper: does the diversity of the softmax values predict how an attack ends?
 
-What it shows: for classifiers trained with different losses, and for each test image, how well softmax diversity on the
-clean image - each measure, each space - predicts (a) whether the standard suite breaks the image at one radius, and
-(b) the smallest radius that breaks it, found by bisection; beside it, the plain baselines top-1 confidence and logit
-margin. Over whole models: whether those of less diversity are more robust.
+For classifiers trained with different losses, and for each test image, the study measures how well softmax diversity on
+the clean image (each measure, each space) predicts (a) whether the standard suite breaks the image at one radius, and
+(b) the smallest radius that breaks it, found by bisection. The plain baselines are top-1 confidence and the logit
+margin. Over whole models: whether models of less diversity are more robust.
 
-What you should see: within one model, the logit margin and the confidence predict the attack's end well, and so does
-diversity in the softmax space, which follows them; in the log space it does not under cross-entropy, and does where a
-loss has levelled the wrong classes. Over models it is the other way round: those of less diversity are more robust, but
-for label smoothing and logit squeezing, and the margin does not tell.
+Expected: within one model, logit margin and confidence predict the end of an attack well, and so does diversity in the
+softmax space, which follows them. In the log space it does not under cross-entropy, and does where a loss has made the
+non-true classes equal. Over models the order is reversed: models of less diversity are more robust, except for label
+smoothing and logit squeezing, and the margin predicts nothing.
 
-How long: about six minutes on two cores for six losses on the digits, an hour on one for all with three seeds.
+On two cores: about six minutes for six losses on digits, an hour on one core for all losses with three seeds.
 
-    python examples/diversity_and_attacks.py
-    python examples/diversity_and_attacks.py --losses all --seeds 3 --out results --overwrite
-    python examples/diversity_and_attacks.py --dataset mnist --losses ce drs_0.3 squentropy --max-images 300
+    python -m studies.diversity
+    python -m studies.diversity --losses all --seeds 3 --out results --overwrite
+    python -m studies.diversity --dataset mnist --losses ce drs_0.3 squentropy --max-images 300
 """
 
 import argparse
@@ -23,17 +23,18 @@ import sys
 from pathlib import Path
 
 import keras
-import networks
 import numpy as np
-import records
-from fit import DEFAULTS
 from scipy import stats
 
 import keras_drsl
-from keras_drsl.attacks import APGD, Classifier
-from keras_drsl.evaluation import datasets
+from keras_drsl import datasets
+from keras_drsl.attacks import APGD
+from keras_drsl.models import Classifier
+from studies import networks, records
+from studies.recipes import PLAIN
+from studies.runner import PartialRuns
 
-SCRIPT = "examples/diversity_and_attacks.py"
+MODULE = "studies.diversity"
 LOSSES = {
     "ce": ("cross-entropy", lambda: keras_drsl.DRSLoss(0.0, from_logits=True)),
     "ls": ("label smoothing 0.1", lambda: keras_drsl.DRSLoss(0.0, from_logits=True, label_smoothing=0.1)),
@@ -50,65 +51,73 @@ LOSSES = {
     "drs_3": ("DRSLoss, lam 3", lambda: keras_drsl.DRSLoss(3.0, from_logits=True)),
 }
 FEW = ["ce", "ls", "squentropy", "gce", "drs_0.3", "drs_3"]
-# What is looked at on the clean image; each is turned so that more of it should mean more robust.
+# The scores of a clean image. Each has the sign with which more of it should mean more robust.
 SCORES = {
     "variance, log space": lambda z, y: -diversity(z, y, "variance", "log_softmax"),
     "std, log space": lambda z, y: -diversity(z, y, "std", "log_softmax"),
     "variance, softmax space": lambda z, y: -diversity(z, y, "variance", "softmax"),
     "std, softmax space": lambda z, y: -diversity(z, y, "std", "softmax"),
     "entropy": lambda z, y: diversity(z, y, "entropy", "log_softmax"),
-    # Its logarithm, in a form that tells sure predictions apart.
+    # The logarithm of the confidence, in a form that separates confident predictions.
     "top-1 confidence": lambda z, y: -np.log1p(np.exp(np.sort(z)[:, :-1] - z.max(1, keepdims=True)).sum(1)),
     "logit margin": lambda z, y: np.diff(np.partition(z, -2, axis=1)[:, -2:])[:, 0],
 }
-LEVELS = 6  # halvings of the bisection
-LARGEST = 3  # where it begins, in units of --eps
-DRAWS = 500  # of the bootstrap
+LEVELS = 6  # how often the bisection halves the radius
+LARGEST = 3  # the radius where the bisection begins, in units of --eps
+DRAWS = 500  # how many samples the bootstrap draws
 
 
-def main():
-    args = parse_arguments()
+def main(arguments=None):
+    args = parse_arguments(arguments)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"diversity_{args.dataset}"
-    if stem.with_suffix(".json").exists() and not args.overwrite:
-        sys.exit(f"{stem}.json exists. Give another --out, or --overwrite to replace it.")
+    if stem.with_suffix(".json").exists() and not (args.overwrite or args.redraw):
+        sys.exit(f"{stem}.json exists. Give another --out, --redraw to make its table again, or --overwrite.")
+    if args.redraw:
+        record = json.loads(stem.with_suffix(".json").read_text())
+        models = record["models"]
+        images = len(models[0]["radius"])
+    else:
+        models, images = train_all(args, stem)
+        record = {"command": records.command(MODULE, args), "versions": records.versions(["scipy"]), "models": models}
+        stem.with_suffix(".json").write_text(json.dumps(record))
+    table = make_table(models, images, args) + f"\nWritten by `{record['command']}`.\n"
+    print("\n" + table)
+    stem.with_suffix(".md").write_text(table)
+    print(f"Written: {stem}.md, .json")
+
+
+def train_all(args, stem):
+    """Train and measure all models, or continue a study that was stopped."""
     try:
         train, (x, y) = datasets.load(args.dataset, args.data_dir)
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
     x, y = x[: args.max_images], y[: args.max_images].astype("int64")
-    # A run that was stopped goes on where it was.
-    begun = records.Begun(f"{stem}.begun.jsonl")
+    runs = PartialRuns(f"{stem}.begun.jsonl")
     settings = {name: getattr(args, name) for name in ("dataset", "eps", "epochs", "suite", "max_images")}
     models = []
     for loss in args.losses:
         for seed in range(args.seeds):
-            one = {"loss": loss, "seed": seed}
-            models.append(
-                one | begun.run(settings | one, lambda one=one: look_at(**one, train=train, x=x, y=y, args=args))
-            )
-    table = make_table(models, len(x), args)
-    print("\n" + table)
-    record = {"command": records.command(SCRIPT, args), "versions": records.versions(["scipy"]), "models": models}
-    stem.with_suffix(".md").write_text(table)
-    stem.with_suffix(".json").write_text(json.dumps(record))
-    plot(models, stem.with_suffix(".png"), args)
-    begun.end()
-    print(f"Written: {stem}.md, .json, .png")
+            job = {"loss": loss, "seed": seed}
+            measured = runs.run(settings | job, lambda job=job: measure_model(**job, train=train, x=x, y=y, args=args))
+            models.append(job | measured)
+    runs.end()
+    return models, len(x)
 
 
-def look_at(loss, seed, train, x, y, args):
-    """Train a model; of each image what is seen on the clean one, whether it breaks, and at which radius."""
+def measure_model(loss, seed, train, x, y, args):
+    """Train a model, and measure for each image its scores, whether it breaks, and at which radius."""
     print(f"{args.dataset}: loss={loss} seed={seed}", flush=True)
     keras.utils.set_random_seed(seed)
     model = networks.build("cnn", x.shape[1:])
     model.compile("adam", LOSSES[loss][1]())
-    model.fit(*train, epochs=args.epochs, batch_size=DEFAULTS[args.dataset]["batch_size"], verbose=0)
+    model.fit(*train, epochs=args.epochs, batch_size=PLAIN[args.dataset]["batch_size"], verbose=0)
     report = keras_drsl.evaluate_robustness(model, x, y, eps=args.eps, suite=args.suite, verbose=0)
-    withstood = np.array([one is None for one in report.per_example["broken_by"]])
+    withstood = np.array([name is None for name in report.per_example["broken_by"]])
     classifier = Classifier(model)
-    # In float64, or the sure ones' probabilities of wrong classes would all be 0.
+    # In float32, the non-true probabilities of confident predictions would all be 0.
     logits = classifier.logits(x).astype("float64")
     right = logits.argmax(1) == y
     radius = np.zeros(len(x))
@@ -119,15 +128,15 @@ def look_at(loss, seed, train, x, y, args):
         "robust": float(withstood.mean()),
         "right": right.tolist(),
         "withstood": withstood.tolist(),
-        "radius": [float(f"{one:.6g}") for one in radius],
-        "scores": {name: [float(f"{one:.6g}") for one in score(logits, y)] for name, score in SCORES.items()},
+        "radius": [float(f"{value:.6g}") for value in radius],
+        "scores": {name: [float(f"{value:.6g}") for value in score(logits, y)] for name, score in SCORES.items()},
     }
 
 
 def breaking_radius(classifier, x, y, largest):
-    """The smallest radius at which two attacks break each image, by bisection: the middle of what is left of [0, max].
+    """Return the smallest radius at which two attacks break each image, by bisection: the middle of the last interval.
 
-    Images that nothing breaks at the largest radius end just below it.
+    Images that no attack breaks at the largest radius end just below it.
     """
     low, high = np.zeros(len(x)), np.full(len(x), float(largest))
     for _ in range(LEVELS):
@@ -135,10 +144,10 @@ def breaking_radius(classifier, x, y, largest):
         for eps in np.unique(middle):
             at = np.flatnonzero(middle == eps)
             broken = np.zeros(len(at), bool)
-            for knobs in ({"loss": "ce"}, {"loss": "margin", "targeted": True, "targets": 3}):
+            for options in ({"loss": "ce"}, {"loss": "margin", "targeted": True, "targets": 3}):
                 left = np.flatnonzero(~broken)
                 if len(left):
-                    x_adv = APGD(eps, steps=50, **knobs)(classifier, x[at[left]], y[at[left]])
+                    x_adv = APGD(eps, steps=50, **options)(classifier, x[at[left]], y[at[left]])
                     broken[left] = classifier.logits(x_adv).argmax(1) != y[at[left]]
             high[at[broken]], low[at[~broken]] = eps, eps
     return (low + high) / 2
@@ -150,9 +159,10 @@ def diversity(logits, y, measure, space):
 
 
 def within(model, score, rows):
-    """Over the images classified correctly: three figures of how well a score tells the end of the attack.
+    """Return how well a score predicts the end of the attack, over the images that are classified correctly.
 
-    Spearman's rho with the radius; the same with the logit margin held fixed; the AUC for withstanding the suite.
+    Returns:
+        Spearman's rho with the radius; the same with the logit margin held fixed; the AUC for withstanding the suite.
     """
     kept = rows[np.array(model["right"])[rows]]
     values, margin = (np.array(model["scores"][name])[kept] for name in (score, "logit margin"))
@@ -163,7 +173,7 @@ def within(model, score, rows):
     count = withstood.sum()
     if count in (0, len(kept)):
         return rho, partial, np.nan
-    # Mann and Whitney's: how often one that withstands is ranked above one that doesn't.
+    # The statistic of Mann and Whitney: how often a robust image ranks above one that is broken.
     auc = (stats.rankdata(values)[withstood].sum() - count * (count + 1) / 2) / (count * (len(kept) - count))
     return rho, partial, auc
 
@@ -174,13 +184,13 @@ def spearman(a, b):
 
 
 def mean_within(models, score, rows):
-    """Of `within`, the means over models."""
-    return np.mean([within(one, score, rows) for one in models], axis=0)
+    """Return the means of `within` over models."""
+    return np.mean([within(model, score, rows) for model in models], axis=0)
 
 
 def over_models(models, score):
-    """Spearman's rho of the models' mean scores and robust accuracies."""
-    return spearman([mean_score(one, score) for one in models], [one["robust"] for one in models])
+    """Return Spearman's rho of the models' mean scores and robust accuracies."""
+    return spearman([mean_score(model, score) for model in models], [model["robust"] for model in models])
 
 
 def mean_score(model, score):
@@ -188,7 +198,7 @@ def mean_score(model, score):
 
 
 def with_interval(statistic, count, forms=("+.2f",)):
-    """Statistics of rows, each with 95 % of what it gives when the rows are drawn anew, with replacement, as cells."""
+    """Return statistics of rows as cells, each with the 95 % interval of a bootstrap over the rows."""
     rng = np.random.default_rng(0)
     draws = np.array([np.atleast_1d(statistic(rng.integers(0, count, count))) for _ in range(DRAWS)])
     cells = []
@@ -202,122 +212,117 @@ def with_interval(statistic, count, forms=("+.2f",)):
 
 
 def make_table(models, images, args):
-    """Figures within models, by score, then over models, then the models themselves."""
-    lines = [
-        f"{args.dataset}: {len(models)} models ({len(args.losses)} losses, {args.seeds} seeds), {images} test images, "
-        f"L-inf. rho: Spearman's, of a score on the clean image and the smallest radius that breaks it; AUC: for "
-        f"withstanding the suite {args.suite} at eps {args.eps:.4g}, 0.5 is chance. Each score is turned so that more "
-        "of it should mean more robust: variances with a minus. Within a model the std ranks images as the variance.",
-        "",
+    """Return a Markdown table: figures within models by score, then over models, then the models themselves."""
+    losses = list(dict.fromkeys(model["loss"] for model in models))
+    seeds = len({model["seed"] for model in models})
+    introduction = [
+        f"{args.dataset}: {len(models)} models ({len(losses)} losses, {seeds} seeds), {images} test images, L-inf.",
+        "rho: Spearman's, of a score on the clean image and the smallest radius that breaks it.",
+        f"AUC: for withstanding the suite {args.suite} at eps {args.eps:.4g}; 0.5 is chance.",
+        "Each score has the sign with which more of it should mean more robust: variances have a minus.",
+        "Within a model, the std ranks images as the variance does.",
     ]
-    told = [one for one in models if 5 <= np.sum(one["withstood"]) <= np.sum(one["right"]) - 5]
-    for title, some in (("", told), (" of cross-entropy", [one for one in told if one["loss"] == "ce"])):
-        if some:
-            lines += [
-                f"Within a model, mean over {len(some)} model(s){title} of which five images or more fall and stand; "
-                "intervals of 95 %, the images drawn anew:",
-                "",
-                "| score | rho | rho, the logit margin held fixed | AUC |",
-                "|---|---|---|---|",
-            ]
-            for score in SCORES:
-                if score.startswith("std"):  # the same order of images as by variance
-                    continue
-                cells = with_interval(
-                    lambda rows, score=score, some=some: mean_within(some, score, rows),
-                    images,
-                    ("+.2f", "+.2f", ".2f"),  # the last, the AUC, is no correlation
-                )
-                lines.append(f"| {score} | {' | '.join(cells)} |")
-            lines.append("")
-    if len(args.losses) > 4:
-        others = [loss for loss in args.losses if not loss.startswith("drs")]
+    lines = [
+        " ".join(introduction),
+        "",
+        *within_tables(models, images),
+        *(over_table(models, losses) if len(losses) > 4 else []),
+        *loss_table(models, losses, images),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def within_tables(models, images):
+    """Return the lines of the figures within models: of all models, and of cross-entropy."""
+    lines = []
+    clear = [model for model in models if 5 <= np.sum(model["withstood"]) <= np.sum(model["right"]) - 5]
+    plain = [model for model in clear if model["loss"] == "ce"]
+    for title, some in (("", clear), (" of cross-entropy", plain)):
+        if not some:
+            continue
         lines += [
-            "Over models: rho of a model's mean score and its robust accuracy; intervals of 95 %, the losses, each "
-            f"with all its seeds, drawn anew: all {len(args.losses)}, and the {len(others)} that are no DRSLoss.",
+            f"Within a model, mean over {len(some)} model(s){title} with at least five broken and five robust images; "
+            "95 % intervals by bootstrap over the images:",
             "",
-            "| score | all | without DRSLoss |",
-            "|---|---|---|",
+            "| score | rho | rho, the logit margin held fixed | AUC |",
+            "|---|---|---|---|",
         ]
         for score in SCORES:
-            cells = []
-            for losses in (args.losses, others):
-                families = [[one for one in models if one["loss"] == loss] for loss in losses]
-                cells += with_interval(
-                    lambda rows, score=score, families=families: over_models(
-                        [one for row in rows for one in families[row]], score
-                    ),
-                    len(families),
-                )
+            if score.startswith("std"):  # ranks images as the variance does
+                continue
+            cells = with_interval(
+                lambda rows, score=score, some=some: mean_within(some, score, rows),
+                images,
+                ("+.2f", "+.2f", ".2f"),  # the AUC is no correlation
+            )
             lines.append(f"| {score} | {' | '.join(cells)} |")
         lines.append("")
+    return lines
+
+
+def over_table(models, losses):
+    """Return the lines of the figures over models."""
+    others = [loss for loss in losses if not loss.startswith("drs")]
+    lines = [
+        "Over models: rho of the mean score of a model and its robust accuracy; 95 % intervals by bootstrap over the "
+        f"losses, each with all its seeds: all {len(losses)}, and the {len(others)} that are no DRSLoss.",
+        "",
+        "| score | all | without DRSLoss |",
+        "|---|---|---|",
+    ]
+    for score in SCORES:
+        cells = []
+        for some in (losses, others):
+            families = [[model for model in models if model["loss"] == loss] for loss in some]
+            cells += with_interval(
+                lambda rows, score=score, families=families: over_models(
+                    [model for row in rows for model in families[row]], score
+                ),
+                len(families),
+            )
+        lines.append(f"| {score} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def loss_table(models, losses, images):
+    """Return the lines of the models, by loss."""
     score = "variance, log space"
-    lines += [
-        "Loss by loss, and the within-model figures of the variance in the log space, which not all losses agree on:",
+    lines = [
+        "By loss, with the within-model figures of the variance in the log space, which differ between losses:",
         "",
         "| loss | clean | robust | median radius | mean variance | rho | rho, the logit margin held fixed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for loss in args.losses:
-        mine = [one for one in models if one["loss"] == loss]
-        clean, robust = (100 * np.mean([one[name] for one in mine]) for name in ("clean", "robust"))
-        radius = np.median([one["radius"] for one in mine])
-        variance = -np.mean([mean_score(one, score) for one in mine])
+    for loss in losses:
+        mine = [model for model in models if model["loss"] == loss]
+        clean, robust = (100 * np.mean([model[name] for model in mine]) for name in ("clean", "robust"))
+        radius = np.median([model["radius"] for model in mine])
+        variance = -np.mean([mean_score(model, score) for model in mine])
         rhos = with_interval(lambda rows, mine=mine: mean_within(mine, score, rows)[:2], images, ("+.2f", "+.2f"))
         cells = [f"{clean:.1f}", f"{robust:.1f}", f"{radius:.3f}", f"{variance:.3g}", *rhos]
         lines.append(f"| {LOSSES[loss][0]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nWritten by `{records.command(SCRIPT, args)}`.\n"
+    return lines
 
 
-def plot(models, path, args):
-    """Left: single images, two losses; right: models."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    score = "variance, log space"
-    for place, loss in enumerate(dict.fromkeys((args.losses[0], args.losses[-1]))):
-        one = next(one for one in models if one["loss"] == loss)
-        kept = np.array(one["right"])
-        values = -np.array(one["scores"][score])[kept]
-        left.plot(values, np.array(one["radius"])[kept], ".", ms=4, alpha=0.5, color=f"C{place}", label=LOSSES[loss][0])
-    left.set(xlabel="variance of the log-softmax values of the wrong classes", ylabel="smallest radius that breaks it")
-    left.set(xscale="log", title=f"{args.dataset}: single images")
-    for place, loss in enumerate(args.losses):
-        mine = [one for one in models if one["loss"] == loss]
-        values = [-mean_score(one, score) for one in mine]
-        color = plt.get_cmap("tab20")(place)
-        right.plot(values, [100 * one["robust"] for one in mine], "o", color=color, label=LOSSES[loss][0])
-    right.set(xscale="log", xlabel="the same, mean over images", ylabel=f"robust accuracy at {args.eps:.3g} (%)")
-    right.set_title("models")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    # Outside, or it would hide models.
-    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-
-
-def parse_arguments():
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DEFAULTS, default="digits")
+    parser.add_argument("--dataset", choices=PLAIN, default="digits")
     names = ", ".join(f"{name} ({title})" for name, (title, _) in LOSSES.items())
     names += f"; by default {' '.join(FEW)}"
     parser.add_argument("--losses", choices=(*LOSSES, "all"), nargs="+", default=FEW, help=f"some of {names}")
     parser.add_argument("--seeds", type=int, default=1, help="how many models of each loss")
     parser.add_argument("--eps", type=float, help="radius of the suite, L-inf, the input range being [0, 1]")
-    parser.add_argument("--epochs", type=int, help="of the training; by default those of examples/fit.py")
+    parser.add_argument("--epochs", type=int, help="epochs of the training")
     parser.add_argument("--suite", choices=("quick", "standard"), default="standard", help="of attacks")
     parser.add_argument("--max-images", type=int, help="how many test images, the first ones; by default all")
     parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST or CIFAR-10")
-    parser.add_argument("--out", default="runs", help="folder for the table, the figure and the JSON")
+    parser.add_argument("--out", default="runs", help="folder for the table and the JSON")
+    parser.add_argument("--redraw", action="store_true", help="make the table of a finished run in --out again")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.losses = list(LOSSES) if "all" in args.losses else args.losses
-    args.eps = DEFAULTS[args.dataset]["eps"] if args.eps is None else args.eps
-    args.epochs = DEFAULTS[args.dataset]["epochs"] if args.epochs is None else args.epochs
+    args.eps = PLAIN[args.dataset]["eps"] if args.eps is None else args.eps
+    args.epochs = PLAIN[args.dataset]["epochs"] if args.epochs is None else args.epochs
     if not 0 < args.eps <= 1 / LARGEST:
         parser.error(f"--eps must lie in (0, 1/{LARGEST}]. Received: {args.eps}")
     for name in ("seeds", "epochs", "max_images"):

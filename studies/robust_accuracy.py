@@ -30,9 +30,9 @@ from studies.runner import difference, half_width_over_images, spread_percent
 
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0)
 # `choose`: the methods that `lam` is chosen for, among `lams`, by `choice_seeds` models each, on `validation` images.
-# `variants`: other uses of the restraint in a method. `seeds`: how many models of each method are tested. `attacks`: those
-# that the choice is made by. Where nothing is chosen, `uses` are the best on the validation images of digits, and `lam` is
-# the best there for PGD.
+# `variants`: other uses of the restraint in a method. `seeds`: how many models of each method are tested. `attacks`:
+# those that decide the choice. Where nothing is chosen, `uses` are the best on the validation images of digits, and
+# `lam` is the best there for PGD.
 STUDIES = {
     "digits": {
         "choose": ("clean", "fgsm", "pgd", "trades"), "lams": LAMS, "choice_seeds": 2, "validation": 360,
@@ -146,7 +146,7 @@ def test(study, done):
 
 
 def chosen_lam(method, study, done):
-    """Return the `lam` of the best worst case on validation; a method without a choice takes that of the first method."""
+    """Return the `lam` of the best worst case on validation; a method without a choice takes that of the first."""
     if not study["choose"]:
         return study["lams"][0]
     method = method if method in study["choose"] else study["choose"][0]
@@ -262,7 +262,9 @@ def read_history(path):
         rows = {row.pop("epoch"): row for row in csv.DictReader(file)}
     columns = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()), {})}
     # `CSVLogger` writes columns for validation even where there is none.
-    return {name: [round(float(value), 4) for value in values] for name, values in columns.items() if "NA" not in values}
+    return {
+        name: [round(float(value), 4) for value in values] for name, values in columns.items() if "NA" not in values
+    }
 
 
 def prepare(job, recipe):
@@ -294,7 +296,7 @@ def prepare(job, recipe):
 
 
 def rising(lam, epochs):
-    """Return DRSLoss with a `lam` that rises from 0 in the first half of the epochs, and the callback that raises it."""
+    """Return DRSLoss with a `lam` that rises in the first half of the epochs, and the callback that raises it."""
     import keras
 
     from keras_drsl import drs_loss
