@@ -21,8 +21,8 @@ if __name__ == "__main__":
 import importlib.util
 
 import numpy as np
-from benchmarks import rivals
 
+from benchmarks import rivals
 from keras_drsl import datasets
 from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.models import Classifier

@@ -31,7 +31,7 @@ def linear(features, kernel, labels):
 
 
 def compiled(function, features, kernel, labels):
-    """Return a function without arguments that computes value and gradients in a compiled program and waits for them."""
+    """Return a function that computes value and gradients in a compiled program, and waits for them."""
     features, kernel, labels = (ops.convert_to_tensor(x) for x in (features, kernel, labels))
     if keras.config.backend() == "jax":
         import jax

@@ -143,7 +143,7 @@ def _authors(z, ids):
         return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + LAM / len(ids) * penalty, z)
 
     def prs():
-        """Mean cross-entropy minus lam times the sum over rows of the log-softmax of the largest non-true logits' mean."""
+        """Mean cross-entropy minus lam times the sum of the log-softmax over rows of the mean largest logits."""
         ordered = z.scatter(1, ids[:, None], -torch.inf).sort(1, descending=True).values
         means = ordered[:, PRS["start"] : PRS["end"]].mean(1)
         penalty = -torch.log_softmax(means, 0).sum()

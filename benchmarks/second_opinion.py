@@ -14,10 +14,10 @@ if __name__ == "__main__":
     ARGS = measure.parse_arguments(__doc__)
 
 import numpy as np
-from benchmarks import rivals
 import torch
 
 import keras_drsl
+from benchmarks import rivals
 from keras_drsl import datasets
 from keras_drsl.models import Classifier
 from keras_drsl.models.classifier import is_misclassified

@@ -17,7 +17,7 @@ on_tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="slower 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A quick study on digits, and one with redrawn test images: the folder with records and tables."""
+    """Run a quick study on digits, and one with redrawn test images; return the folder of both."""
     pytest.importorskip("scipy")
     folder = tmp_path_factory.mktemp("compare_losses")
     for dataset in ("digits", "digits_redrawn"):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="the study is for Ten
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A quick study: the folder with its records and table."""
+    """Run a quick study, and return its folder."""
     pytest.importorskip("scipy")
     folder = tmp_path_factory.mktemp("robust_accuracy")
     robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(folder)])
