@@ -33,3 +33,22 @@ def run_python(code, *args, env=None, check=True, cwd=None, timeout=300):
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def run_module(name, *args, check=True, timeout=600):
+    """Run a module as `python -m name` in a fresh process, from the root of the checkout.
+
+    Args:
+        name: the module, such as `benchmarks.loss_speed`.
+        *args: its arguments.
+        check: whether a failure is an error.
+        timeout: the longest it may take, in seconds.
+
+    Returns:
+        The completed process, with `stdout` and `stderr` as text.
+    """
+    command = [sys.executable, "-m", name, *map(str, args)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=root, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
