@@ -17,7 +17,8 @@ from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack
 from keras_drsl.evaluation.checks import CHECKS, choose, run_check
 from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
-from keras_drsl.evaluation.report import CLEAN, Check, RobustnessReport
+from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import make_attacks
 from keras_drsl.models.fingerprint import fingerprint
