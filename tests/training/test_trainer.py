@@ -281,10 +281,15 @@ class TestSaving:
         run_python(code, *[tmp_path / name for name in ("robust.keras", "z.npy", "x.npy")])
         np.testing.assert_allclose(np.load(tmp_path / "z.npy"), model.predict(x, verbose=0), atol=1e-6)
 
-    def test_resumes_exactly_after_it_was_killed(self, tmp_path):
-        code = "import sys; from tests.training import resume; resume.train(sys.argv[1], is_killed=True)"
-        killed = run_python(code, tmp_path / "resumed", check=False, cwd=Path(__file__).parents[2])
-        assert killed.returncode == -9, killed.stderr
+    @pytest.mark.parametrize("end", ["exception", pytest.param("kill", marks=pytest.mark.slow)])
+    def test_resumes_exactly(self, end, tmp_path):
+        if end == "exception":
+            with pytest.raises(resume.StoppedError):
+                resume.train(tmp_path / "resumed", stop=resume.fail)
+        else:
+            code = "import sys; from tests.training import resume; resume.train(sys.argv[1], stop=resume.kill)"
+            killed = run_python(code, tmp_path / "resumed", check=False, cwd=Path(__file__).parents[2])
+            assert killed.returncode == -9, killed.stderr
         resumed, epochs = resume.train(tmp_path / "resumed")
         assert epochs == 3
         expected, epochs = resume.train(tmp_path / "whole")
@@ -329,8 +334,11 @@ def test_two_devices_end_with_the_weights_of_one():
             # One device needs no graph, which takes long to build.
             options = {"run_eagerly": devices == 1 and not jax, "metrics": ["accuracy"]}
             robust.compile(keras.optimizers.SGD(0.5), loss, **options)
-        options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
-        history = robust.fit(x, y, validation_data=(x, y), **options).history
+        data = {"x": x, "y": y, "batch_size": 8}
+        if devices == 2 and not jax:
+            dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+            data = {"x": strategy.experimental_distribute_dataset(dataset)}
+        history = robust.fit(**data, validation_data=(x, y), epochs=2, shuffle=False, verbose=0).history
         return [np.asarray(weight) for weight in model.get_weights()], history
 
     if not jax:
@@ -339,12 +347,6 @@ def test_two_devices_end_with_the_weights_of_one():
         drawn = strategy.run(lambda: keras.random.uniform((5,), seed=seeds))
         first, second = map(np.asarray, strategy.experimental_local_results(drawn))
         assert np.abs(first - second).max() > 0.1
-        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
-        with strategy.scope():
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-            robust = keras_drsl.AdversarialTraining(model, 0.1, steps=1)
-            robust.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
-        robust.fit(strategy.experimental_distribute_dataset(dataset), verbose=0)
 
     # The loss and the penalty of MART are averaged apart.
     one, two = train(1, "mart"), train(2, "mart")
