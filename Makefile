@@ -1,41 +1,50 @@
-# From nothing to done: each target makes .venv and installs what it needs.
+# Each target makes the environments it needs, from nothing.
 PYTHON ?= python3
 BIN := .venv/bin
+# The build of torch without CUDA; another one works as well.
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-backends test-oldest lint clean
+.PHONY: demo test test-short test-backends test-slow test-oldest lint figures clean
 
 demo: .venv/examples
 	$(BIN)/python examples/fit.py --out demo --overwrite
 
+# All behaviour on TensorFlow.
 test: .venv/test
 	$(BIN)/python -m pytest --cov --cov-report= --durations=15
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --fail-under=100 --include='keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py'
 
-# The attacks against those of another library; torchattacks asks for a version of requests that is too old for others.
-test-slow: .venv/test
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-deps torchattacks
-	$(BIN)/python -m pytest -m slow
+# One small case per behaviour that depends on the backend, on the two other backends.
+SHORT_TESTS := -m 'short and not slow' tests
 
-# The tests of what runs on every backend, each in an environment of its own.
-BACKEND_TESTS := tests/test_spread.py tests/test_one_pass.py tests/test_metrics.py tests/losses tests/attacks tests/evaluation \
-	tests/test_distribution.py tests/test_benchmarks.py tests/test_training.py tests/test_callbacks.py
-# No build of torch for a graphics card is needed to test on a processor; 2.13.0 has one without.
-TORCH ?= torch==2.13.0
+test-short: .venv-jax/test .venv-torch/test
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(SHORT_TESTS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(SHORT_TESTS)
+
+# Everything that is not about TensorFlow, on all backends.
+BACKEND_TESTS := tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
+	tests/test_distribution.py tests/test_metrics.py tests/test_models.py tests/test_spread.py tests/test_threat.py
 
 test-backends: .venv/test .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS)
 
+# Tests of several minutes: other libraries, killed processes, studies. torchattacks asks for a version of requests that
+# is too old for others.
+test-slow: .venv/test
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	REQUIRE_ALL=1 $(BIN)/python -m pytest -m slow
+
 # The oldest Keras that pyproject.toml admits, with the TensorFlow of its day.
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python -m pytest tests/test_spread.py tests/test_one_pass.py tests/test_metrics.py tests/losses
+	.venv-oldest/bin/python -m pytest tests/losses tests/test_metrics.py tests/test_spread.py
 
 .venv-jax/test .venv-torch/test .venv-oldest/test: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable . pytest hypothesis $(PACKAGES)
+	$(@D)/bin/python -m pip install --quiet --editable . pytest hypothesis scikit-learn $(PACKAGES)
 	touch $@
 .venv-jax/test: PACKAGES = jax
 .venv-torch/test: PACKAGES = '$(TORCH)'
@@ -45,6 +54,10 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# All pictures of README and docs, from results/.
+figures: .venv/examples
+	$(BIN)/python -m studies.figures
 
 clean:
 	rm -rf .venv .venv-* demo build dist *.egg-info

@@ -13,6 +13,23 @@ import keras_drsl
 
 @pytest.fixture(autouse=True)
 def seeded(doctest_namespace):
-    """Same weights in every run; the names docstring examples use."""
+    """Seed all weights, and provide the names that docstring examples use."""
     keras.utils.set_random_seed(0)
     doctest_namespace.update(keras=keras, keras_drsl=keras_drsl, np=np)
+
+
+def _fail_if_required(report):
+    """Turn a test that was skipped for a missing package into a failure, where REQUIRE_ALL is set."""
+    if os.environ.get("REQUIRE_ALL") and report.skipped and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _fail_if_required((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _fail_if_required((yield))

@@ -20,6 +20,8 @@ from tests.layers import Random
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
 QUIET = {"verbose": 0}
+# One attack and no checks, for tests that are about neither.
+FAST = {"eps": 0.1, "attacks": ["fgsm_ce"], "suite": "quick", "checks": [], "verbose": 0}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ class TestAccuracy:
 class TestInputs:
     def test_all_forms_of_data_give_the_same_report(self, linear):
         x, y = inputs(30)
-        expected = evaluate_robustness(linear, x, y, eps=0.1, suite="quick", **QUIET)
+        expected = evaluate_robustness(linear, x, y, **FAST)
 
         class Batches(keras.utils.PyDataset):
             def __len__(self):
@@ -156,18 +158,14 @@ class TestInputs:
 
             data = tf.data.Dataset.from_tensor_slices((x, y, np.ones(30)))
             forms += [(data.batch(7), None)]
-            report = evaluate_robustness(
-                linear, data.batch(10).repeat(), eps=0.1, suite="quick", max_samples=30, **QUIET
-            )
+            report = evaluate_robustness(linear, data.batch(10).repeat(), max_samples=30, **FAST)
             assert report.per_example == expected.per_example
         for form in forms:
-            assert (
-                evaluate_robustness(linear, *form, eps=0.1, suite="quick", **QUIET).per_example == expected.per_example
-            )
+            assert evaluate_robustness(linear, *form, **FAST).per_example == expected.per_example
 
     def test_batch_size_and_shards_change_nothing(self, linear):
         x, y = inputs(30)
-        options = {"eps": 0.1, "attacks": [APGD(0.1, steps=10), Square(0.1, queries=20)], **QUIET}
+        options = {"eps": 0.1, "attacks": [APGD(0.1, steps=10), Square(0.1, queries=20)], "checks": ["noise"], **QUIET}
         whole = evaluate_robustness(linear, x, y, suite="quick", **options)
         small = evaluate_robustness(linear, x, y, suite="quick", batch_size=7, **options)
         assert small.per_example == whole.per_example
@@ -199,9 +197,10 @@ class TestInputs:
         x = np.where(np.arange(4) == 1, 0.0, inputs(40)[0]).astype("float32")
         y = (np.sqrt(x) @ weights).argmax(1)
         for norm in ("inf", 2):
-            options = {"eps": 0.2, "norm": norm, "suite": "quick"}
+            options = {"eps": 0.2, "norm": norm, "suite": "quick", "checks": ["perturbations"]}
             report = evaluate_robustness(model, x, y, attacks=["apgd_t_margin"], **options, **QUIET)
-            square = evaluate_robustness(model, x, y, attacks=["square"], **options, **QUIET)
+            attacks = [Square(0.2, norm=norm, queries=500)]
+            square = evaluate_robustness(model, x, y, attacks=attacks, **options | {"checks": []}, **QUIET)
             assert next(check for check in report.checks if check.name == "perturbations").status == "pass"
             # In L2 an infinite gradient towards the outside of the range still hides the others.
             assert norm == 2 or report.robust_accuracy <= square.robust_accuracy + 0.05
@@ -271,14 +270,14 @@ class TestTheModelIsLeftAsItWas:
 class TestState:
     def test_a_finished_state_gives_the_same_report(self, linear, tmp_path):
         x, y = inputs(30)
-        options = {"eps": 0.1, "suite": "quick", "state_path": tmp_path / "state.json", **QUIET}
+        options = FAST | {"state_path": tmp_path / "state.json"}
         first = evaluate_robustness(linear, x, y, **options).to_dict()
         assert evaluate_robustness(linear, x, y, **options).to_dict() == first
 
     def test_a_state_of_another_evaluation_is_refused(self, linear, tmp_path):
         x, y = inputs(30)
         path = tmp_path / "state.json"
-        options = {"suite": "quick", "state_path": path, **QUIET}
+        options = {key: value for key, value in FAST.items() if key != "eps"} | {"state_path": path}
         evaluate_robustness(linear, x, y, eps=0.1, **options)
         before = path.read_text()
         for other, what in (
@@ -308,7 +307,32 @@ class TestState:
             else:
                 evaluate_robustness(linear, x, y, **options, **QUIET)
 
+    def test_an_interrupted_evaluation_continues(self, linear, tmp_path):
+        class Interrupted(PGD):
+            """PGD that stops the program in the third batch."""
+
+            batches = 0
+
+            def run(self, classifier, batch):
+                type(self).batches += 1
+                if type(self).batches == 3:
+                    raise KeyboardInterrupt
+                return super().run(classifier, batch)
+
+        x, y = inputs(60)
+        options = {"eps": 0.1, "suite": "quick", "checks": ["noise"], "batch_size": 16, **QUIET}
+        expected = evaluate_robustness(linear, x, y, attacks=["pgd_ce"], **options)
+        assert 0 < expected.robust_accuracy < 1
+        options |= {"attacks": [Interrupted(0.1)], "state_path": tmp_path / "state"}
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_robustness(linear, x, y, **options)
+        report = evaluate_robustness(linear, x, y, **options)
+        assert report.per_example["broken_by"] == expected.per_example["broken_by"]
+        # The two batches before the interruption are not attacked again.
+        assert Interrupted.batches == 3 + 2
+
     @on_tensorflow
+    @pytest.mark.slow
     def test_a_killed_evaluation_ends_with_the_same_report(self, tmp_path):
         code = """
         import sys, keras, numpy as np

@@ -1,0 +1,65 @@
+"""The style of all figures: one size, one colour per loss, one way to write a norm.
+
+Matplotlib is optional. It is imported when a figure is made.
+"""
+
+from typing import Any
+
+from keras_drsl._typing import Norm
+
+# Colours that readers with colour blindness can tell apart, after Okabe and Ito. Grey and black complete them.
+LOSS_COLORS = {
+    "cross-entropy": "#E69F00",
+    "DRSLoss": "#0072B2",
+    "label smoothing": "#56B4E9",
+    "PRSLoss": "#CC79A7",
+    "Squentropy": "#009E73",
+    "guided complement entropy": "#8B6B3D",
+    "complement objective": "#B8A100",
+    "prob. compact loss": "#999999",
+    "logit squeezing": "#D55E00",
+    "z-loss": "#7F5FA8",
+    "two noisy copies": "#1B1B1B",
+}
+
+
+def loss_color(label: str) -> str:
+    """Return the colour of a loss from a label that contains its name, such as "DRSLoss, lam 0.3".
+
+    Two noisy copies have their own colour, whatever loss they use. A label without a known loss is grey.
+    """
+    if "copies" in label:
+        return LOSS_COLORS["two noisy copies"]
+    return next((color for name, color in LOSS_COLORS.items() if name.lower() in label.lower()), "#666666")
+
+
+def norm_label(norm: Norm) -> str:
+    """Return a norm as axes and titles show it."""
+    return "L∞" if norm == "inf" else f"L{norm}"
+
+
+def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1) -> tuple[Any, Any]:
+    """Return an empty figure that no window shows, and its axes.
+
+    Args:
+        width: The width in inches. At 150 dots per inch, 6.4 inches are 960 pixels.
+        height: The height in inches.
+        columns: How many axes, side by side.
+
+    Returns:
+        `(figure, axes)`, or `(figure, array of axes)` for several columns.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need `pip install matplotlib`") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for drawn in [axes] if columns == 1 else axes:
+        drawn.spines[["top", "right"]].set_visible(False)
+        drawn.grid(alpha=0.25)
+        drawn.set_axisbelow(True)
+    return figure, axes

@@ -1,0 +1,33 @@
+"""Adversarial training of any Keras classifier, and what a training method of your own is made of."""
+
+from keras_drsl.training.methods import (
+    ATTACK_LOSSES,
+    METHODS,
+    AttackedBatch,
+    CleanBatch,
+    Method,
+    Outputs,
+    consistency_penalty,
+    cross_entropy,
+    kl_divergence,
+    margin,
+    mart_penalty,
+    trades_penalty,
+)
+from keras_drsl.training.trainer import AdversarialTraining
+
+__all__ = [
+    "ATTACK_LOSSES",
+    "METHODS",
+    "AdversarialTraining",
+    "AttackedBatch",
+    "CleanBatch",
+    "Method",
+    "Outputs",
+    "consistency_penalty",
+    "cross_entropy",
+    "kl_divergence",
+    "margin",
+    "mart_penalty",
+    "trades_penalty",
+]

@@ -1,0 +1,96 @@
+"""The attack on each batch of a training."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_drsl import _backend
+from keras_drsl._typing import Tensor
+from keras_drsl.attacks.gradients import input_gradient, replace_nonfinite
+from keras_drsl.attacks.objectives import misclassified
+from keras_drsl.models.classifier import Classifier
+from keras_drsl.threat import ThreatModel, project, random_delta, steepest_ascent
+from keras_drsl.training.methods import AttackedBatch, CleanBatch, LossFn, Method, cross_entropy
+
+
+class ReplicaSeeds(keras.random.SeedGenerator):
+    """Draw different random numbers on each replica."""
+
+    def next(self, ordered: bool = True) -> Tensor:
+        """Return the next seed, as `keras.random.SeedGenerator.next` does."""
+        seed = super().next(ordered)
+        return seed + ops.cast(ops.stack([65536 * _backend.replica_id(), 0]), seed.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerAttack:
+    """Attack batches within a training step.
+
+    Args:
+        method: Which loss the attack increases, and where it starts.
+        threat: The ball and the valid range.
+        steps: The number of steps, >= 1.
+        step_size: The size of a step, in units of the input, > 0.
+        seeds: Where the random starts come from.
+    """
+
+    method: Method
+    threat: ThreatModel
+    steps: int
+    step_size: float
+    seeds: ReplicaSeeds
+
+    def __call__(self, classifier: Classifier, x: Tensor, y: Tensor, eps_scale: keras.Variable) -> AttackedBatch:
+        """Attack a batch, or draw the random copies of the method.
+
+        Args:
+            classifier: The model at inference, which returns logits.
+            x: Inputs `(batch, ...)`.
+            y: Labels of any form.
+            eps_scale: The factor of `eps` in this epoch, a scalar in (0, 1].
+        """
+        x = ops.cast(x, "float32")
+        logits = ops.stop_gradient(classifier(x))
+        batch = CleanBatch(x, as_class_ids(y, logits), y, logits)
+        scale = ops.convert_to_tensor(eps_scale)
+        clean, adversarial, loss_increase = x, x, ops.zeros_like(logits[:, 0])
+        if self.method.random_copies:
+            clean, adversarial = x + self._random_delta(x, scale), x + self._random_delta(x, scale)
+        if self.method.loss_fn is not None:
+            adversarial = ops.stop_gradient(self._search(classifier, batch, self.method.loss_fn, scale))
+            loss_increase = cross_entropy(classifier(adversarial), batch) - cross_entropy(logits, batch)
+        is_correct = ops.cast(ops.logical_not(misclassified(logits, batch.y)), "float32")
+        return AttackedBatch(clean, adversarial, is_correct, ops.stop_gradient(loss_increase))
+
+    def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
+        """Return the point that the attack reaches by its last step."""
+        x, norm = batch.x, self.threat.norm
+        bounds = self.threat.bounds._replace(eps=scale * self.threat.eps)
+
+        def step(x_adv: Tensor) -> Tensor:
+            _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
+            x_adv = x_adv + scale * self.step_size * steepest_ascent(replace_nonfinite(gradient), norm)
+            return project(x_adv, x, bounds, norm)
+
+        if self.method.start_near_input:
+            delta = 0.001 * keras.random.normal(ops.shape(x), seed=self.seeds)
+        else:
+            delta = self._random_delta(x, scale)
+        start = project(x + delta, x, bounds, norm)
+        return _backend.fori_loop(step, self.steps, start, classifier.variables)
+
+    def _random_delta(self, x: Tensor, scale: Tensor) -> Tensor:
+        return random_delta(ops.shape(x), scale * self.threat.eps, self.threat.norm, self.seeds)
+
+
+def as_class_ids(y: Tensor, logits: Tensor) -> Tensor:
+    """Return labels of any form as class ids, int32, shape `(batch,)`.
+
+    Args:
+        y: Class ids `(batch,)` or `(batch, 1)`, or one-hot labels `(batch, C)`.
+        logits: The logits of the batch, shape `(batch, C)`.
+    """
+    if len(y.shape) == len(logits.shape):
+        y = ops.argmax(y, axis=-1) if y.shape[-1] == logits.shape[-1] else ops.squeeze(y, axis=-1)
+    return ops.cast(y, "int32")

@@ -1,0 +1,241 @@
+"""The methods of adversarial training: which inputs they learn from, and what they add to the loss.
+
+Symbols: x the clean inputs, x' the attacked ones, y the true classes, p and p' the softmax of the logits of x and x'.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from keras import ops
+
+from keras_drsl._typing import Tensor
+from keras_drsl.attacks.objectives import objective
+
+
+class CleanBatch(NamedTuple):
+    """A batch before the attack, as the `loss_fn` of a `Method` receives it.
+
+    Attributes:
+        x: The inputs, float32, shape `(batch, ...)`.
+        y: The class ids, int32, shape `(batch,)`.
+        labels: The labels as `fit` received them: class ids or one-hot.
+        logits: The logits of `x`, the model as at inference, float32, shape `(batch, C)`. No gradient flows through
+            them.
+    """
+
+    x: Tensor
+    y: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+class AttackedBatch(NamedTuple):
+    """A batch after the attack: the inputs of `AdversarialTraining.call` in a training step.
+
+    Attributes:
+        clean: The clean inputs, or the first random copy for a method with `random_copies`, float32, shape
+            `(batch, ...)`.
+        adversarial: The attacked inputs, or the second random copy, of the same shape.
+        is_correct: 1.0 where the model classified the input correctly before the attack, else 0.0, shape `(batch,)`.
+        loss_increase: The increase of the cross-entropy by the attack, shape `(batch,)`.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    is_correct: Tensor
+    loss_increase: Tensor
+
+
+class Outputs(NamedTuple):
+    """The outputs of the model for an `AttackedBatch`: what `AdversarialTraining.call` returns in a training step.
+
+    Attributes:
+        clean: The outputs for `AttackedBatch.clean`, shape `(batch, C)`; None if the method does not use them.
+        adversarial: The outputs for `AttackedBatch.adversarial`, shape `(batch, C)`.
+    """
+
+    clean: Tensor | None
+    adversarial: Tensor
+
+
+Field: TypeAlias = Literal["clean", "adversarial"]
+LossFn: TypeAlias = Callable[[Tensor, CleanBatch], Tensor]
+Penalty: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def cross_entropy(logits: Tensor, batch: CleanBatch) -> Tensor:
+    """Compute the cross-entropy of the true class, shape `(batch,)`.
+
+    Args:
+        logits: The logits at the current point of the attack, shape `(batch, C)`.
+        batch: The clean batch.
+    """
+    return objective("ce", logits, batch.y, None, targeted=False)
+
+
+def margin(logits: Tensor, batch: CleanBatch) -> Tensor:
+    """Compute the largest non-true logit minus the true one, shape `(batch,)`.
+
+    Args:
+        logits: The logits at the current point of the attack, shape `(batch, C)`.
+        batch: The clean batch.
+    """
+    return objective("margin", logits, batch.y, None, targeted=False)
+
+
+def kl_divergence(logits: Tensor, batch: CleanBatch) -> Tensor:
+    """Compute the Kullback-Leibler divergence from the clean prediction, `KL(p || p')`, shape `(batch,)`.
+
+    Args:
+        logits: The logits at the current point of the attack, shape `(batch, C)`.
+        batch: The clean batch.
+    """
+    return _kl(ops.log_softmax(batch.logits), ops.log_softmax(logits))
+
+
+def trades_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor:
+    """Compute the penalty of TRADES, shape `(batch,)`.
+
+    Formula: `beta * KL(p || p')`.
+
+    Args:
+        log_p: The log-probabilities of the clean inputs, shape `(batch, C)`.
+        log_q: Those of the attacked inputs, `log p'`, shape `(batch, C)`.
+        y: The class ids, shape `(batch,)`.
+        beta: The weight, >= 0.
+    """
+    return beta * _kl(log_p, log_q)
+
+
+def mart_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor:
+    """Compute the penalty of MART, shape `(batch,)`.
+
+    Formula: `beta * KL(p || p') * (1 - p_y) - log(1.0001 - max_{k != y} p'_k)`.
+
+    Args:
+        log_p: The log-probabilities of the clean inputs, shape `(batch, C)`.
+        log_q: Those of the attacked inputs, `log p'`, shape `(batch, C)`.
+        y: The class ids, shape `(batch,)`.
+        beta: The weight of the first term, >= 0.
+    """
+    is_true = ops.one_hot(y, log_p.shape[-1], dtype="bool")
+    true = ops.sum(ops.where(is_true, ops.exp(log_p), 0.0), axis=-1)
+    largest_other = ops.max(ops.where(is_true, 0.0, ops.exp(log_q)), axis=-1)
+    # The authors' code has this small constant. It keeps the logarithm finite where `largest_other` is 1.
+    return beta * _kl(log_p, log_q) * (1 - true) - ops.log(1.0001 - largest_other)
+
+
+def consistency_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor:
+    """Compute the penalty of the method `"consistency"`, shape `(batch,)`.
+
+    Formula: `beta * (d - d')^2` with `d = log p_y - mean_{k != y} log p_k` and `d'` the same of `log p'`.
+
+    Args:
+        log_p: The log-probabilities of the first copy, shape `(batch, C)`.
+        log_q: Those of the second copy, `log p'`, shape `(batch, C)`.
+        y: The class ids, shape `(batch,)`.
+        beta: The weight, >= 0.
+    """
+    is_true = ops.one_hot(y, log_p.shape[-1], dtype=log_p.dtype)
+    # The weights sum to 0, so d is the same for logits and log-probabilities.
+    weights = is_true - (1 - is_true) / (log_p.shape[-1] - 1)
+    return beta * ops.square(ops.sum(weights * (log_p - log_q), axis=-1))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Describe a method of adversarial training.
+
+    Use it to write a training method of your own, and pass it to `AdversarialTraining` as `method=`. `METHODS` holds
+    the methods that have a name; `METHODS["trades"].replace(beta=3.0)` is one with a change.
+
+    Formula: `mean over learns_from of L(y, outputs) + penalty(log p, log p', y, beta)`, averaged over the batch, with L
+    the loss given to `compile`, log p and log p' the log-probabilities of the clean and of the attacked inputs.
+
+    Note:
+
+    - All functions compute on tensors in a compiled program: use `keras.ops`.
+    - `loss_fn` receives the logits at the current point, float32, shape `(batch, C)`, and a `CleanBatch`. It returns
+      one value per sample, shape `(batch,)`. The attack increases it.
+    - `penalty` receives the log-probabilities of the clean inputs and of the attacked inputs, both float32 and of shape
+      `(batch, C)`, the class ids, int32, shape `(batch,)`, and `beta`. It returns one value per sample, shape
+      `(batch,)`. Sample weights apply to it.
+
+    Args:
+        learns_from: The inputs whose outputs L is given, a tuple of `"clean"`, `"adversarial"` or both. L is averaged
+            over them.
+        loss_fn: The function that the attack increases, or None for no attack: the attacked inputs are then the clean
+            ones.
+        start_near_input: Whether the attack starts at a distance of about 0.001 from the input that does not depend on
+            `eps`. Otherwise it starts anywhere in the ball.
+        single_step: Whether the attack is one step, by default larger than `eps`.
+        penalty: The function that is added to the loss, or None.
+        random_copies: Whether clean and attacked inputs are both replaced by points drawn uniformly from the ball, not
+            clipped to the valid range.
+        beta: The default of the argument `beta` of `AdversarialTraining`, >= 0.
+
+    Raises:
+        ValueError: If `learns_from` is empty or names other inputs.
+
+    Example:
+
+    Learn from clean and attacked inputs, attack the margin, and keep the two predictions close:
+
+    >>> from keras import ops
+    >>> from keras_drsl.training import Method, margin
+    >>> def squared_difference(log_p, log_q, y, beta):
+    ...     return beta * ops.sum(ops.square(ops.exp(log_p) - ops.exp(log_q)), axis=-1)
+    >>> method = Method(learns_from=("clean", "adversarial"), loss_fn=margin, penalty=squared_difference, beta=0.5)
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    >>> robust = keras_drsl.AdversarialTraining(model, eps=0.1, method=method, steps=3)
+    >>> robust.compile(optimizer="sgd", loss=keras_drsl.DRSLoss())
+    >>> history = robust.fit(np.random.rand(32, 8), np.arange(32) % 3, verbose=0)
+    >>> sorted(history.history)
+    ['attack_strength', 'clean_accuracy', 'loss']
+    """
+
+    learns_from: tuple[Field, ...] = ("adversarial",)
+    loss_fn: LossFn | None = cross_entropy
+    start_near_input: bool = False
+    single_step: bool = False
+    penalty: Penalty | None = None
+    random_copies: bool = False
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.learns_from or not set(self.learns_from) <= set(Outputs._fields):
+            raise ValueError(
+                "`learns_from` must be a tuple of 'clean', 'adversarial' or both. "
+                f"Received: learns_from={self.learns_from!r}"
+            )
+
+    def replace(self, **changes: Any) -> "Method":
+        """Return a method with some fields changed.
+
+        Args:
+            **changes: The new values by name.
+        """
+        return dataclasses.replace(self, **changes)
+
+
+# What the attack of "pgd", "fgsm" and "mart" can increase. None stands for the loss given to `compile`.
+ATTACK_LOSSES: dict[str, LossFn | None] = {"cross_entropy": cross_entropy, "margin": margin, "loss": None}
+METHODS: dict[str, Method] = {
+    "clean": Method(loss_fn=None),
+    "fgsm": Method(single_step=True),
+    "pgd": Method(),
+    "trades": Method(learns_from=("clean",), loss_fn=kl_divergence, start_near_input=True, penalty=trades_penalty),
+    "mart": Method(penalty=mart_penalty),
+    "consistency": Method(
+        learns_from=("clean", "adversarial"),
+        loss_fn=None,
+        penalty=consistency_penalty,
+        random_copies=True,
+        beta=0.3,
+    ),
+}

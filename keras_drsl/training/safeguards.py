@@ -1,0 +1,164 @@
+"""Checks before a training, the warm-up of `eps`, and the stop at a loss that is not finite."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_drsl import _backend
+from keras_drsl._typing import Array, Tensor
+from keras_drsl.models.classifier import looks_like_probabilities
+
+
+class Warmup(keras.callbacks.Callback):
+    """Increase the radius of the attack over the first epochs.
+
+    Args:
+        eps_scale: The variable to assign to, a scalar: the factor of `eps` in the epoch.
+        epochs: How many epochs have a smaller radius, >= 0.
+    """
+
+    def __init__(self, eps_scale: keras.Variable, epochs: int) -> None:
+        super().__init__()
+        self._eps_scale = eps_scale
+        self._epochs = epochs
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Assign the factor of the epoch.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            logs: Not used.
+        """
+        self._eps_scale.assign(min(1.0, (epoch + 1) / (self._epochs + 1)))
+
+
+class StopAtNaN(keras.callbacks.Callback):
+    """Stop at a loss that is not finite, and restore model and optimizer to the start of the epoch.
+
+    Args:
+        model: The model to restore.
+        optimizer: The optimizer to restore.
+    """
+
+    def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
+        super().__init__()
+        self._restored = (model, optimizer)
+        self._epoch = 0
+        self._saved: list[tuple[keras.Variable, Array]] = []
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Copy the variables of model and optimizer.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            logs: Not used.
+        """
+        self._epoch = epoch
+        variables = [variable for owner in self._restored for variable in owner.variables]
+        self._saved = [(variable, ops.convert_to_numpy(variable)) for variable in variables]
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Check the loss.
+
+        Args:
+            batch: The step within the epoch, counted from 0.
+            logs: The loss and the metrics so far.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        loss = (logs or {}).get("loss", 0.0)
+        if np.isfinite(loss):
+            return
+        # On JAX the state of the epoch would otherwise overwrite the restored values.
+        _backend.sync_state(self.model)
+        for variable, value in self._saved:
+            variable.assign(value)
+        raise ValueError(
+            f"The loss must be finite. Received: loss={loss} in epoch {self._epoch + 1}, step {batch + 1}. "
+            "Model and optimizer were restored to the start of that epoch."
+        )
+
+
+def check_inputs(model: keras.Model) -> None:
+    """Raise `ValueError` for a model with several inputs or inputs that are no floats.
+
+    Args:
+        model: Any Keras model. A subclassed one that does not know its inputs passes.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    if len(inputs) > 1 or any("float" not in tensor.dtype for tensor in inputs):
+        received = ", ".join(f"{tensor.name} of dtype {tensor.dtype}" for tensor in inputs)
+        raise ValueError(f"`model` must have one input, of float values. Received: {received}")
+
+
+def check_loss(loss: Any) -> None:
+    """Raise `ValueError` for what `compile` takes as several losses, or none.
+
+    Args:
+        loss: The `loss` given to `compile`.
+    """
+    if not (isinstance(loss, str) or callable(loss)):
+        raise ValueError(f"`loss` must be one loss, for one output. Received: loss={loss!r}")
+
+
+def check_outputs(loss: Callable[..., Tensor], outputs: Array) -> None:
+    """Raise `ValueError` for outputs that do not match the `from_logits` of the loss.
+
+    Args:
+        loss: A Keras loss or a loss function.
+        outputs: Some outputs of the model, shape `(batch, C)`.
+    """
+    from_logits, received = _from_logits(loss), f"Received: values from {outputs.min():g} to {outputs.max():g}"
+    if from_logits is False and not looks_like_probabilities(outputs):
+        raise ValueError(
+            "`loss` has `from_logits=False`, but the outputs of `model` are no probabilities: give the loss "
+            f"`from_logits=True`, or the model a softmax. {received}"
+        )
+    if from_logits and looks_like_probabilities(outputs):
+        raise ValueError(
+            "`loss` has `from_logits=True`, but the outputs of `model` look like probabilities: leave out "
+            f"`from_logits`. {received}"
+        )
+
+
+def check_value_per_sample(loss: Callable[..., Tensor], labels: Array, outputs: Tensor) -> None:
+    """Raise `ValueError` for a loss that returns a scalar, which cannot be averaged over weights and replicas.
+
+    Args:
+        loss: A Keras loss or a loss function.
+        labels: Some labels as `fit` receives them.
+        outputs: The outputs of the model for the inputs of these labels, shape `(batch, C)`.
+    """
+    try:
+        values = loss_function(loss)(ops.convert_to_tensor(labels), outputs)
+    except NotImplementedError:
+        return
+    if len(values.shape) == 0:
+        raise ValueError("`loss` must return one value per sample, shape (batch,). Received: one that returns a scalar")
+
+
+def loss_function(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a loss as a function of labels and outputs that returns one value per sample.
+
+    Args:
+        loss: A Keras loss or a loss function.
+    """
+    function: Callable[[Tensor, Tensor], Tensor] = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    return function
+
+
+def _from_logits(loss: Callable[..., Tensor]) -> bool | None:
+    """Return the `from_logits` of a loss, or None if it has none."""
+    if isinstance(loss, keras.losses.Loss):
+        declared: bool | None = getattr(loss, "from_logits", None)
+        return declared
+    try:
+        default: bool | None = inspect.signature(loss).parameters["from_logits"].default
+    except (TypeError, ValueError, KeyError):
+        return None
+    return default

@@ -1,0 +1,391 @@
+"""The Keras model that trains another model on attacked inputs."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_drsl import _renamed, _validation
+from keras_drsl._data import class_ids, first_batch, only_input
+from keras_drsl._typing import Norm, Tensor
+from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
+from keras_drsl.models.random_state import check_model, preserve_random_state, random_counters
+from keras_drsl.predictions import logits_behind_softmax
+from keras_drsl.threat import ThreatModel
+from keras_drsl.training import safeguards
+from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds, as_class_ids
+from keras_drsl.training.methods import (
+    ATTACK_LOSSES,
+    METHODS,
+    AttackedBatch,
+    CleanBatch,
+    Method,
+    Outputs,
+    cross_entropy,
+)
+
+CHECKED_ROWS = 32  # The first inputs, on which model and loss are tried before training.
+
+
+class AdversarialTraining(keras.Model):
+    """Train a classifier on the worst inputs near those it is given.
+
+    Use it if the classifier must withstand attacks of the size that papers report; no loss alone achieves that. It
+    wraps a model and shares its weights. `compile` and `fit` the wrapper as any Keras model, then use and save the
+    model itself. Afterwards `evaluate_robustness` measures how robust the model is; `RobustnessMonitor` does so after
+    each epoch.
+
+    The model maps inputs `(batch, ...)` to outputs `(batch, C)`, logits or a softmax.
+
+    Formula: x is the input and x' the attacked one, z and z' are their logits, p and p' the softmax of these, and L is
+    the loss given to `compile`. Each method minimizes the mean over the batch of
+
+    - `"pgd"`: `L(y, z')`. The attack takes `steps` steps that increase the `attack_loss`, from a random point of the
+      ball (Madry et al.).
+    - `"fgsm"`: `L(y, z')`, with a single step (Wong et al.). It is cheap and prone to catastrophic overfitting:
+      `attack_strength` then drops to about 0 or below while `accuracy` rises steeply.
+    - `"trades"`: `L(y, z) + beta * KL(p || p')`. The attack takes `steps` steps that increase this divergence, from a
+      point close to x (Zhang et al.).
+    - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`, with the attack of `"pgd"`
+      (Wang et al.).
+    - `"consistency"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without an attack. x' and x'' are two points
+      drawn uniformly from the ball and not clipped: in L-inf, uniform noise of standard deviation `eps / sqrt(3)`.
+      d' and d'' are the true logit minus the mean of the others. Use it with `keras_drsl.DRSLoss(lam=1.0)` and an `eps`
+      about two and a half times that of the expected attacks; with four times, the results of our study were much
+      worse. A step costs about two usual ones, and one forward pass.
+    - `"clean"`: `L(y, z)`, the baseline.
+
+    Note:
+
+    - The attack sees the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
+      the attack does not change.
+    - `History` holds `loss`, `accuracy` and the other compiled metrics on the attacked batch. It also holds
+      `clean_accuracy`, the accuracy before the attack, and `attack_strength`, the increase of the cross-entropy by the
+      attack; both see the model as at inference, and ignore sample weights. Without an attack, `attack_strength` is 0,
+      and for `"consistency"` the compiled metrics are on one of the two copies.
+    - `evaluate`, `predict` and `validation_data` are without an attack.
+    - Losses that layers add are added once. If they depend on the inputs, as an activity regularizer does, they are
+      added once for each of x and x' that the method uses; on JAX, for the last of these.
+    - Layers that draw random numbers, such as noise or crops, draw the same for x and x'. On torch, this holds for
+      layers that were given a seed.
+    - `fit` checks all of an array, and the first batch of other data. That batch is drawn once more beforehand: a data
+      set that shuffles itself then continues with its next order.
+    - Under `tf.distribute`, create it in the scope of the strategy, the model too.
+    - `save` and `export` save the plain model, not compiled. `save_weights` and `load_weights` are for the training,
+      with the state of random numbers, and need another `AdversarialTraining` to load. For the weights of the plain
+      model alone, call its own `save_weights`.
+    - With `keras.callbacks.BackupAndRestore`, a training that was killed resumes exactly, except for the order in
+      which Keras shuffles arrays.
+
+    Args:
+        model: A classifier with one input, of float values.
+        eps: The radius of the ball around each input, in units of the input, > 0 and no larger than the range of the
+            inputs; by default 8/255.
+        method: The name of one of the methods above, or a `keras_drsl.training.Method` of your own.
+        steps: How many steps the attack takes, >= 1. Without effect for `"fgsm"`, which takes one, and for
+            `"consistency"` and `"clean"`, which take none.
+        step_size: The size of a step, in units of the input, > 0; by default `2.5 * eps / steps`, at most `eps`, and
+            `1.25 * eps` for `"fgsm"`. Without effect where there is no attack.
+        attack_loss: The loss that the attack of `"pgd"`, `"fgsm"` and `"mart"` increases: `"cross_entropy"` (the
+            default), `"margin"` (the largest non-true logit minus the true one) or `"loss"`, the loss given to
+            `compile`. With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our study.
+        norm: `"inf"` (the default) or 2.
+        beta: The weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the difference in
+            `"consistency"`, by default 0.3; >= 0. Without effect for the other methods.
+        clip_min: The smallest valid input value, by default 0.
+        clip_max: The largest valid input value, by default 1.
+        warmup_epochs: How many epochs train with less than `eps`, in equal increments, >= 0. Each `fit` starts the
+            warm-up again, unless it is given an `initial_epoch`.
+        seed: The seed of the random starts, >= 0.
+        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
+
+    Raises:
+        ValueError: If an argument is out of its range. In `fit` and the first `train_on_batch`: if inputs are outside
+            the clip range, labels are no classes, outputs do not match the `from_logits` of the loss, or the loss
+            returns a scalar. In `fit`: if the loss is not finite; model and optimizer are then restored to the start of
+            the epoch.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    >>> robust = keras_drsl.AdversarialTraining(model, eps=0.1, steps=3)
+    >>> robust.compile(optimizer="sgd", loss=keras_drsl.DRSLoss(lam=0.03), metrics=["accuracy"])
+    >>> history = robust.fit(np.random.rand(32, 8), np.arange(32) % 3, verbose=0)
+    >>> sorted(history.history)
+    ['accuracy', 'attack_strength', 'clean_accuracy', 'loss']
+
+    Reference: Madry et al., arXiv:1706.06083; Wong et al., arXiv:2001.03994; Zhang et al., arXiv:1901.08573; Wang et
+    al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        eps: float | None = None,
+        *,
+        method: str | Method = "pgd",
+        steps: int = 10,
+        step_size: float | None = None,
+        attack_loss: str | None = None,
+        norm: Norm | None = None,
+        beta: float | None = None,
+        clip_min: float | None = None,
+        clip_max: float | None = None,
+        warmup_epochs: int = 0,
+        seed: int = 0,
+        threat: ThreatModel | None = None,
+    ) -> None:
+        check_model("model", model)
+        if isinstance(model, AdversarialTraining):
+            raise ValueError("`model` must be a plain model. Received: an AdversarialTraining")
+        safeguards.check_inputs(model)
+        # The attack needs inputs of full precision; the model casts them itself.
+        super().__init__(dtype=model.dtype_policy, autocast=False)
+        if eps is None and threat is None:
+            eps = 8 / 255
+        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        self.method = self._read_method(method, attack_loss)
+        steps = _validation.check_integer("steps", steps, at_least=1)
+        self.steps = 1 if self.method.single_step else steps
+        if step_size is None:
+            radius = self.threat.eps
+            step_size = 1.25 * radius if self.method.single_step else min(2.5 * radius / steps, radius)
+        self.step_size = _validation.check_positive("step_size", step_size)
+        self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
+        self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
+        self.model = model
+        # An attribute of its own, for Keras to track its state.
+        self._seeds = ReplicaSeeds(_validation.check_integer("seed", seed, at_least=0))
+        self._attack = InnerAttack(self.method, self.threat, self.steps, self.step_size, self._seeds)
+        self._eps_scale = self.add_weight(
+            name="eps_scale", shape=(), initializer="ones", dtype="float32", trainable=False
+        )
+        self._clean_accuracy = keras.metrics.Mean(name="clean_accuracy")
+        self._attack_strength = keras.metrics.Mean(name="attack_strength")
+        self._logits_model: LogitsModel | None = None
+        self._is_training = False
+        self.built = model.built
+
+    def _read_method(self, method: str | Method, attack_loss: str | None) -> Method:
+        """Return the method by its name, with the given `attack_loss`."""
+        if isinstance(method, Method):
+            result = method
+        else:
+            _renamed.refuse_old_value("method", method)
+            result = METHODS[_validation.check_choice("method", method, tuple(METHODS))]
+        if attack_loss is None:
+            return result
+        _validation.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
+        if result.loss_fn is not cross_entropy:
+            raise ValueError(
+                "`attack_loss` must be left out unless the attack of the method increases the cross-entropy by "
+                "default, as those of 'pgd', 'fgsm' and 'mart' do. "
+                f"Received: attack_loss={attack_loss!r}, method={method!r}"
+            )
+        return result.replace(loss_fn=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
+
+    @property
+    def current_eps(self) -> float:
+        """The radius of the attack in the current epoch: smaller than `threat.eps` during the warm-up."""
+        return self.threat.eps * float(ops.convert_to_numpy(self._eps_scale))
+
+    def call(self, inputs: Tensor | AttackedBatch, training: bool | None = None) -> Tensor | Outputs:
+        """Return the outputs `(batch, C)` for inputs `(batch, ...)`, and `Outputs` for an `AttackedBatch`."""
+        if not isinstance(inputs, AttackedBatch):
+            return self.model(inputs, training=training)
+        needs_clean = "clean" in self.method.learns_from or self.method.penalty is not None
+        counters = random_counters(self.model) if needs_clean else []
+        before = [ops.copy(counter) for counter in counters]
+        adversarial = self.model(inputs.adversarial, training=training)
+        if not needs_clean:
+            return Outputs(None, adversarial)
+        # Layers must draw the same noise or crops again: the two outputs are compared.
+        for counter, value in zip(counters, before, strict=True):
+            counter.assign(value)
+        return Outputs(self.model(inputs.clean, training=training), adversarial)
+
+    def train_step(self, *arguments: Any) -> Any:
+        """Run one training step on an attacked batch, with the backend's own arguments and results."""
+        *state, data = arguments
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x = only_input(x)
+        if not state:
+            return super().train_step((self._attack_batch(x, y), y, sample_weight))
+        # On JAX a step is a pure function: it receives the values of variables and returns the new ones. The attack
+        # runs in a scope that holds these values, and what it changes, such as random counters, is passed on.
+        trainable, non_trainable, *others = state[0]
+        values = [*zip(self.trainable_variables, trainable, strict=True)]
+        values += zip(self.non_trainable_variables, non_trainable, strict=True)
+        with keras.StatelessScope(state_mapping=values) as scope:
+            x = self._attack_batch(x, y)
+        non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
+        return super().train_step((trainable, non_trainable, *others), (x, y, sample_weight))
+
+    def _attack_batch(self, x: Tensor, y: Tensor) -> AttackedBatch:
+        return self._attack(self._found_logits().classifier, x, y, self._eps_scale)
+
+    def _found_logits(self) -> LogitsModel:
+        if self._logits_model is None:
+            raise ValueError("Train by `fit` or `train_on_batch`: they find the model's logits in the first batch.")
+        return self._logits_model
+
+    def _compiled_loss(self, logits: Tensor, batch: CleanBatch) -> Tensor:
+        """Compute the loss given to `compile`, shape `(batch,)`."""
+        outputs = logits if self._found_logits().outputs == "logits" else keras.activations.softmax(logits)
+        return safeguards.loss_function(keras.losses.get(self.loss))(batch.labels, outputs)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Tensor = None,
+        y_pred: Tensor | Outputs = None,
+        sample_weight: Tensor | None = None,
+        training: bool = True,
+    ) -> Tensor:
+        """Compute the loss of the method for an attacked batch, and the compiled loss for any other."""
+        compiled_loss = super().compute_loss
+        if not isinstance(y_pred, Outputs):
+            return compiled_loss(x, y, y_pred, sample_weight, training)
+        names = self.method.learns_from
+        loss = sum(compiled_loss(x, y, getattr(y_pred, name), sample_weight, training) for name in names) / len(names)
+        if self.method.penalty is None:
+            return loss
+        log_p, log_q = self._log_probabilities(y_pred.clean), self._log_probabilities(y_pred.adversarial)
+        penalty = self.method.penalty(log_p, log_q, as_class_ids(y, log_p), self.beta)
+        average = _Average(name="penalty", reduction=getattr(self.loss, "reduction", "sum_over_batch_size"))
+        return loss + average(penalty, penalty, sample_weight=sample_weight)
+
+    def _log_probabilities(self, outputs: Tensor) -> Tensor:
+        outputs, are_logits = logits_behind_softmax(outputs, self._found_logits().outputs == "logits", -1)
+        outputs = ops.cast(outputs, "float32")
+        return ops.log_softmax(outputs) if are_logits else log_probabilities(outputs)
+
+    def compute_metrics(
+        self, x: Any, y: Tensor, y_pred: Tensor | Outputs, sample_weight: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Update the compiled metrics and, for an attacked batch, those of the attack."""
+        if isinstance(y_pred, Outputs):
+            self._clean_accuracy.update_state(x.is_correct)
+            self._attack_strength.update_state(x.loss_increase)
+            y_pred = y_pred.adversarial
+        results: dict[str, Any] = super().compute_metrics(x, y, y_pred, sample_weight)
+        return results
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """The compiled metrics and, during training, those of the attack."""
+        own = (self._clean_accuracy, self._attack_strength)
+        return [metric for metric in super().metrics if self._is_training or metric not in own]
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> keras.callbacks.History:
+        """Train as `keras.Model.fit` does, with the same arguments, after checks of model, loss and data."""
+        x = self._prepare(x, y)
+        if epochs <= self.warmup_epochs:
+            warnings.warn(
+                f"`epochs={epochs}` ends before `warmup_epochs={self.warmup_epochs}` do: no epoch attacks with the "
+                "full `eps`.",
+                stacklevel=2,
+            )
+        own: list[keras.callbacks.Callback] = [
+            safeguards.Warmup(self._eps_scale, self.warmup_epochs),
+            safeguards.StopAtNaN(self.model, self.optimizer),
+        ]
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.callbacks.CallbackList([*own, *callbacks.callbacks], model=self, **callbacks.params)
+        else:
+            callbacks = [*own, *keras.tree.flatten(callbacks or [])]
+        try:
+            with self._set_training(True):
+                return super().fit(x, y, batch_size, epochs, verbose, callbacks, *arguments, **options)
+        finally:
+            # A callback may have restored the weights of a warm-up epoch.
+            self._eps_scale.assign(1.0)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate` does, with the same arguments, without an attack."""
+        with self._set_training(False):
+            return super().evaluate(*arguments, **options)
+
+    def train_on_batch(self, x: Any, y: Any = None, *arguments: Any, **options: Any) -> Any:
+        """Train on one batch as `keras.Model.train_on_batch` does, with the same arguments, on attacked inputs."""
+        if self._logits_model is None:
+            self._prepare(x, y)
+        with self._set_training(True):
+            return super().train_on_batch(x, y, *arguments, **options)
+
+    @contextmanager
+    def _set_training(self, is_training: bool) -> Iterator[None]:
+        before, self._is_training = self._is_training, is_training
+        try:
+            yield
+        finally:
+            self._is_training = before
+
+    def save(self, *arguments: Any, **options: Any) -> None:
+        """Save the plain model, with the arguments of `keras.Model.save`."""
+        self.model.save(*arguments, **options)
+
+    def export(self, *arguments: Any, **options: Any) -> None:
+        """Export the plain model, with the arguments of `keras.Model.export`."""
+        self.model.export(*arguments, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """Raise `NotImplementedError`: only the plain model can be saved."""
+        raise NotImplementedError(
+            "Save the plain model: `save` does, and so does `keras.saving.save_model` on `model`."
+        )
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the variables, and the random counters, which Keras leaves out."""
+        super().save_own_variables(store)
+        for index, counter in enumerate(random_counters(self)):
+            store[f"random_{index}"] = ops.convert_to_numpy(counter)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load what `save_own_variables` saved."""
+        names = [name for name in store.keys() if not name.startswith("random_")]  # noqa: SIM118, no dictionary
+        super().load_own_variables({name: store[name] for name in names})
+        for index, counter in enumerate(random_counters(self)):
+            counter.assign(store[f"random_{index}"])
+
+    def _prepare(self, x: Any, y: Any) -> Any:
+        """Check data, model and loss, and find the logits of the model; return the data with no batch lost."""
+        if not self.compiled:
+            raise ValueError("Call `compile` of the AdversarialTraining first: that of `model` has no effect here.")
+        x, (inputs, labels) = first_batch(x, y)
+        self.threat.validate("x", inputs)
+        safeguards.check_loss(self.loss)
+        loss = keras.losses.get(self.loss)
+        tried = inputs[:CHECKED_ROWS].astype("float32")
+        with preserve_random_state(self.model):
+            outputs = self.model(ops.convert_to_tensor(tried), training=False)
+            if not ops.is_tensor(outputs):
+                raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
+            safeguards.check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
+            self._logits_model = find_logits(self.model, tried)
+            class_ids(labels, len(inputs), outputs.shape[-1])
+            safeguards.check_value_per_sample(loss, labels[:CHECKED_ROWS], outputs)
+        if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
+            # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.
+            self.optimizer.build(self.trainable_variables)
+        return x
+
+
+class _Average(keras.losses.Loss):
+    """Average given values over sample weights and replicas as any loss does."""
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        return y_pred

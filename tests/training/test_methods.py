@@ -1,0 +1,213 @@
+"""The training methods: expected values come from loops in NumPy and float64, or from a closed form."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_drsl import DRSLoss
+from keras_drsl.training import METHODS, Method, cross_entropy, inner_attack
+from tests import reference
+from tests.backends import BACKEND
+from tests.training.cases import (
+    BIAS,
+    EPS,
+    LAM,
+    RATE,
+    SLOPES,
+    cross_entropies,
+    data,
+    drs_gradient,
+    drs_losses,
+    linear,
+    smooth,
+    softmax,
+    train,
+    worst_inputs,
+)
+
+# A step so small that the attack stays where it starts.
+NO_STEP = {"steps": 1, "step_size": 1e-12}
+
+
+def fixed_start(name):
+    """Return the method, with an attack that starts where the fixture `start_at` says."""
+    return METHODS[name].replace(start_near_input=False)
+
+
+# One large step ends in the worst corner in L-inf. In L2 the attack needs many steps to turn to the worst point, so
+# one step from a random start does not reach it.
+@pytest.mark.parametrize(("method", "norm"), [("pgd", "inf"), ("fgsm", "inf"), ("pgd", 2)])
+def test_learns_from_worst_inputs_of_linear_model(method, norm):
+    x, y = data()
+    steps = {"steps": 60, "step_size": 0.5 * EPS} if norm == 2 else {"step_size": 2 * EPS}
+    worst = worst_inputs(x, y, norm=norm)
+    z, z_worst = x @ SLOPES + BIAS, worst @ SLOPES + BIAS
+    upstream = drs_gradient(z_worst, y, LAM) / len(x)
+
+    (kernel, bias), history = train(linear(), x, y, method=method, norm=norm, graph=method == "pgd", **steps)
+
+    np.testing.assert_allclose(kernel, SLOPES - RATE * worst.T @ upstream, atol=1e-5)
+    np.testing.assert_allclose(bias, BIAS - RATE * upstream.sum(0), atol=1e-5)
+    assert history["loss"] == pytest.approx([drs_losses(z_worst, y).mean()], abs=1e-5)
+    assert history["accuracy"] == pytest.approx([(z_worst.argmax(1) == y).mean()])
+    assert history["clean_accuracy"] == pytest.approx([(z.argmax(1) == y).mean()])
+    increase = cross_entropies(z_worst, y) - cross_entropies(z, y)
+    assert history["attack_strength"] == pytest.approx([increase.mean()], abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["logits", "softmax"])
+@pytest.mark.parametrize("attack_loss", ["margin", "loss"])
+def test_attack_increases_another_loss(attack_loss, head, start_at):
+    # For class 1, separating the logits of 0 and 2 and making 0 win need opposite inputs: with a large `lam` the loss
+    # rises where the cross-entropy falls.
+    x, _ = data()
+    y = np.ones(12, int)
+    start_at(np.zeros_like(x))
+    slopes = np.stack([np.zeros(4), SLOPES[:, 1], -2 * SLOPES[:, 1]], axis=1)
+    layers = [keras.layers.Softmax()] if head == "softmax" else []
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, use_bias=False), *layers])
+    model.layers[0].set_weights([slopes])
+    options = {"attack_loss": attack_loss, "step_size": 2 * EPS, "graph": head == "softmax"}
+    loss = DRSLoss(5.0, from_logits=head == "logits")
+    _, history = train(model, x, y, loss=loss, optimizer=keras.optimizers.SGD(0.0), **options)
+    down = -EPS * np.sign(SLOPES[:, 1])
+    corners = {sign: (x + sign * down).astype("float64") @ slopes for sign in (1, -1)}
+    losses = {
+        "margin": lambda z: np.maximum(z[:, 0], z[:, 2]) - z[:, 1],
+        "loss": lambda z: drs_losses(z, y, lam=5.0),
+    }[attack_loss]
+    best = np.where((losses(corners[1]) > losses(corners[-1]))[:, None], corners[1], corners[-1])
+    assert history["loss"] == pytest.approx([drs_losses(best, y, lam=5.0).mean()], rel=1e-4)
+
+
+def test_clean_method_is_plain_training():
+    x, y = data()
+    plain = smooth()
+    plain.compile(keras.optimizers.SGD(RATE), DRSLoss(LAM, from_logits=True), run_eagerly=BACKEND != "jax")
+    plain.fit(x, y, epochs=2, batch_size=5, shuffle=False, verbose=0)
+    weights, history = train(smooth(), x, y, epochs=2, batch_size=5, method="clean", graph=False)
+    for weight, expected in zip(weights, plain.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, atol=1e-6)
+    assert history["attack_strength"] == [0.0, 0.0]
+    assert history["accuracy"] == history["clean_accuracy"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("method", ["trades", "mart"])
+def test_penalty_of_method_is_added(method, weighted, start_at):
+    x, y = data()
+    delta = np.random.default_rng(3).uniform(-EPS, EPS, x.shape).astype("float32")
+    attacked = x + delta
+    start_at(delta)
+    sample_weight = np.random.default_rng(4).uniform(0, 2, len(x)) if weighted else np.ones(len(x))
+
+    def losses(kernel):
+        z, z_adv = x @ kernel + BIAS, attacked @ kernel + BIAS
+        p, q = softmax(z), softmax(z_adv)
+        divergence = (p * np.log(p / q)).sum(1)
+        if method == "trades":
+            return drs_losses(z, y) + 5 * divergence
+        is_true = reference.one_hot(y, 3)
+        largest_other = np.where(is_true == 1, 0, q).max(1)
+        true = (is_true * p).sum(1)
+        return drs_losses(z_adv, y) - np.log(1.0001 - largest_other) + 5 * divergence * (1 - true)
+
+    fit = {"sample_weight": sample_weight} if weighted else {}
+    options = {"method": fixed_start(method), "beta": 5.0, "graph": weighted, **NO_STEP}
+    (kernel, _), history = train(linear(), x, y, fit=fit, **options)
+    mean = lambda kernel: (sample_weight * losses(kernel)).mean()
+    np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
+    if BACKEND != "jax" or not weighted:
+        assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+
+
+def test_consistency_compares_two_random_copies(monkeypatch):
+    x, y = data()
+    x[0], x[1] = 0, 1  # Their copies leave the valid range, and are not clipped.
+    units = np.random.default_rng(3).uniform(-1, 1, (2, *x.shape)).astype("float32")
+    remaining = iter(units)
+
+    def random_delta(shape, eps, norm, seed):
+        assert norm == "inf"
+        return eps * ops.convert_to_tensor(next(remaining))
+
+    monkeypatch.setattr(inner_attack, "random_delta", random_delta)
+
+    def losses(kernel):
+        is_true = reference.one_hot(y, 3)
+        copies = [(x + EPS * unit) @ kernel + BIAS for unit in units]
+        leads = [(z * (is_true - (1 - is_true) / 2)).sum(1) for z in copies]
+        return sum(drs_losses(z, y) for z in copies) / 2 + 5 * (leads[0] - leads[1]) ** 2
+
+    (kernel, _), history = train(linear(), x, y, method="consistency", beta=5.0, graph=False)
+    mean = lambda kernel: losses(kernel).mean()
+    np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
+    assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+    assert history["clean_accuracy"] == pytest.approx([(np.argmax(x @ SLOPES + BIAS, 1) == y).mean()])
+    assert next(remaining, None) is None
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a traced step shows no values")
+def test_trades_attack_reaches_edge_of_ball(monkeypatch):
+    points = []
+    project = inner_attack.project
+
+    def spy(*arguments):
+        points.append(ops.convert_to_numpy(project(*arguments)))
+        return project(*arguments)
+
+    monkeypatch.setattr(inner_attack, "project", spy)
+    x, y = data()
+    train(linear(), x, y, method="trades", graph=False)
+    assert 1e-4 < np.abs(points[0] - x).max() < 0.01
+    # The divergence increases both ways along the one direction that changes the prediction.
+    corners = [worst_inputs(x, np.full(len(x), label)) for label in (0, 1)]
+    distance = np.minimum(*[np.abs(points[-1] - corner).max(1) for corner in corners])
+    np.testing.assert_allclose(distance, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["trades", "mart"])
+def test_clean_and_attacked_inputs_get_equal_noise(method, start_at):
+    x, y = data()
+    start_at(np.zeros_like(x))
+    losses = []
+    for beta in (0.0, 100.0):
+        keras.utils.set_random_seed(0)
+        noisy = keras.Sequential([keras.Input((4,)), keras.layers.GaussianNoise(0.5, seed=0), linear()])
+        options = {"method": fixed_start(method), "beta": beta, "epochs": 2, "graph": False, **NO_STEP}
+        losses.append(train(noisy, x, y, **options)[1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][0] != pytest.approx(losses[0][1], abs=1e-3)
+
+
+def test_method_of_ones_own_is_trained():
+    x, y = data()
+    method = Method(learns_from=("clean", "adversarial"), loss_fn=lambda logits, batch: cross_entropy(logits, batch))
+    (kernel, _), _ = train(linear(), x, y, method=method, step_size=2 * EPS, graph=False)
+    gradients = [inputs.T @ drs_gradient(inputs @ SLOPES + BIAS, y, LAM) / len(x) for inputs in (x, worst_inputs(x, y))]
+    np.testing.assert_allclose(kernel, SLOPES - RATE * (gradients[0] + gradients[1]) / 2, atol=1e-5)
+
+
+def test_loss_fn_receives_the_clean_batch():
+    x, y = data()
+    labels = reference.one_hot(y, 3).astype("float32")
+    received = []
+
+    def loss_fn(logits, batch):
+        received.append((logits, batch))
+        return cross_entropy(logits, batch)
+
+    train(linear(), x, labels, method=Method(loss_fn=loss_fn), steps=1, graph=False)
+    logits, batch = received[0]
+    assert tuple(logits.shape) == tuple(batch.logits.shape) == (12, 3)
+    if BACKEND != "jax":
+        values = [ops.convert_to_numpy(value) for value in batch]
+        for value, expected in zip(values, [x, y, labels, x @ SLOPES + BIAS], strict=True):
+            np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("learns_from", [(), "clean", ("noise",)])
+def test_method_that_learns_from_nothing_known_fails(learns_from):
+    with pytest.raises(ValueError, match="`learns_from` must be .*Received: learns_from="):
+        METHODS["pgd"].replace(learns_from=learns_from)
