@@ -1,4 +1,4 @@
-"""Time to a verdict of attacks: cleverhans as shipped, Foolbox, ART, torchattacks, ours.
+"""Measure the time of attacks: cleverhans as shipped, Foolbox, ART, torchattacks, this package.
 
 PGD with 40 steps, and the whole ensemble of AutoAttack's kind, on a weak and on a robust model of digits, and with
 `--data-dir` of MNIST. The contestants take turns; beside each time stands the robust accuracy it reached. Ours is the
@@ -6,26 +6,27 @@ whole `evaluate` of the suite "standard" without its checks, its programs compil
 but printed. Contestants whose library is not installed are left out. About 30 minutes on two cores, most of it ART's;
 `pip install ".[rivals]"` and `pip install --no-deps torchattacks` bring the libraries.
 
-    python benchmarks/attack_speed.py --out results --data-dir DIR
+    python -m benchmarks.attack_speed --out results --data-dir DIR
 
 On a GPU, through JAX, only ours and torchattacks (where torch sees the GPU) take part.
 """
 
 import time
 
-import measure
+from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.arguments(__doc__, data_dir=True)
+    ARGS = measure.parse_arguments(__doc__, data_dir=True)
 
 import importlib.util
 
 import numpy as np
-import rivals
 
-from keras_drsl.attacks import APGD, PGD, Classifier, Square
-from keras_drsl.attacks.classifier import is_wrong
-from keras_drsl.evaluation import datasets
+from benchmarks import rivals
+from keras_drsl import datasets
+from keras_drsl.attacks import APGD, PGD, Square
+from keras_drsl.models import Classifier
+from keras_drsl.models.classifier import is_misclassified
 
 EPS = {"digits": 0.15, "mnist": 0.2}
 STEPS = 40
@@ -36,7 +37,7 @@ def installed(*names):
 
 
 def ensemble(eps, queries):
-    """The attacks of the suite "standard"."""
+    """Return the attacks of the suite "standard"."""
     return [
         APGD(eps),
         *(APGD(eps, loss=loss, targeted=True) for loss in ("dlr", "margin")),
@@ -45,18 +46,18 @@ def ensemble(eps, queries):
 
 
 def attack_all(attacks, classifier, x, y):
-    """Attack what stands with one after the other."""
-    x_adv, standing = x.copy(), np.arange(len(x))
+    """Run each attack on the images that withstood those before it."""
+    x_adv, robust = x.copy(), np.arange(len(x))
     for attack in attacks:
-        x_adv[standing] = attack(classifier, x[standing], y[standing], ids=standing, batch_size=256)
-        standing = standing[~is_wrong(classifier.logits(x_adv[standing]), y[standing])]
-        if len(standing) == 0:
+        x_adv[robust] = attack(classifier, x[robust], y[robust], ids=robust, batch_size=256)
+        robust = robust[~is_misclassified(classifier.logits(x_adv[robust]), y[robust])]
+        if len(robust) == 0:
             break
     return x_adv
 
 
 def contestants(model, x, y, eps, quick):
-    """By task, functions that return attacked images."""
+    """Return functions that attack images, by task and library."""
     classifier = Classifier(model)
     pgd = PGD(eps, steps=STEPS)
     tasks = {
@@ -75,17 +76,17 @@ def contestants(model, x, y, eps, quick):
                 tasks["ensemble"]["art"] = lambda: rivals.art_autoattack(art, x, y, eps)
     if installed("torch", "torchattacks") and not quick:
         device = "cuda" if ARGS.device == "gpu" else "cpu"
-        twin = rivals.torch_twin(model)
-        tasks["ensemble"]["torchattacks"] = lambda: rivals.torchattacks_autoattack(twin, x, y, eps, device)
+        copy = rivals.torch_copy(model)
+        tasks["ensemble"]["torchattacks"] = lambda: rivals.torchattacks_autoattack(copy, x, y, eps, device)
     return tasks, classifier
 
 
 def run(task, calls, classifier, x, y, rounds):
-    """Seconds and robust accuracy of each contestant."""
+    """Measure the seconds and the robust accuracy of each contestant."""
     rows = {name: {"seconds": [], "robust_accuracy": None} for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            # ART's ensemble takes minutes: it has one turn, and nothing to compile.
+            # ART's ensemble takes minutes and compiles nothing: one turn is enough.
             if task == "ensemble" and name == "art" and turn:
                 continue
             start = time.perf_counter()
@@ -93,7 +94,7 @@ def run(task, calls, classifier, x, y, rounds):
             seconds = time.perf_counter() - start
             if turn == 0:
                 rows[name]["first"] = seconds
-                rows[name]["robust_accuracy"] = float((~is_wrong(classifier.logits(x_adv), y)).mean())
+                rows[name]["robust_accuracy"] = float((~is_misclassified(classifier.logits(x_adv), y)).mean())
             if turn or (task == "ensemble" and name == "art"):
                 rows[name]["seconds"].append(seconds)
     for name, row in rows.items():
@@ -104,7 +105,7 @@ def run(task, calls, classifier, x, y, rounds):
 
 
 def compare(name, rows):
-    """The targets, as ratios of medians, and differences of accuracy in points."""
+    """Return the targets: ratios of medians, and differences of accuracy in points."""
     targets = []
 
     def median(row):
@@ -143,7 +144,7 @@ def main():
                 task: run(task, calls, classifier, x, y, 1 if ARGS.quick else {"pgd": 7, "ensemble": 3}[task])
                 for task, calls in tasks.items()
             }
-            clean = float((~is_wrong(classifier.logits(x), y)).mean())
+            clean = float((~is_misclassified(classifier.logits(x), y)).mean())
             all_rows.append({"model": label, "images": len(x), "eps": EPS[dataset], "clean_accuracy": clean, **rows})
             targets += compare(label, rows)
     targets = measure.verdict(targets)

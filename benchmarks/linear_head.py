@@ -1,17 +1,17 @@
-"""The loss of a vocabulary-sized linear head: dense logits against `linear_drs_loss`.
+"""Measure the loss of a vocabulary-sized linear head: dense logits against `linear_drs_loss`.
 
 It prints seconds and the memory needed beyond the gradients for value and gradients with respect to features and
 kernel, and the targets. About three minutes on two cores.
 
-    python benchmarks/linear_head.py --out results
+    python -m benchmarks.linear_head --out results
 """
 
 import json
 
-import measure
+from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.arguments(__doc__)
+    ARGS = measure.parse_arguments(__doc__)
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def linear(features, kernel, labels):
 
 
 def compiled(function, features, kernel, labels):
-    """A function without arguments that computes value and gradients in a compiled program, and waits for them."""
+    """Return a function that computes value and gradients in a compiled program, and waits for them."""
     features, kernel, labels = (ops.convert_to_tensor(x) for x in (features, kernel, labels))
     if keras.config.backend() == "jax":
         import jax
@@ -52,7 +52,7 @@ def compiled(function, features, kernel, labels):
 
 
 def contestants(tokens, size, classes):
-    """Both ways to compute value and gradients, and the size of the gradients."""
+    """Return both ways to compute value and gradients, and the size of the gradients."""
     rng = np.random.default_rng(0)
     features = rng.normal(0, 1, (tokens, size)).astype("float32")
     kernel = rng.normal(0, size**-0.5, (size, classes)).astype("float32")

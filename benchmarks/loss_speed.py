@@ -1,35 +1,35 @@
-"""The time and memory of a loss's value and gradient: DRSLoss and PRSLoss against Keras's cross-entropy.
+"""Measure time and memory of value and gradient: DRSLoss and PRSLoss against Keras's cross-entropy.
 
-It prints milliseconds a call (medians of interleaved turns), the memory a call needs beyond the gradient, and whether
-the targets are met; it writes JSON and a figure. About four minutes on two cores.
+It prints milliseconds per call (medians of interleaved turns), the memory that a call needs beyond the gradient, and
+whether the targets are met; it writes JSON. About four minutes on two cores.
 
-`xla` is the whole computation compiled, as under `jit_compile=True`; the others are what a user gets by default on
-TensorFlow without a GPU. `formula` is DRSLoss without its one-pass form, `copy` reads the logits and writes as many
-numbers: nothing that makes a gradient can be faster. With torch installed, `authors_torch` and `authors_prs_torch` are
-the computations of the papers' published code; the second sorts each row.
+`xla` is the whole computation compiled, as under `jit_compile=True`; the others are the default on TensorFlow without
+a GPU. `formula` is DRSLoss without its fused form. `copy` reads the logits and writes as many numbers: nothing that
+makes a gradient can be faster. With torch installed, `authors_torch` and `authors_prs_torch` are the computations of
+the papers' published code; the second sorts each row.
 
-    python benchmarks/loss_speed.py --backend tensorflow --out results
+    python -m benchmarks.loss_speed --backend tensorflow --out results
 """
 
 import json
 
-import measure
+from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.arguments(__doc__)
+    ARGS = measure.parse_arguments(__doc__)
 
 import keras
 import numpy as np
 from keras import ops
 
 import keras_drsl
-from keras_drsl import one_pass
+from keras_drsl.losses import fused
 
 SIZES = [(128, 10), (256, 100), (256, 1_000), (1_024, 1_000), (512, 32_000), (128, 262_144), (32_768, 1_000)]
 OVER_CLASSES = [(256, classes) for classes in (10, 100, 1_000, 10_000, 32_000)]
 OVER_BATCH = [(batch, 1_000) for batch in (16, 64, 256, 1_024, 4_096)]
 MEMORY_SIZE = (512, 32_000)
-SMALL = 256 * 1_000  # the batch x C below which a call's own cost weighs more than its work
+SMALL = 256 * 1_000  # the batch x C below which the overhead of a call dominates
 LAM = 0.3
 PRS = {"lam": 1e-4, "start": 0, "end": 4}
 
@@ -38,15 +38,15 @@ class Formula(keras_drsl.DRSLoss):
     """DRSLoss by automatic differentiation of the formula."""
 
     def call(self, y_true, y_pred):
-        helps, one_pass.helps = one_pass.helps, lambda classes: False
+        should_fuse, fused.should_fuse = fused.should_fuse, lambda num_classes: False
         try:
             return super().call(y_true, y_pred)
         finally:
-            one_pass.helps = helps
+            fused.should_fuse = should_fuse
 
 
 def contestants(batch, classes):
-    """Functions without arguments that compute value and gradient, by name."""
+    """Return functions without arguments that compute value and gradient, by name."""
     rng = np.random.default_rng(0)
     z = rng.normal(0, 3, (batch, classes)).astype("float32")
     ids = rng.integers(0, classes, batch)
@@ -130,22 +130,22 @@ def _torch_gradient(value, z):
 
 
 def _authors(z, ids):
-    """The computations of both papers' code, by name."""
+    """Return the computations of both papers' code, by name."""
     import torch
 
     z = z.requires_grad_(True)
 
     def drs():
         """Mean cross-entropy plus b times the sum, over batch and classes, of the squared centred non-true logits."""
-        rivals = 1 - torch.nn.functional.one_hot(ids, z.shape[1]).to(z.dtype)
-        mean = (z * rivals).sum(1, keepdim=True) / (z.shape[1] - 1)
-        penalty = (((z - mean) * rivals) ** 2).sum()
+        non_true = 1 - torch.nn.functional.one_hot(ids, z.shape[1]).to(z.dtype)
+        mean = (z * non_true).sum(1, keepdim=True) / (z.shape[1] - 1)
+        penalty = (((z - mean) * non_true) ** 2).sum()
         return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + LAM / len(ids) * penalty, z)
 
     def prs():
-        """Mean cross-entropy less lam times the sum of the log-softmax, over rows, of the largest rivals' mean."""
-        rivals = z.scatter(1, ids[:, None], -torch.inf).sort(1, descending=True).values
-        means = rivals[:, PRS["start"] : PRS["end"]].mean(1)
+        """Mean cross-entropy minus lam times the sum of the log-softmax over rows of the mean largest logits."""
+        ordered = z.scatter(1, ids[:, None], -torch.inf).sort(1, descending=True).values
+        means = ordered[:, PRS["start"] : PRS["end"]].mean(1)
         penalty = -torch.log_softmax(means, 0).sum()
         return _torch_gradient(torch.nn.functional.cross_entropy(z, ids) + PRS["lam"] * penalty, z)
 
@@ -153,7 +153,7 @@ def _authors(z, ids):
 
 
 def run_size(batch, classes, quick):
-    """The times of one size."""
+    """Measure the times of one size."""
     calls = contestants(batch, classes)
     rounds = 3 if quick else int(np.clip(3e7 / (batch * classes), 9, 200))
     seconds = measure.interleave(calls, rounds)
@@ -164,13 +164,13 @@ def run_size(batch, classes, quick):
 
 
 def memory(batch, classes):
-    """What each contestant's call needs beyond logits and gradient, as a share of the logits."""
+    """Measure the memory of each call beyond logits and gradient, as a share of the logits."""
     size = batch * classes * 4
     return {name: measure.peak_bytes(call) / size - 1 for name, call in contestants(batch, classes).items()}
 
 
 def compare(rows, memory):
-    """The targets, as ratios of medians in this run."""
+    """Return the targets, as ratios of medians in this run."""
     by_size = {(row["batch"], row["classes"]): row for row in rows}
     targets = []
 
@@ -207,32 +207,8 @@ def compare(rows, memory):
     if all(growth):
         # Both have as many logits.
         narrow, wide = (measure.quartiles(seconds)[1] for seconds in growth)
-        targets.append({"name": "time a logit, 128 x 262144 / 32768 x 1000", "value": wide / narrow, "target": 1.3})
+        targets.append({"name": "time per logit, 128 x 262144 / 32768 x 1000", "value": wide / narrow, "target": 1.3})
     return targets
-
-
-def plot(path, rows):
-    """Time against the number of classes and against the batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for axes, sizes, key in ((both[0], OVER_CLASSES, "classes"), (both[1], OVER_BATCH, "batch")):
-        chosen = [row for row in rows if (row["batch"], row["classes"]) in sizes]
-        chosen.sort(key=lambda row: (row["batch"], row["classes"]))
-        for name in ("cross_entropy", "drs", "formula", "cross_entropy_xla", "drs_xla", "formula_xla", "copy_xla"):
-            if chosen and all(name in row["seconds"] for row in chosen):
-                medians = [measure.quartiles(row["seconds"][name])[1] * 1e3 for row in chosen]
-                style = "-" if name.endswith("xla") else "--"
-                axes.plot([row[key] for row in chosen], medians, style, marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel=key, ylabel="ms, value and gradient")
-        axes.grid(alpha=0.3)
-    both[0].set_title("batch 256")
-    both[1].set_title("1,000 classes")
-    both[0].legend()
-    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main():
@@ -245,9 +221,7 @@ def main():
     shares = {name: round(share, 3) for name, share in (needed or {}).items()}
     print("memory beyond logits and gradient / logits:", shares)
     targets = measure.verdict(compare(rows, needed))
-    path = measure.write(ARGS, "loss_speed", {"rows": rows, "memory_over_logits": needed, "targets": targets})
-    if not ARGS.quick:
-        plot(path, rows)
+    measure.write(ARGS, "loss_speed", {"rows": rows, "memory_over_logits": needed, "targets": targets})
 
 
 if __name__ == "__main__":

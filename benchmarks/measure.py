@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, interleaved timing, peak memory, and the record they write."""
+"""Arguments, interleaved timing, peak memory and the records of the benchmarks and studies."""
 
 import argparse
 import gc
@@ -11,29 +11,29 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from records import versions
+from studies.records import versions
 
 
-def arguments(doc, *, data_dir=False, more=None):
-    """Parse the arguments; sets the backend and the device, so it must run before Keras is imported.
+def parse_arguments(doc, arguments=None, *, data_dir=False, more=None):
+    """Parse the arguments, and set the backend and the device: call it before Keras is imported.
 
     Args:
-        doc: the script's description.
-        data_dir: whether it takes a folder of data sets.
-        more: a function that adds a script's own arguments to the parser.
+        doc: The description of the script.
+        arguments: The arguments, by default those of the process.
+        data_dir: Whether the script takes a folder of data sets.
+        more: A function that adds arguments of the script to the parser.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
-    parser.add_argument("--out", default="runs", help="folder for the JSON and the figure")
+    parser.add_argument("--out", default="runs", help="folder for the results")
     parser.add_argument("--memory", action="store_true", help="measure memory alone, and print it")
     if data_dir:
         parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST; without it, digits alone")
     if more:
         more(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if args.backend == "jax":
@@ -65,16 +65,17 @@ def _device_name(args):
 
 
 def interleave(contestants, rounds):
-    """Seconds of each call, `rounds` a contestant, the contestants taking turns; a first call each is not counted.
+    """Time calls, `rounds` times each, in turns. The first call of each is not counted.
 
-    Each round begins with another of them: what one leaves behind would always meet the same next one.
+    Each round begins with another contestant. Otherwise the state of caches after one would always affect the same next
+    one.
 
     Args:
-        contestants: a dict from name to a function without arguments that returns when its work is done.
-        rounds: how many turns each has.
+        contestants: Maps a name to a function without arguments that returns when its work is done.
+        rounds: How many turns each contestant has.
 
     Returns:
-        A dict from name to a list of seconds.
+        By name, a list of seconds.
     """
     for call in contestants.values():
         call()
@@ -90,19 +91,22 @@ def interleave(contestants, rounds):
 
 
 def quartiles(values):
-    """The first quartile, the median and the third."""
+    """Return the first quartile, the median and the third quartile."""
     ordered = sorted(values)
     return [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75)]
 
 
 def ratio(seconds, over):
-    """The ratio of two contestants' medians, and the quartiles of the ratios turn by turn."""
+    """Return the ratio of the medians of two contestants, and the quartiles of the ratios turn by turn."""
     by_turn = quartiles([a / b for a, b in zip(seconds, over, strict=True)])
     return {"ratio": quartiles(seconds)[1] / quartiles(over)[1], "spread": [by_turn[0], by_turn[2]]}
 
 
 def peak_bytes(call):
-    """How far the memory of this process rises while `call` runs, its result included: the median of five. On Linux."""
+    """Return how far the memory of this process rises while `call` runs, its result included: the median of five.
+
+    On Linux only.
+    """
     page = os.sysconf("SC_PAGE_SIZE")
 
     def resident():
@@ -133,38 +137,43 @@ def peak_bytes(call):
 
 
 def memory_in_fresh_process(args):
-    """What this script prints when it is started anew with `--memory`, or None where memory can't be measured."""
+    """Return what this script prints when it runs again with `--memory`, or None where memory cannot be measured."""
     if args.device != "cpu" or not Path("/proc/self/statm").exists():
         return None
-    # TensorFlow's oneDNN keeps the memory that is freed for later, and peaks after the first would not be seen.
+    # TensorFlow's oneDNN keeps freed memory for later, which would hide all peaks after the first.
     environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
-    # Nor those of memory that the C library keeps.
+    # So does the C library.
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, sys.argv[0], "--backend", args.backend, "--memory", *["--quick"] * args.quick]
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    command = [sys.executable, "-m", module, "--backend", args.backend, "--memory", *["--quick"] * args.quick]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def verdict(rows):
-    """Print one line a target and return them with `met` filled in."""
+    """Print one line per target, and return the targets with `met`."""
     for row in rows:
         row["met"] = row["value"] <= row["target"]
         print(f"{'pass' if row['met'] else 'MISS'}  {row['name']}: {row['value']:.3f} (target <= {row['target']:g})")
     return rows
 
 
-def command(args, name):
-    """What to run to get the same again."""
-    words = ["python", f"benchmarks/{name}.py", "--backend", args.backend, "--device", args.device]
+def command(args, module):
+    """Return the command that repeats a run."""
+    words = ["python", "-m", module, "--backend", args.backend, "--device", args.device]
     words += ["--dataset", args.dataset] if hasattr(args, "dataset") else []
     return " ".join(words + ["--quick"] * args.quick)
 
 
 def write(args, name, record, more_packages=()):
-    """Write the record with what is needed to run it again, and say where."""
+    """Write a record with the command, the device and the versions, and print its path."""
     path = Path(args.out) / f"{name}_{args.backend}_{args.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"command": command(args, name), "device": args.device_name, "versions": versions(more_packages)}
+    head = {
+        "command": command(args, f"benchmarks.{name}"),
+        "device": args.device_name,
+        "versions": versions(more_packages),
+    }
     path.write_text(json.dumps(head | record, indent=1))
     print(f"Written: {path}", file=sys.stderr)
     return path

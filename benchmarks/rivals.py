@@ -1,4 +1,4 @@
-"""What the comparisons with other libraries share: the models, their twins in torch, the other libraries' attacks."""
+"""The models, their copies in torch, and the attacks of other libraries."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ LAM = 0.3
 
 
 def small_cnn(shape, classes=10):
-    """A small CNN that returns logits."""
+    """Return a small CNN that returns logits."""
     from keras import Input, Sequential, layers
 
     return Sequential(
@@ -24,7 +24,7 @@ def small_cnn(shape, classes=10):
 
 
 def train(kind, x, y, *, epochs, eps):
-    """A model trained with cross-entropy ("ce"), with DRSLoss ("drs"), or on PGD's images ("adversarial")."""
+    """Train a model with cross-entropy ("ce"), with DRSLoss ("drs"), or on the images of PGD ("adversarial")."""
     import keras
 
     import keras_drsl
@@ -42,8 +42,8 @@ def train(kind, x, y, *, epochs, eps):
     return model
 
 
-def torch_twin(model):
-    """The same network as a torch module, for images with the channels first."""
+def torch_copy(model):
+    """Return the network as a torch module with the same weights, for images with the channels first."""
     import torch
 
     layers, shape = [], None
@@ -52,10 +52,10 @@ def torch_twin(model):
         name = type(layer).__name__
         if name == "Conv2D":
             size = weights[0].shape
-            twin = torch.nn.Conv2d(size[2], size[3], tuple(size[:2]), padding="same")
+            copy = torch.nn.Conv2d(size[2], size[3], tuple(size[:2]), padding="same")
             weights[0] = weights[0].permute(3, 2, 0, 1)
         elif name == "Dense":
-            twin = torch.nn.Linear(*weights[0].shape)
+            copy = torch.nn.Linear(*weights[0].shape)
             if shape is not None:
                 # Keras flattens (height, width, channels), torch (channels, height, width).
                 height, width, channels = shape
@@ -63,23 +63,23 @@ def torch_twin(model):
                 shape = None
             weights[0] = weights[0].T
         elif name == "MaxPooling2D":
-            twin = torch.nn.MaxPool2d(layer.pool_size)
+            copy = torch.nn.MaxPool2d(layer.pool_size)
         elif name == "Flatten":
-            twin, shape = torch.nn.Flatten(), layer.input.shape[1:]
+            copy, shape = torch.nn.Flatten(), layer.input.shape[1:]
         else:
-            raise ValueError(f"no twin for a layer of type {name}")
+            raise ValueError(f"no copy for a layer of type {name}")
         if weights:
             with torch.no_grad():
-                twin.weight.copy_(weights[0])
-                twin.bias.copy_(weights[1])
-        layers.append(twin)
+                copy.weight.copy_(weights[0])
+                copy.bias.copy_(weights[1])
+        layers.append(copy)
         if name != "Flatten" and getattr(layer, "activation", None) is not None and layer.activation.__name__ == "relu":
             layers.append(torch.nn.ReLU())
     return torch.nn.Sequential(*layers).eval()
 
 
 def to_torch(x, device="cpu"):
-    """Images with the channels first."""
+    """Return images with the channels first."""
     import torch
 
     return torch.tensor(np.moveaxis(x, -1, 1).copy(), device=device)
@@ -89,12 +89,12 @@ def from_torch(x):
     return np.moveaxis(x.detach().cpu().numpy(), 1, -1)
 
 
-def torchattacks_autoattack(twin, x, y, eps, device="cpu"):
-    """The images that torchattacks' AutoAttack (standard) returns."""
+def torchattacks_autoattack(copy, x, y, eps, device="cpu"):
+    """Run the AutoAttack (standard) of torchattacks."""
     import torch
     import torchattacks
 
-    attack = torchattacks.AutoAttack(twin.to(device), norm="Linf", eps=eps, version="standard", n_classes=10, seed=0)
+    attack = torchattacks.AutoAttack(copy.to(device), norm="Linf", eps=eps, version="standard", n_classes=10, seed=0)
     return from_torch(attack(to_torch(x, device), torch.tensor(y, device=device).long()))
 
 
@@ -144,7 +144,7 @@ def foolbox_pgd(model, x, y, eps, steps):
 
 
 def cleverhans_pgd(model, x, y, eps, steps):
-    """As shipped, but for the true labels and a random start."""
+    """Run PGD as shipped, except for the true labels and a random start."""
     import tensorflow as tf
     from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 

@@ -1,26 +1,26 @@
-"""Whether the suite "standard" is as strong as AutoAttack: the verdicts of both, example by example.
+"""Measure whether the suite "standard" is as strong as AutoAttack: the verdicts of both, example by example.
 
-Three models of digits (cross-entropy, DRSLoss, adversarially trained) are attacked by ours and by torchattacks'
-AutoAttack on a torch twin with the same weights. It prints both robust accuracies and on how many examples only one
-of them succeeded. About ten minutes on two cores; needs `pip install ".[rivals]"` and
+Three models of digits (cross-entropy, DRSLoss, adversarially trained) are attacked by this package, and by
+torchattacks' AutoAttack on a copy in torch with the same weights. It prints both robust accuracies, and on how many
+examples only one of them succeeded. About ten minutes on two cores; needs `pip install ".[rivals]"` and
 `pip install --no-deps torchattacks`.
 
-    python benchmarks/second_opinion.py --out results
+    python -m benchmarks.second_opinion --out results
 """
 
-import measure
+from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.arguments(__doc__)
+    ARGS = measure.parse_arguments(__doc__)
 
 import numpy as np
-import rivals
 import torch
 
 import keras_drsl
-from keras_drsl.attacks import Classifier
-from keras_drsl.attacks.classifier import is_wrong
-from keras_drsl.evaluation import datasets
+from benchmarks import rivals
+from keras_drsl import datasets
+from keras_drsl.models import Classifier
+from keras_drsl.models.classifier import is_misclassified
 
 EPS = 0.15
 MOST_POINTS = 0.5  # by how much ours may be the higher
@@ -31,17 +31,17 @@ def judge(kind, train, x, y, epochs):
     model = rivals.train(kind, *train, epochs=epochs, eps=EPS)
     report = keras_drsl.evaluate_robustness(model, x, y, eps=EPS, verbose=0)
     # What the checks broke beyond the suite does not count here.
-    ours = np.array([one is None or one.startswith("check:") for one in report.per_example["broken_by"]])
-    twin = rivals.torch_twin(model)
+    ours = np.array([name is None or name.startswith("check:") for name in report.per_example["broken_by"]])
+    copy = rivals.torch_copy(model)
     classifier = Classifier(model)
-    x_adv = rivals.torchattacks_autoattack(twin, x, y, EPS)
+    x_adv = rivals.torchattacks_autoattack(copy, x, y, EPS)
     # Its points are tried on the model itself, and must lie in the ball.
     if np.abs(x_adv.astype("float64") - x).max() > EPS + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
         raise AssertionError("torchattacks left the ball")
-    # What rounding makes of a point between twin and model is not held against AutoAttack.
+    # What rounding makes of a point between copy and model is not held against AutoAttack.
     with torch.no_grad():
-        by_twin = twin(rivals.to_torch(x_adv)).numpy()
-    theirs = ~(is_wrong(classifier.logits(x_adv), y) | is_wrong(by_twin, y))
+        by_copy = copy(rivals.to_torch(x_adv)).numpy()
+    theirs = ~(is_misclassified(classifier.logits(x_adv), y) | is_misclassified(by_copy, y))
     row = {
         "model": kind,
         "images": len(x),

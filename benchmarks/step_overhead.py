@@ -1,16 +1,16 @@
 """What DRSLoss and SoftmaxDiversity add to a whole training step.
 
 A small CNN on images of 28 x 28, the same trained on images attacked by PGD in ten steps, and a wide softmax head of
-10,000 classes, each by `fit` as a user gets it by default, the losses taking turns. It prints milliseconds a step and
+10,000 classes, each by `fit` as a user gets it by default, the losses taking turns. It prints milliseconds per step and
 the targets. About eight minutes on two cores.
 
-    python benchmarks/step_overhead.py --out results
+    python -m benchmarks.step_overhead --out results
 """
 
-import measure
+from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.arguments(__doc__)
+    ARGS = measure.parse_arguments(__doc__)
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ LOSSES = {"cross_entropy": "sparse_categorical_crossentropy", "drs": keras_drsl.
 
 
 def cnn():
-    """A model and a batch for it."""
+    """Return a model, its batch size, its input shape and its number of classes."""
     layers = [keras.Input((28, 28, 1))]
     for filters in (32, 64):
         layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu"), keras.layers.MaxPooling2D()]
@@ -30,19 +30,19 @@ def cnn():
 
 
 def adversarial_cnn():
-    """The first, trained on attacked images."""
+    """Return the model of `cnn`, trained on attacked images."""
     model, *batch = cnn()
     return keras_drsl.AdversarialTraining(model, 0.1), *batch
 
 
 def wide_head():
-    """A model whose loss is a good part of its step."""
+    """Return a model whose loss is a large part of its step."""
     layers = [keras.Input((256,)), keras.layers.Dense(256, activation="relu")]
     return keras.Sequential([*layers, keras.layers.Dense(10_000, activation="softmax")]), 256, (256,), 10_000
 
 
 def run_model(make, steps, rounds):
-    """Seconds a step of each combination of loss and metric."""
+    """Measure the seconds per step of each combination of loss and metric."""
     calls = {}
     for name, loss in LOSSES.items():
         for suffix, metrics in (("", []), ("_with_diversity", [keras_drsl.SoftmaxDiversity()])):
@@ -56,7 +56,7 @@ def run_model(make, steps, rounds):
                 x, y, batch_size=batch, shuffle=False, verbose=0
             )
     seconds = measure.interleave(calls, rounds)
-    seconds = {name: [one / steps for one in values] for name, values in seconds.items()}
+    seconds = {name: [value / steps for value in values] for name, values in seconds.items()}
     medians = {name: measure.quartiles(values)[1] * 1e3 for name, values in seconds.items()}
     print(f"{make.__name__}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in medians.items()), flush=True)
     over = seconds["cross_entropy"]

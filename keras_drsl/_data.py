@@ -51,7 +51,8 @@ def class_ids(y: Any, count: int, num_classes: int) -> Array:
     is_class = np.isin(y, np.arange(num_classes))
     if not is_class.all():
         raise ValueError(f"`y` must hold class ids in [0, {num_classes}). Received: {y[~is_class][0]}")
-    return y.astype("int32")
+    ids: Array = y.astype("int32")
+    return ids
 
 
 class Examples(NamedTuple):

@@ -1,40 +1,41 @@
-"""Metrics to watch while training."""
+"""Provide metrics to watch during training."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_choice, check_integer
+from keras_drsl.predictions import LossInputs, read_inputs
 from keras_drsl.spread import MEASURES, SPACES, class_values, diversity
 
 
 def softmax_diversity(
-    y_true: Any,
-    y_pred: Any,
+    y_true: Tensor,
+    y_pred: Tensor,
     *,
     measure: str = "variance",
     space: str = "log_softmax",
     from_logits: bool = False,
     ignore_class: int | None = None,
     axis: int = -1,
-) -> Any:
-    """The diversity of the non-true softmax values, one value a sample.
+) -> Tensor:
+    """Compute the diversity of the non-true softmax values, one value per sample.
 
-    The function behind `SoftmaxDiversity`, which explains the measures and the arguments. Use it to look at single
-    images.
+    Use it to inspect single images. `SoftmaxDiversity` is the metric to give to `compile`, and explains the measures.
 
     Args:
-        y_true: labels in any form `keras_drsl.DRSLoss` takes.
-        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)` (the classes along `axis`).
+        y_true: labels in any form that `keras_drsl.DRSLoss` takes.
+        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
         measure: `"variance"`, `"std"` or `"entropy"`.
-        space: `"log_softmax"` or `"softmax"`.
+        space: `"log_softmax"` or `"softmax"`; not used for the entropy.
         from_logits: whether `y_pred` holds logits.
-        ignore_class: a class id whose positions are 0, or None.
+        ignore_class: the id of a class whose positions are ignored, or None.
         axis: the axis of the classes in `y_pred`.
 
     Returns:
-        Shape `y_pred.shape` without `axis`.
+        One value per position, shape `y_pred.shape` without `axis`; 0 at ignored positions.
 
     Raises:
         ValueError: as `SoftmaxDiversity`.
@@ -45,48 +46,62 @@ def softmax_diversity(
     >>> [round(float(value), 4) for value in keras_drsl.softmax_diversity([0, 0], y_pred)]
     [0.0, 0.1201]
 
-    Reference: arXiv:2303.12363.
+    Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
-    _arguments.check_choice("measure", measure, MEASURES)
-    _arguments.check_choice("space", space, SPACES)
-    inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    return _diversity(inputs, measure, space)
+    check_choice("measure", measure, MEASURES)
+    check_choice("space", space, SPACES)
+    inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
+    return _diversity_per_position(inputs, measure, space)
 
 
+# Not a subclass of MeanMetricWrapper, which ignores the Keras masks of values.
 @keras.saving.register_keras_serializable(package="keras_drsl")
-class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which passes masks of values over
-    """How much the softmax values of the non-true classes differ, averaged over the samples.
+class SoftmaxDiversity(keras.metrics.Mean):
+    """Compute how much the softmax values of the non-true classes differ, averaged over the samples.
 
-    Use it beside any classification loss to watch what `keras_drsl.DRSLoss` restrains: the value in the logs is the
-    mean over the samples of
+    Use it with any classification loss to watch what the penalty of `keras_drsl.DRSLoss` reduces.
 
-    - `measure="variance"`: `sum_k w_k (v_k - m)^2 / n`. Times `C - 1`, it is the default restraint inside the loss.
-    - `measure="std"`: its square root, sample by sample, in units of `v`.
-    - `measure="entropy"`: `-sum_k q_k log q_k / log(C - 1)`, in [0, 1] for one-hot labels: 1 when the non-true classes
-      share their probability evenly, 0 when one has all of it. The lower, the more diverse.
+    Shapes: labels `(...)`, `(..., 1)` or `(..., C)` and predictions `(..., C)` give a scalar.
 
-    Here `p` is the softmax output over `C` classes and `y` the label as a distribution; `w = 1 - y`; `v = log p` with
-    `space="log_softmax"` and `v = p` with `space="softmax"`; `n = sum(w)`; `m = sum(w * v) / n`; `q` is `w * p` divided
-    by its sum.
+    Formula: the mean over the samples of
 
-    Edges: for two classes and a one-hot label there is one rival, and variance and std are 0; the entropy for two
-    classes is 1 by definition. Labels that are no one-hot give weight to all `C` classes, so the entropy can exceed 1
-    a little. Probabilities below 1e-30 count as 1e-30 unless the logits behind them can be found (TensorFlow).
-    Positions under a Keras mask or of `ignore_class` don't count. As with every Keras metric, only those named in
-    `compile(weighted_metrics=...)` are given sample and class weights.
+    - `measure="variance"`: `sum_k w_k (v_k - m)^2 / n`. Multiplied by `C - 1`, it is the default `r` of `DRSLoss`.
+    - `measure="std"`: the square root of each sample's variance, in units of `v`.
+    - `measure="entropy"`: `-sum_k q_k log q_k / log(C - 1)`. For one-hot labels it is in [0, 1]: 1 when the non-true
+      classes have equal probabilities, 0 when one class has all of it. Less entropy is more diversity.
+
+    with
+
+    - `p`: the softmax output over `C` classes; `y`: the label as a distribution over them; `w = 1 - y`.
+    - `v = log p` with `space="log_softmax"`, `v = p` with `space="softmax"`.
+    - `n = sum(w)`; `m = sum(w * v) / n`; `q = w * p / sum(w * p)`.
+
+    Note:
+        - For two classes and a one-hot label there is one non-true class: variance and std are 0, and the entropy is 1
+          by definition.
+        - Labels that are not one-hot give weight to all `C` classes, so the entropy can be slightly above 1.
+        - Probabilities below 1e-30 are replaced by 1e-30, unless the logits behind them can be found (TensorFlow).
+        - Positions under a Keras mask or of `ignore_class` are ignored.
+        - As with every Keras metric, sample and class weights are used only for metrics in
+          `compile(weighted_metrics=...)`.
+        - `EarlyStopping` and `ModelCheckpoint` do not know whether a larger value is better. Give them `mode="min"` for
+          variance and std, and `mode="max"` for the entropy.
 
     Args:
         measure: `"variance"`, `"std"` or `"entropy"`.
-        space: `"log_softmax"` or `"softmax"`; without meaning for the entropy.
+        space: `"log_softmax"` or `"softmax"`; not used for the entropy.
         from_logits: whether `y_pred` holds logits rather than probabilities.
-        ignore_class: the id of a class whose positions don't count, or None.
+        ignore_class: the id of a class whose positions are ignored, or None.
         axis: the axis of the classes in `y_pred`.
         name: the name in the logs.
         dtype: the dtype of the metric, by default Keras's `floatx`.
 
+    Returns:
+        A scalar.
+
     Raises:
-        ValueError: at construction for an unknown `measure` or `space`; when called or traced for labels and
-            predictions that don't fit, as `keras_drsl.DRSLoss`.
+        ValueError: at construction for an unknown `measure` or `space`. At a call, also while it is traced, for labels
+            and predictions that do not match, as `keras_drsl.DRSLoss`.
 
     Example:
 
@@ -98,10 +113,7 @@ class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which pass
     >>> "val_softmax_diversity" in history.history
     True
 
-    `EarlyStopping` and `ModelCheckpoint` cannot know which way is better for a name of ours: give them `mode="min"`
-    for variance and std, `mode="max"` for the entropy.
-
-    Reference: arXiv:2303.12363.
+    Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
 
     def __init__(
@@ -116,30 +128,30 @@ class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which pass
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.measure = _arguments.check_choice("measure", measure, MEASURES)
-        self.space = _arguments.check_choice("space", space, SPACES)
+        self.measure = check_choice("measure", measure, MEASURES)
+        self.space = check_choice("space", space, SPACES)
         self.from_logits = bool(from_logits)
-        self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
-        self.axis = _arguments.check_integer("axis", axis)
+        self.ignore_class = None if ignore_class is None else check_integer("ignore_class", ignore_class)
+        self.axis = check_integer("axis", axis)
 
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+    def update_state(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> None:
         """Add a batch to the mean.
 
         Args:
-            y_true: labels in any form `keras_drsl.DRSLoss` takes.
-            y_pred: predictions, shape `(..., C)`.
+            y_true: labels in any form that `keras_drsl.DRSLoss` takes.
+            y_pred: predictions, shape `(..., C)`, or with the classes at `axis`.
             sample_weight: optional weights of the samples or positions.
         """
-        inputs = _inputs.read(
+        inputs = read_inputs(
             y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis
         )
-        values = _diversity(inputs, self.measure, self.space)
+        values = _diversity_per_position(inputs, self.measure, self.space)
         if inputs.valid is not None:
-            sample_weight = _weights_of_valid(ops.cast(inputs.valid, self.dtype), sample_weight)
+            sample_weight = _mask_weights(ops.cast(inputs.valid, self.dtype), sample_weight)
         super().update_state(values, sample_weight=sample_weight)
 
     def get_config(self) -> dict[str, Any]:
-        """All arguments, for saving."""
+        """Return all arguments, for saving."""
         return {
             **super().get_config(),
             "measure": self.measure,
@@ -150,15 +162,15 @@ class SoftmaxDiversity(keras.metrics.Mean):  # not MeanMetricWrapper, which pass
         }
 
 
-def _diversity(inputs: _inputs.Inputs, measure: str, space: str) -> Any:
-    # Entropy is a property of the distribution, whatever space its values are given in.
+def _diversity_per_position(inputs: LossInputs, measure: str, space: str) -> Tensor:
+    # The entropy is computed from log probabilities, whatever the space.
     space = "log_softmax" if measure == "entropy" else space
     values = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
-    return inputs.finish(diversity(values, inputs.distribution, measure=measure))
+    return inputs.mask_values(diversity(values, inputs.distribution, measure=measure))
 
 
-def _weights_of_valid(valid: Any, sample_weight: Any) -> Any:
-    """Weights that are 0 where a position doesn't count, shape `(...)`: Keras's means don't see masks of values."""
+def _mask_weights(valid: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Return weights that are 0 at ignored positions, shape `(...)`. Keras's `Mean` does not use masks of values."""
     if sample_weight is None:
         return valid
     sample_weight = ops.cast(sample_weight, valid.dtype)

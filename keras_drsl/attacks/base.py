@@ -211,7 +211,7 @@ class Attack:
         """
         x = np.asarray(to_array(x), dtype="float32")
         if len(x) == 0:
-            return x
+            return np.empty(x.shape, "float32")
         self.threat.validate("x", x)
         classifier = self._classifier_of(logits_fn)
         logits = classifier.logits(x)
@@ -233,7 +233,8 @@ class Attack:
 
     def _run_all(self, classifier: Classifier, x: Array, y: Array, ids: Array, logits: Array, batch_size: int) -> Array:
         """Run every restart on the examples that no earlier one has broken."""
-        x_adv, reached = x.copy(), margins(logits, y)
+        x_adv: Array = x.copy()
+        reached = margins(logits, y)
         robust = np.flatnonzero(~is_misclassified(logits, y))
         run, num_runs = 0, self.num_runs(logits.shape[1])
         while run < num_runs and len(robust):

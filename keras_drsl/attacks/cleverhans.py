@@ -163,7 +163,8 @@ class ProjectedGradientDescent(IterativeAttack):
     Reference: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv:1706.06083.
     """
 
-    _function, _short_name, _losses = "projected_gradient_descent", "pgd", ("ce", "margin")
+    _function, _short_name = "projected_gradient_descent", "pgd"
+    _losses: ClassVar[tuple[str, ...]] = ("ce", "margin")
 
     def _params(self) -> dict[str, Any]:
         return super()._params() | {"rand_init": True}
@@ -175,7 +176,8 @@ class ProjectedGradientDescent(IterativeAttack):
 class MadryEtAl(ProjectedGradientDescent):
     """`ProjectedGradientDescent` on the cross-entropy by its other name in cleverhans, with starts in the ball."""
 
-    _function, _short_name, _losses = "madry_et_al", "madry", ("ce",)
+    _function, _short_name = "madry_et_al", "madry"
+    _losses: ClassVar[tuple[str, ...]] = ("ce",)
 
     def _params(self) -> dict[str, Any]:
         return IterativeAttack._params(self)

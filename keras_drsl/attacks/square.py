@@ -170,7 +170,8 @@ def bump(height: int, width: int) -> Array:
     if height > 1:
         whole[: height // 2] = half(height // 2, width)
     whole[height // 2 :] = -half(height - height // 2, width)
-    return whole / np.sqrt((whole**2).sum())
+    scaled: Array = whole / np.sqrt((whole**2).sum())
+    return scaled
 
 
 def bumps(height: int, width: int, length: int) -> dict[str, Array]:

@@ -186,7 +186,7 @@ def robustness_curve(
     """
     check_model("model", model)
     threats = _threats(eps, norm, clip_min, clip_max, threat)
-    options = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples}
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
         for radius, threat in threats.items()

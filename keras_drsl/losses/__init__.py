@@ -1,6 +1,10 @@
-"""Losses, one a file."""
+"""Provide the losses, one per module, and everything that a new loss needs.
 
-from keras_drsl.losses.base import ClassificationLoss
+To add a loss, derive from `ClassificationLoss`. Its `values` method receives `LossInputs`; `cross_entropy` and
+`logits_of` compute from them what most formulas use. CONTRIBUTING.md has a complete example.
+"""
+
+from keras_drsl.losses.base import ClassificationLoss, cross_entropy, logits_of
 from keras_drsl.losses.complement_objective import ComplementObjective
 from keras_drsl.losses.drs import DRSLoss, drs_loss
 from keras_drsl.losses.guided_complement_entropy import GuidedComplementEntropy
@@ -10,6 +14,7 @@ from keras_drsl.losses.probabilistically_compact import ProbabilisticallyCompact
 from keras_drsl.losses.prs import PRSLoss, prs_loss
 from keras_drsl.losses.squentropy import Squentropy
 from keras_drsl.losses.z_loss import ZLoss
+from keras_drsl.predictions import LossInputs
 
 __all__ = [
     "ClassificationLoss",
@@ -17,11 +22,14 @@ __all__ = [
     "DRSLoss",
     "GuidedComplementEntropy",
     "LogitSqueezing",
+    "LossInputs",
     "PRSLoss",
     "ProbabilisticallyCompactLoss",
     "Squentropy",
     "ZLoss",
+    "cross_entropy",
     "drs_loss",
     "linear_drs_loss",
+    "logits_of",
     "prs_loss",
 ]

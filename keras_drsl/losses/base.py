@@ -1,4 +1,4 @@
-"""What the losses share: labels, predictions, masks, saving."""
+"""Provide the base class of all losses, and what their formulas share."""
 
 import re
 from typing import Any, ClassVar
@@ -6,35 +6,44 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
-from keras_drsl._backend import mask_of, with_mask
+from keras_drsl import _backend
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_integer
+from keras_drsl.predictions import LossInputs, cast_keeping_attributes, read_inputs
 from keras_drsl.spread import class_values
 
 
 class ClassificationLoss(keras.losses.Loss):
-    """A loss of one value a position, from labels and predictions of any form `keras_drsl.DRSLoss` takes.
+    """Compute one value per position from labels and predictions of any form, and reduce the values as Keras does.
 
-    Derive from it to add a loss: check and keep the hyperparameters in the constructor, name them in
-    `hyperparameters`, and write the formula in `values`. Labels, the logits behind a softmax, masks, `ignore_class`,
-    half precision and saving are dealt with here. CONTRIBUTING.md has an example.
+    This is the base class of the losses in this package. Derive from it to add a loss: keep the hyperparameters as
+    attributes, name them in `hyperparameters`, and write the formula in `values`. The base class handles class ids and
+    label distributions, the logits behind a softmax, masks, `ignore_class`, half precision and saving.
 
-    Edges: positions under a Keras mask or of `ignore_class` don't count and may hold anything. The logits of one that
-    counts must be finite; a rival at minus infinity, as of a vocabulary that is masked, makes them NaN or infinite, but
-    for `ZLoss` on the cross-entropy, and for `PRSLoss` unless it is among the rivals that count.
+    Shapes: labels `(...)`, `(..., 1)` or `(..., C)` and predictions `(..., C)` give values `(...)`. The dots stand for
+    `batch`, `batch, time`, `batch, height, width` and so on; each index of them is a position. `C` is the number of
+    classes.
+
+    Note:
+        - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary.
+        - At all other positions logits must be finite. Where the logit of a non-true class is minus infinity, as in a
+          masked vocabulary, a loss is NaN or infinite. Exceptions are `ZLoss` on the cross-entropy, and `PRSLoss` if
+          the class is not among the largest that it uses.
 
     Attributes:
-        hyperparameters: the names of the constructor's own arguments, kept under the same names.
-        needs_logits: whether the formula depends on a constant added to all logits. Probabilities don't know it, so
-            those whose logits cannot be found are an error then.
+        hyperparameters: the names of the constructor's own arguments. Each must be an attribute of the same name, so
+            that it is saved with the loss.
+        needs_logits: whether a constant added to all logits changes the value. Such a loss cannot be computed from
+            probabilities, and raises an error where their logits cannot be found.
 
     Args:
         from_logits: whether `y_pred` holds logits rather than probabilities. On TensorFlow the logits behind a softmax
             are found.
-        ignore_class: the id of a class whose positions don't count, or None.
+        ignore_class: the id of a class whose positions are ignored, or None.
         axis: the axis of the classes in `y_pred`.
         reduction: how Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or None.
-        name: the name of the loss, by default that of the class in snake case.
+        name: the name of the loss, by default the class name in snake case.
         dtype: the dtype of the loss, by default Keras's `floatx`.
 
     Call arguments:
@@ -43,12 +52,22 @@ class ClassificationLoss(keras.losses.Loss):
         sample_weight: optional weights of the samples or positions.
 
     Returns:
-        A scalar, or with `reduction=None` one value a position.
+        A scalar, or with `reduction=None` one value per position.
 
     Raises:
-        ValueError: at construction for an argument out of its range; when called or traced for shapes that cannot
-            match, fewer than two classes, probabilities where logits are needed, or (where values can be seen) class
-            ids outside `[0, C)`. In a compiled program, where they can't, the loss and its gradient are NaN.
+        ValueError: at construction for an argument out of its range. At a call, also while it is traced, for shapes
+            that cannot match, fewer than two classes, probabilities where logits are needed, and (where values are
+            known) class ids outside `[0, C)`. In a compiled program, where values are not known, such an id makes the
+            loss and its gradient NaN.
+
+    Example:
+
+    >>> class Brier(keras_drsl.losses.ClassificationLoss):
+    ...     def values(self, inputs):
+    ...         p = keras.ops.softmax(keras_drsl.losses.logits_of(inputs), axis=-1)
+    ...         return keras.ops.sum(keras.ops.square(p - inputs.distribution), axis=-1)
+    >>> round(float(Brier()([0], [[0.8, 0.1, 0.1]])), 4)  # 0.2^2 + 0.1^2 + 0.1^2
+    0.06
     """
 
     hyperparameters: ClassVar[tuple[str, ...]] = ()
@@ -67,31 +86,39 @@ class ClassificationLoss(keras.losses.Loss):
         name = name or re.sub(r"(?<=.)([A-Z][a-z])", r"_\1", type(self).__name__).lower()
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.from_logits = bool(from_logits)
-        self.ignore_class = None if ignore_class is None else _arguments.check_integer("ignore_class", ignore_class)
-        self.axis = _arguments.check_integer("axis", axis)
+        self.ignore_class = None if ignore_class is None else check_integer("ignore_class", ignore_class)
+        self.axis = check_integer("axis", axis)
         self._own_dtype = None if dtype is None else self.dtype
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """The formula: one value a position, shape `(...)`; what it gives for positions that don't count is not seen.
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute the formula, one value per position. Values at ignored positions are not used.
 
         Args:
-            inputs: labels and predictions; see its attributes and properties.
+            inputs: labels and predictions; see the attributes and properties of `keras_drsl.losses.LossInputs`.
+
+        Returns:
+            Shape `(...)`.
         """
         raise NotImplementedError
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The reduced loss; the arguments are explained in the class docstring."""
-        mask = mask_of(y_pred)
+    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Compute the reduced loss; the class docstring explains the arguments."""
+        mask = _backend.get_mask(y_pred)
         if mask is not None:
-            # Between here and `call` a compiler may lose it: on torch it does.
+            # A compiler may lose the mask between here and `call`; PyTorch's does.
             y_true = {**_as_dict(y_true), "mask": mask}
-        # Keras's cast before `call` would lose what `call` needs to know of half-precision predictions.
-        return super().__call__(y_true, _inputs.cast_keeping_attributes(y_pred, self.dtype), sample_weight)
+        # Keras casts half-precision predictions before `call`, and would lose their attributes.
+        return super().__call__(y_true, cast_keeping_attributes(y_pred, self.dtype), sample_weight)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value a position; Keras applies weights, masks and the reduction."""
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Compute one value per position. Keras applies weights, masks and the reduction.
+
+        Args:
+            y_true: labels in any form.
+            y_pred: predictions.
+        """
         given = _as_dict(y_true)
-        inputs = _inputs.read(
+        inputs = read_inputs(
             given["y_true"],
             y_pred,
             from_logits=self.from_logits,
@@ -101,40 +128,60 @@ class ClassificationLoss(keras.losses.Loss):
         )
         if self.needs_logits:
             check_logits(type(self).__name__, inputs)
-        return finish(self._values_of(inputs, given), inputs, self.ignore_class)
+        return mask_ignored(self._weighted_values(inputs, given.get("sample_weight")), inputs, self.ignore_class)
 
-    def _values_of(self, inputs: _inputs.Inputs, given: dict[str, Any]) -> Any:
+    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
+        """Compute the formula for sample weights, which are known only where `__call__` of a subclass passes them."""
         return self.values(inputs)
 
     def get_config(self) -> dict[str, Any]:
-        """All arguments, for saving."""
+        """Return all arguments, for saving."""
         own = {name: getattr(self, name) for name in (*self.hyperparameters, "from_logits", "ignore_class", "axis")}
         return {**super().get_config(), **own, "dtype": self._own_dtype}
 
 
-def _as_dict(y_true: Any) -> dict[str, Any]:
-    """The labels and, where `__call__` adds to them what Keras does not show to `call`, that as well."""
+def _as_dict(y_true: Any) -> dict[str, Tensor]:
+    """Return the labels, with all that `__call__` has added to them because Keras does not pass it to `call`."""
     return y_true if isinstance(y_true, dict) else {"y_true": ops.convert_to_tensor(y_true)}
 
 
-def finish(values: Any, inputs: _inputs.Inputs, ignore_class: int | None) -> Any:
-    """The values as a loss returns them: 0 at positions that don't count, and masked where Keras can't know of it."""
-    values = inputs.finish(values)
-    return values if ignore_class is None else with_mask(values, inputs.valid)
+def mask_ignored(values: Tensor, inputs: LossInputs, ignore_class: int | None) -> Tensor:
+    """Set the values of ignored positions to 0. For `ignore_class`, also set a Keras mask, as Keras does not know it.
+
+    Args:
+        values: one value per position, shape `(...)`.
+        inputs: the labels and predictions.
+        ignore_class: a class id, or None.
+    """
+    values = inputs.mask_values(values)
+    return values if ignore_class is None else _backend.set_mask(values, inputs.valid)
 
 
-def check_logits(name: str, inputs: _inputs.Inputs) -> None:
-    """`ValueError` for probabilities whose logits are not known."""
+def check_logits(name: str, inputs: LossInputs) -> None:
+    """Raise `ValueError` for probabilities whose logits are not known.
+
+    Args:
+        name: the name of the loss.
+        inputs: the labels and predictions.
+    """
     if not inputs.from_logits:
         raise ValueError(
-            f"{name} depends on the logits themselves, and those behind `y_pred` cannot be found: they can on "
-            "TensorFlow alone, where a softmax is the model's last step. End the model in logits and use "
-            "`from_logits=True`. Received: from_logits=False"
+            f"{name} needs logits, and those behind `y_pred` cannot be found. They can be found only on TensorFlow, "
+            "where a softmax is the model's last operation. End the model in logits and use `from_logits=True`. "
+            "Received: from_logits=False"
         )
 
 
-def cross_entropy(inputs: _inputs.Inputs, label_smoothing: float = 0.0) -> Any:
-    """Keras's cross-entropy, one value a position."""
+def cross_entropy(inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
+    """Compute Keras's cross-entropy, one value per position.
+
+    Args:
+        inputs: the labels and predictions.
+        label_smoothing: a number in [0, 1).
+
+    Returns:
+        Shape `(...)`.
+    """
     if inputs.sparse and not label_smoothing:
         return keras.losses.sparse_categorical_crossentropy(
             inputs.labels, inputs.safe_scores, from_logits=inputs.from_logits
@@ -144,6 +191,13 @@ def cross_entropy(inputs: _inputs.Inputs, label_smoothing: float = 0.0) -> Any:
     )
 
 
-def logits_of(inputs: _inputs.Inputs) -> Any:
-    """Logits, or the logarithms of probabilities, which have the same softmax; equal at positions that don't count."""
+def logits_of(inputs: LossInputs) -> Tensor:
+    """Return the logits, or the logarithms of probabilities. Both have the same softmax.
+
+    Args:
+        inputs: the labels and predictions.
+
+    Returns:
+        Shape `(..., C)`. At ignored positions all logits are equal.
+    """
     return class_values(inputs.safe_scores, from_logits=inputs.from_logits, space="log_softmax")

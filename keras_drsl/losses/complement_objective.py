@@ -1,34 +1,46 @@
-"""Complement objective training."""
+"""Provide complement objective training as one loss."""
 
 import math
 from typing import Any
 
 import keras
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_non_negative
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy, logits_of
+from keras_drsl.predictions import LossInputs
 from keras_drsl.spread import diversity
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class ComplementObjective(ClassificationLoss):
-    """Cross-entropy less the entropy of the non-true probabilities.
+    """Compute cross-entropy minus the entropy of the non-true probabilities.
 
-    Like `keras_drsl.DRSLoss` it wants the non-true classes alike, but the pull on a rival is in proportion to its share
-    of the non-true probability: those far below the largest rival feel none.
+    Use it to compare with `keras_drsl.DRSLoss`. Both make the non-true classes alike. Here the gradient of a non-true
+    class is proportional to its share of the non-true probability, so classes far below the largest one hardly move.
 
-    Formula: `loss = CE(y, p) - lam * H / (C - 1)`, for each sample, with
+    Shapes: as `keras_drsl.losses.ClassificationLoss`.
+
+    Formula: `loss = CE(y, p) - lam * H / (C - 1)`, per sample, with
 
     - `p`: the softmax of the logits, `C` classes; `y`: the label as a distribution over them.
-    - `q_k = w_k p_k / sum(w p)`, `w = 1 - y`: the non-true probabilities, made to sum to 1; `H = -sum_k q_k log q_k`.
+    - `CE(y, p) = -sum_k y_k log p_k`: the cross-entropy.
+    - `q_k = w_k p_k / sum(w p)`, `w = 1 - y`: the non-true probabilities, scaled to sum to 1.
+    - `H = -sum_k q_k log q_k`: their entropy.
 
-    Edges: `lam=0` is Keras's cross-entropy. Two classes leave one rival: `H = 0`. The loss can be negative.
+    Note:
+        - `lam=0` is Keras's cross-entropy.
+        - Two classes have one non-true class, and `H = 0`.
+        - The loss can be negative.
 
     Args:
-        lam: the weight of the complement entropy, a number >= 0. The paper takes turns between the two terms, each step
-            at full strength; 1, the default, is their sum.
-        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
-            `name`, `dtype`. Labels, calls and errors are as explained there.
+        lam: the weight of the entropy, a number >= 0. The paper alternates between the two terms, each at full
+            strength; the default of 1 is their sum.
+        **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
+            `keras_drsl.losses.ClassificationLoss`.
+
+    Returns:
+        As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
         ValueError: as `keras_drsl.losses.ClassificationLoss`.
@@ -46,10 +58,10 @@ class ComplementObjective(ClassificationLoss):
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = _arguments.check_non_negative("lam", lam)
+        self.lam = check_non_negative("lam", lam)
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a position."""
-        rivals = inputs.scores.shape[-1] - 1
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per position."""
+        num_others = inputs.scores.shape[-1] - 1
         evenness = diversity(logits_of(inputs), inputs.distribution, measure="entropy")
-        return cross_entropy(inputs) - self.lam * math.log(rivals) / rivals * evenness
+        return cross_entropy(inputs) - self.lam * math.log(num_others) / num_others * evenness

@@ -1,19 +1,22 @@
-"""The distribution-restrained softmax loss."""
+"""Provide the distribution-restrained softmax loss."""
 
 from typing import Any
 
 import keras
 
-from keras_drsl import _arguments, _inputs, one_pass
-from keras_drsl.losses.base import ClassificationLoss, cross_entropy, finish
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_choice, check_non_negative, check_number
+from keras_drsl.losses import fused
+from keras_drsl.losses.base import ClassificationLoss, cross_entropy, mask_ignored
+from keras_drsl.predictions import LossInputs, read_inputs
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 def drs_loss(
-    y_true: Any,
-    y_pred: Any,
+    y_true: Tensor,
+    y_pred: Tensor,
     lam: float = 0.3,
     *,
     from_logits: bool = False,
@@ -22,31 +25,31 @@ def drs_loss(
     label_smoothing: float = 0.0,
     ignore_class: int | None = None,
     axis: int = -1,
-) -> Any:
-    """Cross-entropy plus a restraint on how much the non-true softmax values differ, one value a sample.
+) -> Tensor:
+    """Compute cross-entropy plus a penalty on the spread of the non-true softmax values, one value per sample.
 
-    The function behind `DRSLoss`, which explains the formula and the arguments. Use it where unreduced values are
-    wanted: a custom training step, a look at single images. In `model.compile` prefer the class: under mixed precision
-    Keras casts what it gives to a function, and the mask and the logits behind a softmax are lost on the way.
+    Use it where you need values that are not reduced, such as in a custom training step or to inspect single images.
+    `DRSLoss` explains the formula. In `model.compile` use the class: under mixed precision Keras casts the arguments of
+    a function, and their mask and the logits behind a softmax are lost.
 
     Args:
-        y_true: labels in any form `DRSLoss` takes.
-        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)` (the classes along `axis`).
-        lam: as in `DRSLoss`, like all that follow.
+        y_true: labels in any form that `DRSLoss` takes.
+        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
+        lam: the strength of the penalty, a number >= 0.
         from_logits: whether `y_pred` holds logits.
-        space: `"log_softmax"` or `"softmax"`.
-        spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number in [0, 1).
-        ignore_class: a class id, or None.
+        space: `"log_softmax"` or `"softmax"`, as in `DRSLoss`.
+        spread: `"sum_of_squares"` or `"variance"`, as in `DRSLoss`.
+        label_smoothing: a number in [0, 1), as in `DRSLoss`.
+        ignore_class: the id of a class whose positions are ignored, or None.
         axis: the axis of the classes in `y_pred`.
 
     Returns:
-        The loss of each position, shape `y_pred.shape` without `axis`, float64 for float64 predictions and float32
-        otherwise. Positions ruled out by `ignore_class` or by a Keras mask are 0; for `ignore_class`, the values
-        carry a Keras mask too, so that Keras averages over the others.
+        One value per position, shape `y_pred.shape` without `axis`: float64 for float64 predictions, otherwise float32.
+        The values of ignored positions are 0. With `ignore_class` the values also have a Keras mask, so that Keras
+        averages over the other positions.
 
     Raises:
-        ValueError: as `DRSLoss`, when called or while it is traced.
+        ValueError: as `DRSLoss`, at a call, also while it is traced.
 
     Example:
 
@@ -55,62 +58,71 @@ def drs_loss(
     >>> [round(float(value), 4) for value in keras_drsl.drs_loss(y_true, y_pred)]
     [0.2231, 0.6919]
 
-    The first image's rivals are even, so its loss is its cross-entropy, -log 0.8. The second pays 0.3 times the
-    spread of log 0.1 and log 0.3 on top of -log 0.6.
+    The non-true probabilities of the first image are equal, so its loss is its cross-entropy, -log 0.8. For the second
+    image, 0.3 times the spread of log 0.1 and log 0.3 is added to -log 0.6.
 
-    Reference: arXiv:2303.12363.
+    Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
-    lam = _arguments.check_non_negative("lam", lam)
+    lam = check_non_negative("lam", lam)
     label_smoothing = check_smoothing(label_smoothing)
-    _arguments.check_choice("space", space, SPACES)
-    _arguments.check_choice("spread", spread, SPREADS)
+    check_choice("space", space, SPACES)
+    check_choice("spread", spread, SPREADS)
 
-    inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    return finish(_values(inputs, lam, space, spread, label_smoothing), inputs, ignore_class)
+    inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
+    return mask_ignored(_loss_per_position(inputs, lam, space, spread, label_smoothing), inputs, ignore_class)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class DRSLoss(ClassificationLoss):
-    """Distribution-restrained softmax loss: cross-entropy that keeps the non-true classes alike.
+    """Compute cross-entropy plus a penalty on the spread of the non-true softmax values.
 
-    Use it in place of `SparseCategoricalCrossentropy` or `CategoricalCrossentropy` (it takes the labels of both) when
-    a classifier should be harder to attack at small budgets for no extra cost. It works best together with noise on
-    the inputs while training, and it does not replace adversarial training. A larger `lam` restrains more.
+    Use it in place of `SparseCategoricalCrossentropy` or `CategoricalCrossentropy`. It takes the labels of both, and
+    makes a classifier harder to attack with small perturbations at no extra cost. It works best together with noise on
+    the training inputs. It does not replace adversarial training.
 
-    Formula: `loss = CE(y, p) + lam * r`, for each sample, with
+    Shapes: labels `(...)`, `(..., 1)` or `(..., C)` and predictions `(..., C)` give values `(...)`. The dots stand for
+    `batch`, `batch, time`, `batch, height, width` and so on; each index of them is a position, here called a sample.
+
+    Formula: `loss = CE(y, p) + lam * r`, per sample, with
 
     - `p`: the softmax of the logits `z`, `C` classes; `y`: the label as a distribution over them, `sum(y) = 1`.
-    - `CE(y, p) = -sum_k y_k log p_k`.
-    - `w = 1 - y`: the weight of each class as a non-true one; for a one-hot `y`, 0 on the true class, 1 on its rivals.
-    - `v = log p` with `space="log_softmax"`, `v = p` with `space="softmax"`.
-    - `n = sum(w) = C - 1`; `m = sum(w * v) / n`, the mean of the non-true values.
-    - `r = sum_k w_k (v_k - m)^2` with `spread="sum_of_squares"`, the same divided by `n` with `spread="variance"`.
+    - `CE(y, p) = -sum_k y_k log p_k`: the cross-entropy.
+    - `w = 1 - y`: the weight of each class as a non-true class; for a class id, 0 for the true class, 1 for the others.
+    - `v`: the values of the classes, `log p` with `space="log_softmax"` and `p` with `space="softmax"`.
+    - `n = sum(w) = C - 1`; `m = sum(w * v) / n`: the mean of the non-true values.
+    - `r = sum_k w_k (v_k - m)^2` with `spread="sum_of_squares"`, divided by `n` with `spread="variance"`.
 
-    The default pulls each rival's logit towards the mean by `2 lam (v_k - m)`, whatever the number of classes;
-    the pull of the variance is `C - 1` times weaker and fades away as classes are added.
+    With the defaults, the gradient of `lam * r` with respect to a non-true logit is `2 lam (v_k - m)`, for any number
+    of classes. With `spread="variance"` it is `C - 1` times smaller, so it vanishes for many classes.
 
-    Edges: equal non-true values give `r = 0` and no pull. Two classes and a one-hot label leave one rival: `r = 0`.
-    `lam=0` is Keras's cross-entropy, in value and gradient. In log space `r` does not change when a constant is added
-    to all logits. Logits are used wherever they can be found behind a softmax output (TensorFlow); elsewhere
-    probabilities are clipped, by Keras's `epsilon` in the cross-entropy and at 1e-30 in the restraint, and have no
-    gradient below. Positions under a Keras mask or of `ignore_class` don't count, may hold anything, and the mean is
-    taken over the others. Sample weights are applied to the finished values: a position of weight 0 is not known to
-    the loss and must hold a valid label and finite predictions. So must the logits of a position that counts: a rival
-    at minus infinity is infinitely far from the others, and the loss is NaN. Half-precision predictions are computed in
-    float32. Where the logits behind a float16 softmax cannot be found, its gradient, up to 1 / p, overflows: on JAX and
-    torch end a model of mixed precision in logits or in a softmax of float32. The softmax space takes probabilities as
-    they are and does not make them sum to 1.
+    Note:
+        - Equal non-true values give `r = 0` and no gradient. So do two classes with a one-hot label.
+        - `lam=0` is Keras's cross-entropy, in value and gradient.
+        - In log space, a constant added to all logits does not change `r`.
+        - On TensorFlow, the logits behind a softmax are found and used. Otherwise probabilities are clipped: by Keras's
+          `epsilon` in the cross-entropy and at 1e-30 in `r`. Below these limits they have no gradient.
+        - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary. The mean is
+          taken over the others.
+        - Keras applies sample weights to the values afterwards. A position of weight 0 still needs a valid label and
+          finite predictions.
+        - At positions that are not ignored, logits must be finite. A non-true logit of minus infinity makes the loss
+          NaN.
+        - Half-precision predictions are computed in float32. The gradient of a float16 softmax is up to `1 / p` and
+          overflows where its logits cannot be found. On JAX and PyTorch, end a model of mixed precision in logits or in
+          a float32 softmax.
+        - With `space="softmax"`, probabilities are used as they are, even if they do not sum to 1.
 
     Args:
-        lam: the strength of the restraint, a number >= 0. Good values lie between 0.03 and 3.
+        lam: the strength of the penalty, a number >= 0. Good values lie between 0.03 and 3.
         from_logits: whether `y_pred` holds logits rather than probabilities.
-        space: where the spread is measured, `"log_softmax"` or `"softmax"`. The second hardly restrains a confident
-            model, whose non-true probabilities are all near 0.
+        space: where the spread is measured, `"log_softmax"` or `"softmax"`. In `"softmax"` it has almost no effect on a
+            confident model, whose non-true probabilities are all near 0.
         spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number in [0, 1): the cross-entropy's labels become `(1 - s) y + s / C`. The restraint's
-            weights `w` are made from the labels as given.
-        ignore_class: the id of a class whose positions don't count, such as 255 or -1 in a segmentation map. A label
-            distribution is ignored where it is what `keras.ops.one_hot` makes of that id: all zeros if no class.
+        label_smoothing: a number `s` in [0, 1). The labels of the cross-entropy become `(1 - s) y + s / C`. The weights
+            `w` still use the given labels.
+        ignore_class: the id of a class whose positions are ignored, such as 255 or -1 in a segmentation map; or None. A
+            label distribution is ignored where it equals `keras.ops.one_hot` of that id, which is all zeros for an id
+            outside the classes.
         axis: the axis of the classes in `y_pred`.
         reduction: how Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or None.
@@ -118,18 +130,18 @@ class DRSLoss(ClassificationLoss):
         dtype: the dtype of the loss, by default Keras's `floatx`.
 
     Call arguments:
-        y_true: class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`: one-hot, smoothed,
-            mixed. The dots are `batch`, `batch, time`, `batch, height, width` and so on.
+        y_true: class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`, such as one-hot,
+            smoothed or mixed labels.
         y_pred: shape `(..., C)`, or with the classes at `axis`.
         sample_weight: optional weights of the samples or positions.
 
     Returns:
-        A scalar, or with `reduction=None` one value a position.
+        A scalar, or with `reduction=None` one value per position.
 
     Raises:
-        ValueError: at construction for an argument out of its range; when called or traced for shapes that cannot
-            match, fewer than two classes, or (where values can be seen) class ids outside `[0, C)`. In a compiled
-            program, where they can't, the loss and its gradient are NaN.
+        ValueError: at construction for an argument out of its range. At a call, also while it is traced, for shapes
+            that cannot match, fewer than two classes, and (where values are known) class ids outside `[0, C)`. In a
+            compiled program, where values are not known, such an id makes the loss and its gradient NaN.
 
     Example:
 
@@ -137,7 +149,7 @@ class DRSLoss(ClassificationLoss):
     >>> model.compile(optimizer="adam", loss=keras_drsl.DRSLoss(lam=0.3))
     >>> history = model.fit(np.ones((4, 8)), np.arange(4), verbose=0)
 
-    A model saved with this loss is loaded after `import keras_drsl`, or with `compile=False`.
+    To load a model saved with this loss, first `import keras_drsl`, or use `compile=False`.
 
     Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
@@ -161,21 +173,20 @@ class DRSLoss(ClassificationLoss):
         super().__init__(
             from_logits=from_logits, ignore_class=ignore_class, axis=axis, reduction=reduction, name=name, dtype=dtype
         )
-        self.lam = _arguments.check_non_negative("lam", lam)
-        self.space = _arguments.check_choice("space", space, SPACES)
-        self.spread = _arguments.check_choice("spread", spread, SPREADS)
+        self.lam = check_non_negative("lam", lam)
+        self.space = check_choice("space", space, SPACES)
+        self.spread = check_choice("spread", spread, SPREADS)
         self.label_smoothing = check_smoothing(label_smoothing)
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a position."""
-        return _values(inputs, self.lam, self.space, self.spread, self.label_smoothing)
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per position."""
+        return _loss_per_position(inputs, self.lam, self.space, self.spread, self.label_smoothing)
 
 
-def _values(inputs: _inputs.Inputs, lam: float, space: str, spread: str, label_smoothing: float) -> Any:
-    """In one pass where that helps; else the formula as it is written. `lam=0` is Keras's cross-entropy."""
-    helps = one_pass.helps(inputs.scores.shape[-1])
-    if lam > 0 and space == "log_softmax" and inputs.sparse and inputs.from_logits and helps:
-        return one_pass.drs_loss(
+def _loss_per_position(inputs: LossInputs, lam: float, space: str, spread: str, label_smoothing: float) -> Tensor:
+    """Compute the loss in one pass where that is faster, otherwise as the formula is written."""
+    if fused.should_fuse(inputs, lam, space):
+        return fused.fused_drs_loss(
             inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
         )
     values = cross_entropy(inputs, label_smoothing)
@@ -186,5 +197,5 @@ def _values(inputs: _inputs.Inputs, lam: float, space: str, spread: str, label_s
 
 
 def check_smoothing(value: Any) -> float:
-    """`label_smoothing` as a float, or `ValueError`."""
-    return _arguments.check_number("label_smoothing", value, "a number in [0, 1)", lambda number: 0 <= number < 1)
+    """Return `label_smoothing` as a float, or raise `ValueError` unless it is a number in [0, 1)."""
+    return check_number("label_smoothing", value, "a number in [0, 1)", lambda number: 0 <= number < 1)

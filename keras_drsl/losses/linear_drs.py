@@ -1,59 +1,67 @@
-"""The distribution-restrained softmax loss of a linear head, without its logits."""
+"""Provide the distribution-restrained softmax loss of a linear head, without storing its logits."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _backend, _inputs
+from keras_drsl import _backend
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_choice, check_integer, check_non_negative
 from keras_drsl.losses.drs import check_smoothing
+from keras_drsl.predictions import read_class_ids
 from keras_drsl.spread import SPREADS
 
 
 def linear_drs_loss(
-    y_true: Any,
-    features: Any,
-    kernel: Any,
-    bias: Any = None,
+    y_true: Tensor,
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
     lam: float = 0.3,
     *,
     chunk_size: int = 8192,
     spread: str = "sum_of_squares",
     label_smoothing: float = 0.0,
     ignore_class: int | None = None,
-) -> Any:
-    """`drs_loss` of the logits `features @ kernel + bias`, which are never held in memory together.
+) -> Tensor:
+    """Compute `drs_loss` of the logits `features @ kernel + bias`, which are never all in memory at the same time.
 
-    Use it in a custom training step where a vocabulary-sized head makes the logits the largest tensor of all. They are
-    computed `chunk_size` classes at a time, twice: once for the loss, once more for the gradient. The price is one
-    more matrix product, three to four; what is saved is every array of `batch x C`.
+    Use it in a custom training step where a head with a large vocabulary makes the logits the largest tensor. They are
+    computed `chunk_size` classes at a time, once for the loss and again for the gradient. This costs four matrix
+    products in place of three. It saves every array of size `batch x C`.
 
-    Formula: as `keras_drsl.DRSLoss` in log space. The log-sum-exp and the rivals' mean and centred sum of squares are
-    merged chunk by chunk: with `n, m, q` the count, mean and centred sum so far and `k, a, s` those of a chunk,
-    `q <- q + s + (a - m)^2 n k / (n + k)` and `m <- m + (a - m) k / (n + k)`.
+    Formula: as `keras_drsl.DRSLoss` in log space. The log-sum-exp, the mean of the non-true logits and the sum of the
+    squares of their deviations are updated chunk by chunk. With `n, m, q` the count, mean and sum of squares so far and
+    `k, a, s` those of a chunk, `q <- q + s + (a - m)^2 n k / (n + k)` and `m <- m + (a - m) k / (n + k)`.
 
-    Edges: as `keras_drsl.DRSLoss`; half-precision inputs are multiplied and accumulated in float32, and gradients come
-    back in the dtypes of the inputs. It can be differentiated once. On TensorFlow and JAX.
+    Note:
+        - The notes on `keras_drsl.DRSLoss` hold.
+        - Half-precision inputs are multiplied and accumulated in float32. Gradients have the dtypes of the inputs.
+        - The loss can be differentiated once.
+        - It runs on TensorFlow and JAX.
 
     Args:
         y_true: class ids, shape `(...)` or `(..., 1)`.
-        features: what the head is applied to, shape `(..., D)`.
+        features: the input of the head, shape `(..., D)`.
         kernel: shape `(D, C)`.
         bias: shape `(C,)`, or None.
-        lam: the strength of the restraint, a number >= 0.
-        chunk_size: how many classes at a time, >= 1; memory grows with `batch x chunk_size`.
+        lam: the strength of the penalty, a number >= 0.
+        chunk_size: how many classes to compute at a time, an integer >= 1. Memory grows with `batch x chunk_size`.
         spread: `"sum_of_squares"` or `"variance"`.
         label_smoothing: a number in [0, 1).
-        ignore_class: the id of a class whose positions are 0 and carry a Keras mask, or None.
+        ignore_class: the id of a class whose positions are ignored, or None. With an id the values have a Keras mask.
 
     Returns:
-        The loss of each position, shape `(...)`, float32 (float64 for float64 features).
+        One value per position, shape `(...)`, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: for arguments out of their range, shapes that don't match, and class ids outside `[0, C)` as
+        ValueError: for arguments out of their range, shapes that do not match, and class ids outside `[0, C)` as
             `keras_drsl.DRSLoss`.
-        RuntimeError: on the torch backend.
+        RuntimeError: on PyTorch.
 
     Example:
 
@@ -66,86 +74,106 @@ def linear_drs_loss(
     True
 
     Reference: arXiv:2303.12363 for the loss; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models",
-    arXiv:2411.09009, for the idea of not holding the logits.
+    arXiv:2411.09009, for the idea of not storing the logits.
     """
-    if not _backend.compiles():
-        raise RuntimeError(
-            f"`linear_drs_loss` needs TensorFlow or JAX. Received: KERAS_BACKEND={keras.config.backend()}"
-        )
-    lam = _arguments.check_non_negative("lam", lam)
+    if not _backend.HAS_XLA:
+        raise RuntimeError(f"`linear_drs_loss` needs TensorFlow or JAX. Received: KERAS_BACKEND={_backend.NAME}")
+    lam = check_non_negative("lam", lam)
     label_smoothing = check_smoothing(label_smoothing)
-    _arguments.check_choice("spread", spread, SPREADS)
-    chunk_size = _arguments.check_integer("chunk_size", chunk_size, at_least=1)
+    check_choice("spread", spread, SPREADS)
+    chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
 
     features, kernel = ops.convert_to_tensor(features), ops.convert_to_tensor(kernel)
     size, classes = _check_shapes(features, kernel, bias)
     bias = ops.zeros((classes,), kernel.dtype) if bias is None else ops.convert_to_tensor(bias)
     positions = tuple(features.shape)[:-1]
-    labels = _inputs.read_class_ids(
-        y_true, positions, classes, mask=_backend.mask_of(features), ignore_class=ignore_class
-    )
+    mask = _backend.get_mask(features)
+    labels = read_class_ids(y_true, positions, classes, mask=mask, ignore_class=ignore_class)
 
-    strength = lam / (classes - 1) if spread == "variance" else lam
-    dtypes = tuple(keras.backend.standardize_dtype(x.dtype) for x in (features, kernel, bias))
-    forward, backward = _programs(strength, label_smoothing, min(chunk_size, classes), size, classes, dtypes)
-    compute_dtype = _compute_dtype(dtypes[0])
-    values = _backend.with_backward(
+    head = _ChunkedHead(
+        strength=lam / (classes - 1) if spread == "variance" else lam,
+        smoothing=label_smoothing,
+        chunk=min(chunk_size, classes),
+        size=size,
+        classes=classes,
+        dtypes=tuple(keras.backend.standardize_dtype(x.dtype) for x in (features, kernel, bias)),
+    )
+    forward, backward = _compiled_programs(head)
+    values = _backend.custom_vjp(
         forward,
         backward,
         (ops.reshape(features, (-1, size)), kernel, bias),
-        (ops.reshape(labels.ids, (-1,)), ops.reshape(labels.scale(compute_dtype), (-1,))),
+        (ops.reshape(labels.ids, (-1,)), ops.reshape(labels.scale(head.compute_dtype), (-1,))),
     )
     values = ops.reshape(values, ops.shape(features)[:-1])
-    return values if ignore_class is None else _backend.with_mask(values, labels.valid)
+    return values if ignore_class is None else _backend.set_mask(values, labels.valid)
 
 
-def _check_shapes(features: Any, kernel: Any, bias: Any) -> tuple[int, int]:
-    """The number of features and of classes."""
+def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Return the number of features and of classes, or raise `ValueError` for shapes that do not match."""
     head = tuple(kernel.shape)
     bias_shape = head[1:] if bias is None else tuple(bias.shape)
     received = f"Received: features.shape={tuple(features.shape)}, kernel.shape={head}, bias.shape={bias_shape}"
     if len(head) != 2 or len(features.shape) < 2 or features.shape[-1] != head[0]:
         raise ValueError(f"`features` and `kernel` must have the shapes (..., D) and (D, C). {received}")
     if head[1] < 2:
-        raise ValueError(f"`kernel` must have two classes or more. {received}")
+        raise ValueError(f"`kernel` must have at least two classes. {received}")
     if bias_shape != head[1:]:
         raise ValueError(f"`bias` must have the shape (C,). {received}")
     return head[0], head[1]
 
 
-def _compute_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
+@dataclass(frozen=True)
+class _ChunkedHead:
+    """Compute the loss of a linear head and its gradient, a chunk of classes at a time.
 
+    Attributes:
+        strength: the factor of the sum of squares.
+        smoothing: the label smoothing.
+        chunk: how many classes a chunk has.
+        size: the number of features.
+        classes: the number of classes.
+        dtypes: the dtypes of features, kernel and bias.
+    """
 
-@cache
-def _programs(
-    strength: float, smoothing: float, chunk: int, size: int, classes: int, dtypes: tuple[str, ...]
-) -> tuple[Any, Any]:
-    """The compiled programs of the values and of their gradients for one setting."""
-    compute_dtype = _compute_dtype(dtypes[0])
-    full, rest = divmod(classes, chunk)
+    strength: float
+    smoothing: float
+    chunk: int
+    size: int
+    classes: int
+    dtypes: tuple[str, ...]
 
-    def over_chunks(step: Any, state: Any) -> Any:
-        """`step(start, width, state)` for all chunks: equal ones in a loop, then what is left."""
-        state = ops.fori_loop(0, full, lambda i, state: step(i * chunk, chunk, state), state)
-        return step(full * chunk, rest, state) if rest else state
+    @property
+    def compute_dtype(self) -> str:
+        return "float64" if self.dtypes[0] == "float64" else "float32"
 
-    def logits_of(features: Any, kernel: Any, bias: Any, ids: Any, start: Any, width: int) -> tuple[Any, ...]:
-        """The part of the kernel, its logits, and which of them are true ones."""
-        part = ops.cast(ops.slice(kernel, (0, start), (size, width)), compute_dtype)
-        logits = ops.matmul(features, part) + ops.cast(ops.slice(bias, (start,), (width,)), compute_dtype)
+    def over_chunks(self, step: Callable[[Any, int, Any], Any], state: Any) -> Any:
+        """Apply `step(start, width, state)` to all chunks: first those of full width, in a loop, then the rest."""
+        full, rest = divmod(self.classes, self.chunk)
+        state = ops.fori_loop(0, full, lambda i, state: step(i * self.chunk, self.chunk, state), state)
+        return step(full * self.chunk, rest, state) if rest else state
+
+    def chunk_of_logits(
+        self, features: Tensor, kernel: Tensor, bias: Tensor, ids: Tensor, start: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a chunk of the kernel, its logits, and which of them belong to true classes."""
+        part = ops.cast(ops.slice(kernel, (0, start), (self.size, width)), self.compute_dtype)
+        logits = ops.matmul(features, part) + ops.cast(ops.slice(bias, (start,), (width,)), self.compute_dtype)
         return part, logits, ops.arange(width, dtype="int32") == ops.expand_dims(ids - start, -1)
 
-    def values(features: Any, kernel: Any, bias: Any, ids: Any, scale: Any) -> tuple[Any, Any]:
-        features = _without_invalid(ops.cast(features, compute_dtype), scale)
+    def forward(
+        self, features: Tensor, kernel: Tensor, bias: Tensor, ids: Tensor, scale: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the values, and the statistics that the gradient needs."""
+        features = _replace_ignored(ops.cast(features, self.compute_dtype), scale)
 
-        def step(start: Any, width: int, state: Any) -> Any:
+        def step(start: Tensor, width: int, state: Any) -> Any:
             top, total_exp, count, mean, squares, z_true = state
-            _, z, is_true = logits_of(features, kernel, bias, ids, start, width)
+            _, z, is_true = self.chunk_of_logits(features, kernel, bias, ids, start, width)
             new_top = ops.maximum(top, ops.max(z, axis=-1))
             total_exp = total_exp * ops.exp(top - new_top) + ops.sum(ops.exp(z - new_top[:, None]), axis=-1)
             z_true = z_true + ops.sum(ops.where(is_true, z, 0.0), axis=-1)
-            added = width - ops.sum(ops.cast(is_true, compute_dtype), axis=-1)
+            added = width - ops.sum(ops.cast(is_true, self.compute_dtype), axis=-1)
             added_mean = ops.sum(ops.where(is_true, 0.0, z), axis=-1) / ops.maximum(added, 1)
             added_squares = ops.sum(ops.square(ops.where(is_true, 0.0, z - added_mean[:, None])), axis=-1)
             share = added / ops.maximum(count + added, 1)
@@ -154,49 +182,63 @@ def _programs(
             return new_top, total_exp, count + added, mean + step_of_mean, squares, z_true
 
         zeros = ops.zeros_like(scale)
-        top, total_exp, count, mean, squares, z_true = over_chunks(step, (zeros - 1e30, *[zeros] * 5))
+        state = self.over_chunks(step, (zeros - 1e30, *[zeros] * 5))
+        top, total_exp, count, mean, squares, z_true = state
         log_total = top + ops.log(total_exp)
-        mean_of_all = (mean * count + z_true) / classes
-        loss = log_total - (1 - smoothing) * z_true - smoothing * mean_of_all + strength * squares
+        mean_of_all = (mean * count + z_true) / self.classes
+        loss = log_total - (1 - self.smoothing) * z_true - self.smoothing * mean_of_all + self.strength * squares
         return loss * scale, (log_total, mean)
 
-    def gradients(
-        features: Any, kernel: Any, bias: Any, ids: Any, scale: Any, statistics: Any, upstream: Any
-    ) -> tuple[Any, Any, Any]:
-        features = _without_invalid(ops.cast(features, compute_dtype), scale)
+    def backward(
+        self,
+        features: Tensor,
+        kernel: Tensor,
+        bias: Tensor,
+        ids: Tensor,
+        scale: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        upstream: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of features, kernel and bias."""
+        features = _replace_ignored(ops.cast(features, self.compute_dtype), scale)
         log_total, mean = (ops.expand_dims(x, -1) for x in statistics)
         factor = ops.expand_dims(scale * upstream, -1)
 
-        def step(start: Any, width: int, state: Any) -> Any:
+        def step(start: Tensor, width: int, state: Any) -> Any:
             of_features, of_kernel, of_bias = state
-            part, z, is_true = logits_of(features, kernel, bias, ids, start, width)
+            part, z, is_true = self.chunk_of_logits(features, kernel, bias, ids, start, width)
             of_logits = factor * (
                 ops.exp(z - log_total)
-                - smoothing / classes
-                + ops.where(is_true, smoothing - 1, 2 * strength * (z - mean))
+                - self.smoothing / self.classes
+                + ops.where(is_true, self.smoothing - 1, 2 * self.strength * (z - mean))
             )
             of_part = ops.matmul(ops.transpose(features), of_logits)
             return (
                 of_features + ops.matmul(of_logits, ops.transpose(part)),
-                ops.slice_update(of_kernel, (0, start), ops.cast(of_part, dtypes[1])),
-                ops.slice_update(of_bias, (start,), ops.cast(ops.sum(of_logits, axis=0), dtypes[2])),
+                ops.slice_update(of_kernel, (0, start), ops.cast(of_part, self.dtypes[1])),
+                ops.slice_update(of_bias, (start,), ops.cast(ops.sum(of_logits, axis=0), self.dtypes[2])),
             )
 
-        start = (ops.zeros_like(features), ops.zeros((size, classes), dtypes[1]), ops.zeros((classes,), dtypes[2]))
-        of_features, of_kernel, of_bias = over_chunks(step, start)
-        return ops.cast(of_features, dtypes[0]), of_kernel, of_bias
+        empty_kernel = ops.zeros((self.size, self.classes), self.dtypes[1])
+        state = (ops.zeros_like(features), empty_kernel, ops.zeros((self.classes,), self.dtypes[2]))
+        of_features, of_kernel, of_bias = self.over_chunks(step, state)
+        return ops.cast(of_features, self.dtypes[0]), of_kernel, of_bias
 
-    rows = ((None,), compute_dtype)
+
+@cache
+def _compiled_programs(head: _ChunkedHead) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the programs of the values and of the gradients. They are cached so that each is traced once."""
+    rows = ((None,), head.compute_dtype)
     inputs = [
-        ((None, size), dtypes[0]),
-        ((size, classes), dtypes[1]),
-        ((classes,), dtypes[2]),
+        ((None, head.size), head.dtypes[0]),
+        ((head.size, head.classes), head.dtypes[1]),
+        ((head.classes,), head.dtypes[2]),
         ((None,), "int32"),
         rows,
     ]
-    return _backend.compiled(values, *inputs), _backend.compiled(gradients, *inputs, (rows, rows), rows)
+    return _backend.jit(head.forward, *inputs), _backend.jit(head.backward, *inputs, (rows, rows), rows)
 
 
-def _without_invalid(features: Any, scale: Any) -> Any:
-    """Features of 0 where a position doesn't count and may hold anything."""
+def _replace_ignored(features: Tensor, scale: Tensor) -> Tensor:
+    """Set the features of ignored positions, whose values are arbitrary, to 0."""
     return ops.where(ops.expand_dims(scale == 0, -1), 0.0, features)

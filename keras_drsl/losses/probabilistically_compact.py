@@ -1,4 +1,4 @@
-"""The probabilistically compact loss."""
+"""Provide the probabilistically compact loss."""
 
 import math
 from typing import Any
@@ -6,29 +6,41 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_non_negative, check_number
 from keras_drsl.losses.base import ClassificationLoss, logits_of
+from keras_drsl.predictions import LossInputs
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class ProbabilisticallyCompactLoss(ClassificationLoss):
-    """A margin between the true probability and each other, with a rein on the margin of the logits.
+    """Compute a margin loss between the true probability and each other one, with a penalty on the logit margins.
 
-    Formula: `loss = sum_k w_k max(0, p_k + margin - p_y) / n + lam * sum_k q_k max(0, z_y - z_k)`, a sample, with
+    Use it to compare with `keras_drsl.DRSLoss`. The authors first train with cross-entropy.
+
+    Shapes: as `keras_drsl.losses.ClassificationLoss`.
+
+    Formula: `loss = sum_k w_k max(0, p_k + margin - p_y) / n + lam * sum_k q_k max(0, z_y - z_k)`, per sample, with
 
     - `z`: the logits; `p`: their softmax; `y`: the label as a distribution over the `C` classes.
-    - `w = 1 - y`: 0 on the true class, 1 on its rivals; `n = sum(w) = C - 1`.
-    - `p_y = sum(y p)`, `z_y = sum(y z)`: those of the true class.
-    - `q_k = w_k p_k / sum(w p)`: the share of a rival in the non-true probability.
+    - `w = 1 - y`: for a class id, 0 for the true class and 1 for the others; `n = sum(w) = C - 1`.
+    - `p_y = sum(y p)`, `z_y = sum(y z)`: for a class id, the probability and logit of the true class.
+    - `q_k = w_k p_k / sum(w p)`: the non-true probabilities, scaled to sum to 1.
 
-    Edges: the first term is 0, and so is its pull, once the true probability leads all others by `margin`; for
-    a confident and wrong prediction its pull vanishes as well. The authors train with cross-entropy first.
+    Note:
+        - The first term and its gradient are 0 where the true probability exceeds all others by `margin`.
+        - For a confident and wrong prediction the gradient of the first term vanishes too.
 
     Args:
-        margin: by how much the true probability is to lead, a number in [0, 1]; by default as in the authors' training.
-        lam: the weight of the logits' constraint, a number >= 0; likewise.
-        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
-            `name`, `dtype`. Labels, calls and errors are as explained there.
+        margin: by how much the true probability should exceed the others, a number in [0, 1]. The default of 0.995 is
+            that of the authors' training.
+        lam: the weight of the penalty on the logits, a number >= 0. The default of 0.05 is that of the authors'
+            training.
+        **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
+            `keras_drsl.losses.ClassificationLoss`.
+
+    Returns:
+        As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
         ValueError: as `keras_drsl.losses.ClassificationLoss`.
@@ -47,11 +59,11 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
 
     def __init__(self, margin: float = 0.995, lam: float = 0.05, **options: Any) -> None:
         super().__init__(**options)
-        self.margin = _arguments.check_number("margin", margin, "a number in [0, 1]", lambda number: 0 <= number <= 1)
-        self.lam = _arguments.check_non_negative("lam", lam)
+        self.margin = check_number("margin", margin, "a number in [0, 1]", lambda number: 0 <= number <= 1)
+        self.lam = check_non_negative("lam", lam)
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a position."""
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per position."""
         y, z = inputs.distribution, logits_of(inputs)
         w = 1.0 - y
         p = ops.softmax(z, axis=-1)

@@ -1,4 +1,4 @@
-"""The partially recentralized softmax loss."""
+"""Provide the partially recentralized softmax loss."""
 
 import math
 from typing import Any
@@ -6,42 +6,45 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
-from keras_drsl.losses.base import ClassificationLoss, check_logits, cross_entropy, finish
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_integer, check_non_negative
+from keras_drsl.losses.base import ClassificationLoss, check_logits, cross_entropy, mask_ignored
+from keras_drsl.predictions import LossInputs, read_inputs, shapes_match
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 def prs_loss(
-    y_true: Any,
-    y_pred: Any,
+    y_true: Tensor,
+    y_pred: Tensor,
     lam: float = 1e-4,
     *,
     start: int = 0,
     end: int = 4,
-    sample_weight: Any = None,
+    sample_weight: Tensor | None = None,
     from_logits: bool = False,
     ignore_class: int | None = None,
     axis: int = -1,
-) -> Any:
-    """Cross-entropy plus a restraint that evens out the largest non-true logits between tokens, one value a token.
+) -> Tensor:
+    """Compute cross-entropy plus a penalty on the largest non-true logits that differ between tokens.
 
-    The function behind `PRSLoss`, which explains the formula and the arguments.
+    Use it where you need values that are not reduced, such as in a custom training step. `PRSLoss` explains the formula
+    and the arguments. There is one value per token.
 
     Args:
-        y_true: labels in any form `DRSLoss` takes.
-        y_pred: logits with `from_logits=True`, or a softmax whose logits can be found, shape `(..., C)` (the classes
-            along `axis`).
-        lam: as in `PRSLoss`, like all that follow.
-        start: the first of the sorted non-true logits that counts.
-        end: the first that doesn't any more.
-        sample_weight: how much each token counts in the restraint, numbers >= 0 of shape `(...)`, `(..., 1)` or with 1
-            in place of a length; it does not weigh the values that are returned.
+        y_true: labels in any form that `DRSLoss` takes.
+        y_pred: logits with `from_logits=True`, or a softmax whose logits can be found, shape `(..., C)`, or with the
+            classes at `axis`.
+        lam: the strength of the penalty, a number >= 0.
+        start: the first rank of the sorted non-true logits that is used, an integer >= 0.
+        end: the rank after the last one that is used, an integer above `start` and at most `C - 1`.
+        sample_weight: the weight of each token in the penalty, numbers >= 0 of shape `(...)`, `(..., 1)`, or with 1 in
+            place of a length. The returned values are not multiplied by it.
         from_logits: whether `y_pred` holds logits.
-        ignore_class: a class id, or None.
+        ignore_class: the id of a class whose tokens are ignored, or None.
         axis: the axis of the classes in `y_pred`.
 
     Returns:
-        The loss of each token, shape `y_pred.shape` without `axis`; 0 for those ruled out by `ignore_class` or a mask.
+        One value per token, shape `y_pred.shape` without `axis`; 0 for tokens ignored by `ignore_class` or a mask.
 
     Raises:
         ValueError: as `PRSLoss`.
@@ -52,62 +55,74 @@ def prs_loss(
     >>> [round(float(value), 4) for value in keras_drsl.prs_loss([0, 0], y_pred, lam=0.1, end=2, from_logits=True)]
     [0.3782, 0.3782]
 
-    The rivals of both tokens have the same mean, so each pays `0.1 * 2 * log 2` on top of its cross-entropy, 0.2395.
+    The non-true logits of both tokens have the same mean, so the penalty of each is `0.1 * 2 * log 2`. It is added to
+    the cross-entropy, 0.2395.
 
-    Reference: arXiv:2402.03627.
+    Reference: Wang et al., "Partially Recentralization Softmax Loss for Vision-Language Models Robustness",
+    arXiv:2402.03627.
     """
-    lam = _arguments.check_non_negative("lam", lam)
-    start, end = _check_range(start, end)
-    inputs = _inputs.read(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
+    lam = check_non_negative("lam", lam)
+    start, end = _check_ranks(start, end)
+    inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
     check_logits("PRSLoss", inputs)
     if sample_weight is not None:
-        sample_weight = _one_a_token(sample_weight, ops.convert_to_tensor(y_pred), axis, inputs.scores.dtype)
-    return finish(_values(inputs, lam, start, end, sample_weight), inputs, ignore_class)
+        sample_weight = _weight_per_token(sample_weight, ops.convert_to_tensor(y_pred), axis, inputs.scores.dtype)
+    return mask_ignored(_loss_per_token(inputs, lam, start, end, sample_weight), inputs, ignore_class)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class PRSLoss(ClassificationLoss):
-    """Partially recentralized softmax loss: cross-entropy that evens out the largest non-true logits between tokens.
+    """Compute cross-entropy plus a penalty on the largest non-true logits that differ between tokens.
 
-    Made for models of sequences, `(batch, time, vocabulary)`. Where `keras_drsl.DRSLoss` keeps the rivals of one token
-    alike, this keeps the level of the strongest rivals alike from token to token. It is the one loss here in which the
-    value of a token depends on the others of its batch.
+    Use it for models of sequences, with predictions `(batch, time, vocabulary)`. `keras_drsl.DRSLoss` makes the
+    non-true logits of one token alike. This loss makes the mean of the largest non-true logits alike for all tokens of
+    a batch.
 
-    Formula: `loss_i = CE_i - lam * N * log_softmax(a)_i`, for each token `i`, with
+    Shapes: as `keras_drsl.losses.ClassificationLoss`; a position is a token.
 
-    - `a_i`: the mean of places `start` to `end - 1` of the non-true logits, sorted from the largest down.
-    - `log_softmax(a)_i = a_i - log(sum_j s_j exp a_j)`, over all tokens `j` of the batch that count; `s`: their sample
-      weights, 1 if there are none.
-    - `N`: what Keras will divide by, the number of tokens that are not masked, so that the default reduction gives
-      `sum_i s_i CE_i / N - lam * sum_i s_i log_softmax(a)_i`, the authors' sum. With
+    Formula: `loss_i = CE_i - lam * N * log_softmax(a)_i`, per token `i`, with
+
+    - `CE_i`: the cross-entropy.
+    - `a_i`: the mean of ranks `start` to `end - 1` of the non-true logits, sorted from the largest down.
+    - `log_softmax(a)_i = a_i - log(sum_j s_j exp a_j)`: a sum over all tokens `j` of the batch that are not ignored;
+      `s`: their sample weights, 1 by default.
+    - `N`: the number that Keras divides by: the number of tokens that are not masked. The default reduction then gives
+      the authors' sum, `sum_i s_i CE_i / N - lam * sum_i s_i log_softmax(a)_i`. For
       `reduction="mean_with_sample_weight"`, which divides by the sum of `s`, `N` is that sum.
 
-    The vocabulary is not sorted: its `end` largest are found.
+    Only the `end` largest logits are found; the vocabulary is not sorted.
 
-    Edges: tokens under a Keras mask or of `ignore_class` are as if they were not there; if none is left, the loss is
-    0. The restraint is at least `lam * N * log N`, which it is where all `a_i` are equal, so the loss itself grows
-    with the tokens of a batch, and its exponential is no perplexity: log a cross-entropy as a metric beside it. A token
-    of weight 0 takes no part in the restraint, one of weight 2 takes part as two would. With label distributions, the
-    true class is the likeliest. A constant added to the logits of one token changes the loss, so probabilities whose
-    logits cannot be found are an error. `lam=0` is Keras's cross-entropy. Sample weights are 0 or more and need as many
-    axes as there are of tokens, `(batch, 1)` for one a sequence.
-
-    What depends on the batch: the restraint is over the tokens that are computed together. Twice the batch is not twice
-    the same loss; each replica of `tf.distribute` evens out its own tokens, and the loss is the mean over replicas, as
-    with batch normalization. Under `keras.distribution` on JAX it spans all devices. Keras shows sample and class
-    weights to a loss object only: where `prs_loss` is given to `compile`, the restraint does not know them.
+    Note:
+        - The value of a token depends on the other tokens of its batch. Two batches give another loss than both
+          together. Each replica of `tf.distribute` has a penalty over its own tokens, and the loss is the mean over
+          replicas, as with batch normalization. Under `keras.distribution` on JAX the penalty is over all devices.
+        - Tokens under a Keras mask or of `ignore_class` have no influence. If no token is left, the loss is 0.
+        - The mean of the penalty is at least `lam * N * log N`, its value where all `a_i` are equal. So the loss grows
+          with the number of tokens, and its exponential is not a perplexity. Use a cross-entropy metric beside it.
+        - A token of weight 0 is not in the penalty, and one of weight 2 counts as two tokens. Weights are >= 0 and have
+          as many axes as there are of tokens; `(batch, 1)` is one weight per sequence.
+        - Keras passes sample and class weights to loss objects only. If you give the function `prs_loss` to `compile`,
+          the penalty does not use them.
+        - For a label distribution, the true class is the most likely one.
+        - A constant added to the logits of one token changes the loss, so probabilities whose logits cannot be found
+          are an error.
+        - `lam=0` is Keras's cross-entropy.
 
     Args:
-        lam: the strength of the restraint, a number >= 0; the authors' lie between 1e-6 and 1e-3, for sums over
-            the tokens of their batches.
-        start: the first place that counts, an integer >= 0.
-        end: the first that doesn't any more, an integer above `start` and at most `C - 1`; the authors' lie between 4
-            and 20.
-        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
-            `name`, `dtype`. Labels, calls and errors are as explained there.
+        lam: the strength of the penalty, a number >= 0. The authors use 1e-6 to 1e-3, for sums over the tokens of their
+            batches.
+        start: the first rank that is used, an integer >= 0.
+        end: the rank after the last one that is used, an integer above `start` and at most `C - 1`. The authors use 4
+            to 20.
+        **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
+            `keras_drsl.losses.ClassificationLoss`.
+
+    Returns:
+        As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for more places than there are rivals.
+        ValueError: as `keras_drsl.losses.ClassificationLoss`, for an `end` above `C - 1`, and for weights of another
+            shape.
 
     Example:
 
@@ -124,38 +139,33 @@ class PRSLoss(ClassificationLoss):
 
     def __init__(self, lam: float = 1e-4, *, start: int = 0, end: int = 4, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = _arguments.check_non_negative("lam", lam)
-        self.start, self.end = _check_range(start, end)
+        self.lam = check_non_negative("lam", lam)
+        self.start, self.end = _check_ranks(start, end)
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The reduced loss; the arguments are explained in the class docstring."""
+    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Compute the reduced loss; the class docstring explains the arguments."""
         if sample_weight is not None:
-            sample_weight = _one_a_token(sample_weight, y_pred, self.axis, self.dtype)
-            # Keras shows `call` what it is given for `y_true`, and not the weights, which it changes in place on torch.
+            sample_weight = _weight_per_token(sample_weight, y_pred, self.axis, self.dtype)
+            # Keras passes `y_true` to `call`, but not the weights. On PyTorch it changes the weights in place.
             y_true = {"y_true": ops.convert_to_tensor(y_true), "sample_weight": ops.copy(sample_weight)}
         return super().__call__(y_true, y_pred, sample_weight)
 
-    def _values_of(self, inputs: _inputs.Inputs, given: dict[str, Any]) -> Any:
-        by_weight = self.reduction == "mean_with_sample_weight"
-        weights = given.get("sample_weight")
-        return _values(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
+    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
+        count_weights = self.reduction == "mean_with_sample_weight"
+        return _loss_per_token(inputs, self.lam, self.start, self.end, sample_weight, count_weights=count_weights)
 
 
-def _values(
-    inputs: _inputs.Inputs, lam: float, start: int, end: int, weights: Any, *, count_weights: bool = False
-) -> Any:
+def _loss_per_token(
+    inputs: LossInputs, lam: float, start: int, end: int, weights: Tensor | None, *, count_weights: bool = False
+) -> Tensor:
+    """Compute the formula; `count_weights` makes `N` the sum of the weights."""
     classes = inputs.scores.shape[-1]
     if end > classes - 1:
-        raise ValueError(f"`end` must be at most the number of rivals, {classes - 1}. Received: end={end}")
+        raise ValueError(f"`end` must be at most the number of non-true classes, {classes - 1}. Received: end={end}")
     values = cross_entropy(inputs)
     if lam == 0:
         return values
-    z = inputs.safe_scores
-    labels = inputs.labels if inputs.sparse else ops.argmax(inputs.labels, axis=-1)
-    is_true = ops.equal(ops.arange(classes, dtype="int32"), ops.expand_dims(ops.cast(labels, "int32"), -1))
-    largest = ops.top_k(ops.where(is_true, -math.inf, z), end)[0]
-    a = ops.mean(largest[..., start:], axis=-1)
-
+    a = _mean_of_largest(inputs, start, end)
     counts = ops.ones_like(a) if inputs.valid is None else ops.cast(inputs.valid, a.dtype)
     weights = counts if weights is None else counts * ops.cast(weights, a.dtype)
     top = ops.stop_gradient(ops.max(ops.where(weights > 0, a, -math.inf)))
@@ -166,25 +176,35 @@ def _values(
     return values - lam * number * log_softmax
 
 
-def _one_a_token(weights: Any, y_pred: Any, axis: int, dtype: Any) -> Any:
-    """Sample weights, one a token. Keras would apply them to the values as they are, and divide by their own sum."""
+def _mean_of_largest(inputs: LossInputs, start: int, end: int) -> Tensor:
+    """Return `a`, the mean of some of the largest non-true logits of each token."""
+    z = inputs.safe_scores
+    labels = inputs.labels if inputs.sparse else ops.argmax(inputs.labels, axis=-1)
+    is_true = ops.equal(ops.arange(z.shape[-1], dtype="int32"), ops.expand_dims(ops.cast(labels, "int32"), -1))
+    largest = ops.top_k(ops.where(is_true, -math.inf, z), end)[0]
+    return ops.mean(largest[..., start:], axis=-1)
+
+
+def _weight_per_token(weights: Tensor, y_pred: Tensor, axis: int, dtype: str) -> Tensor:
+    """Return one sample weight per token. Keras would not broadcast weights before it divides by their sum."""
     zeros = ops.cast(ops.zeros_like(ops.take(ops.convert_to_tensor(y_pred), 0, axis=axis)), dtype)
     weights = ops.cast(ops.convert_to_tensor(weights), dtype)
     given, positions = tuple(weights.shape), tuple(zeros.shape)
     if len(given) == len(positions) + 1 and given[-1] == 1:
         weights = ops.squeeze(weights, axis=-1)
-    # A length of 1 is shared, and so matches any.
-    if not _inputs.can_match(tuple(None if one == 1 else one for one in weights.shape), positions):
+    # A length of 1 is broadcast, so it matches any length.
+    if not shapes_match(tuple(None if length == 1 else length for length in weights.shape), positions):
         raise ValueError(
-            "`sample_weight` must hold a weight for each token, or 1 in place of a length that shares one; so must "
-            f"what Keras makes of `class_weight`. Received: sample_weight.shape={given}, tokens of shape {positions}"
+            "`sample_weight`, or what Keras makes of `class_weight`, must hold one weight per token, or 1 in place of "
+            f"a length to share the weight. Received: sample_weight.shape={given}, tokens of shape {positions}"
         )
     return weights + zeros
 
 
-def _check_range(start: Any, end: Any) -> tuple[int, int]:
-    start = _arguments.check_integer("start", start, at_least=0)
-    end = _arguments.check_integer("end", end)
+def _check_ranks(start: Any, end: Any) -> tuple[int, int]:
+    """Return `start` and `end` as integers, or raise `ValueError` unless `0 <= start < end`."""
+    start = check_integer("start", start, at_least=0)
+    end = check_integer("end", end)
     if start >= end:
         raise ValueError(f"`end` must be above `start`. Received: start={start}, end={end}")
     return start, end

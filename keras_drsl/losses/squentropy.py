@@ -1,32 +1,42 @@
-"""Squentropy."""
+"""Provide squentropy."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_non_negative
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy
+from keras_drsl.predictions import LossInputs
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class Squentropy(ClassificationLoss):
-    """Cross-entropy plus the mean square of the non-true logits.
+    """Compute cross-entropy plus the mean square of the non-true logits.
 
-    The nearest relative of `keras_drsl.DRSLoss`: it pulls the non-true logits towards 0, not towards their own mean.
+    Use it to compare with `keras_drsl.DRSLoss`, to which it is the most similar. It moves the non-true logits towards
+    0, and not towards their own mean.
 
-    Formula: `loss = CE(y, p) + lam * sum_k w_k z_k^2 / n`, for each sample, with
+    Shapes: as `keras_drsl.losses.ClassificationLoss`.
+
+    Formula: `loss = CE(y, p) + lam * sum_k w_k z_k^2 / n`, per sample, with
 
     - `z`: the logits; `p`: their softmax; `y`: the label as a distribution over the `C` classes.
-    - `w = 1 - y`: 0 on the true class, 1 on its rivals; `n = sum(w) = C - 1`.
+    - `CE(y, p) = -sum_k y_k log p_k`: the cross-entropy.
+    - `w = 1 - y`: for a class id, 0 for the true class and 1 for the others; `n = sum(w) = C - 1`.
 
-    Edges: `lam=0` is Keras's cross-entropy. A constant added to all logits changes the loss, so probabilities whose
-    logits cannot be found are an error.
+    Note:
+        - `lam=0` is Keras's cross-entropy.
+        - A constant added to all logits changes the loss, so probabilities whose logits cannot be found are an error.
 
     Args:
-        lam: the strength, a number >= 0; 1, the default, is the paper's.
-        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
-            `name`, `dtype`. Labels, calls and errors are as explained there.
+        lam: the strength, a number >= 0. The default of 1 is the paper's.
+        **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
+            `keras_drsl.losses.ClassificationLoss`.
+
+    Returns:
+        As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
         ValueError: as `keras_drsl.losses.ClassificationLoss`.
@@ -45,10 +55,10 @@ class Squentropy(ClassificationLoss):
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = _arguments.check_non_negative("lam", lam)
+        self.lam = check_non_negative("lam", lam)
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a position."""
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per position."""
         w = 1.0 - inputs.distribution
         squares = ops.sum(w * ops.square(inputs.safe_scores), axis=-1) / ops.sum(w, axis=-1)
         return cross_entropy(inputs) + self.lam * squares

@@ -1,39 +1,50 @@
-"""The z-loss, for itself or added to another loss."""
+"""Provide the z-loss, on the cross-entropy or on another loss."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_drsl import _arguments, _inputs
+from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_non_negative
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy
 from keras_drsl.losses.prs import PRSLoss
+from keras_drsl.predictions import LossInputs
 
 INHERITED = ("from_logits", "ignore_class", "axis", "reduction", "dtype")
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
 class ZLoss(ClassificationLoss):
-    """A loss plus the squared log-sum-exp of the logits, which keeps these from drifting.
+    """Compute a loss plus the squared log-sum-exp of the logits, which keeps the logits near a fixed level.
 
-    The restraint of large language models. `keras_drsl.DRSLoss` leaves a constant added to all logits free; this ties
-    it down.
+    Use it in training large language models, or on top of `keras_drsl.DRSLoss`, which does not change when a constant
+    is added to all logits.
 
-    Formula: `loss = base + lam * log(sum_k exp z_k)^2`, for each sample, with `z` the logits and `base` the
-    cross-entropy or what `loss` gives.
+    Shapes: as `keras_drsl.losses.ClassificationLoss`.
 
-    Edges: `lam=0` is the base alone. Probabilities whose logits cannot be found are an error.
+    Formula: `loss = base + lam * log(sum_k exp z_k)^2`, per sample, with
+
+    - `z`: the logits.
+    - `base`: the cross-entropy, or the value of `loss`.
+
+    Note:
+        - `lam=0` is `base` alone.
+        - Probabilities whose logits cannot be found are an error.
 
     Args:
-        lam: the strength, a number >= 0; the default is PaLM's.
-        loss: another loss of this package to add to, such as `keras_drsl.DRSLoss(from_logits=True)`, but for
-            `PRSLoss` and a `ZLoss`; its options below, but for the name, then hold here unless they are given. None for
-            the cross-entropy.
-        **options: those of `keras_drsl.losses.ClassificationLoss`: `from_logits`, `ignore_class`, `axis`, `reduction`,
-            `name`, `dtype`. Labels, calls and errors are as explained there.
+        lam: the strength, a number >= 0. The default of 1e-4 is PaLM's.
+        loss: another loss of this package, such as `keras_drsl.DRSLoss(from_logits=True)`, but not `PRSLoss` or
+            `ZLoss`; None for the cross-entropy. Its `from_logits`, `ignore_class`, `axis`, `reduction` and `dtype` hold
+            here too, unless they are given below.
+        **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
+            `keras_drsl.losses.ClassificationLoss`.
+
+    Returns:
+        As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for a `loss` it cannot add to.
+        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for a `loss` of another kind.
 
     Example:
 
@@ -56,19 +67,23 @@ class ZLoss(ClassificationLoss):
                 )
             options = {name: loss.get_config()[name] for name in INHERITED} | options
         super().__init__(**options)
-        self.lam = _arguments.check_non_negative("lam", lam)
+        self.lam = check_non_negative("lam", lam)
         self.loss = loss
 
-    def values(self, inputs: _inputs.Inputs) -> Any:
-        """One value a position."""
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per position."""
         base = cross_entropy(inputs) if self.loss is None else self.loss.values(inputs)
         return base + self.lam * ops.square(ops.logsumexp(inputs.safe_scores, axis=-1))
 
     def get_config(self) -> dict[str, Any]:
-        """All arguments, for saving."""
+        """Return all arguments, for saving."""
         return {**super().get_config(), "loss": keras.saving.serialize_keras_object(self.loss)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ZLoss":
-        """The loss of a configuration that `get_config` gave."""
+        """Make the loss from what `get_config` returned.
+
+        Args:
+            config: the arguments.
+        """
         return cls(**{**config, "loss": keras.saving.deserialize_keras_object(config["loss"])})

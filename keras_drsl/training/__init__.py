@@ -1,4 +1,4 @@
-"""Adversarial training of any Keras classifier, and what a training method of your own is made of."""
+"""Adversarial training of any Keras classifier, and the parts of a training method."""
 
 from keras_drsl.training.methods import (
     ATTACK_LOSSES,

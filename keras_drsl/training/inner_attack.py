@@ -64,7 +64,7 @@ class InnerAttack:
         return AttackedBatch(clean, adversarial, is_correct, ops.stop_gradient(loss_increase))
 
     def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
-        """Return the point that the attack reaches by its last step."""
+        """Return the point after the last step."""
         x, norm = batch.x, self.threat.norm
         bounds = self.threat.bounds._replace(eps=scale * self.threat.eps)
 

@@ -14,7 +14,7 @@ from keras_drsl.attacks.objectives import objective
 
 
 class CleanBatch(NamedTuple):
-    """A batch before the attack, as the `loss_fn` of a `Method` receives it.
+    """Hold a batch before the attack: the second argument of the `loss_fn` of a `Method`.
 
     Attributes:
         x: The inputs, float32, shape `(batch, ...)`.
@@ -31,14 +31,14 @@ class CleanBatch(NamedTuple):
 
 
 class AttackedBatch(NamedTuple):
-    """A batch after the attack: the inputs of `AdversarialTraining.call` in a training step.
+    """Hold a batch after the attack: the inputs of `AdversarialTraining.call` in a training step.
 
     Attributes:
         clean: The clean inputs, or the first random copy for a method with `random_copies`, float32, shape
             `(batch, ...)`.
         adversarial: The attacked inputs, or the second random copy, of the same shape.
         is_correct: 1.0 where the model classified the input correctly before the attack, else 0.0, shape `(batch,)`.
-        loss_increase: The increase of the cross-entropy by the attack, shape `(batch,)`.
+        loss_increase: The increase of the cross-entropy by the attack, 0 without one, shape `(batch,)`.
     """
 
     clean: Tensor
@@ -48,7 +48,7 @@ class AttackedBatch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The outputs of the model for an `AttackedBatch`: what `AdversarialTraining.call` returns in a training step.
+    """Hold the outputs of the model for an `AttackedBatch`, as `AdversarialTraining.call` returns them.
 
     Attributes:
         clean: The outputs for `AttackedBatch.clean`, shape `(batch, C)`; None if the method does not use them.
@@ -122,7 +122,7 @@ def mart_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor
     is_true = ops.one_hot(y, log_p.shape[-1], dtype="bool")
     true = ops.sum(ops.where(is_true, ops.exp(log_p), 0.0), axis=-1)
     largest_other = ops.max(ops.where(is_true, 0.0, ops.exp(log_q)), axis=-1)
-    # The authors' code has this small constant. It keeps the logarithm finite where `largest_other` is 1.
+    # 1.0001 as in the authors' code: the logarithm stays finite where `largest_other` is 1.
     return beta * _kl(log_p, log_q) * (1 - true) - ops.log(1.0001 - largest_other)
 
 
@@ -152,14 +152,15 @@ class Method:
     """Describe a method of adversarial training.
 
     Use it to write a training method of your own, and pass it to `AdversarialTraining` as `method=`. `METHODS` holds
-    the methods that have a name; `METHODS["trades"].replace(beta=3.0)` is one with a change.
+    the methods with a name. `METHODS["trades"].replace(beta=3.0)` is one of them with a change.
 
-    Formula: `mean over learns_from of L(y, outputs) + penalty(log p, log p', y, beta)`, averaged over the batch, with L
-    the loss given to `compile`, log p and log p' the log-probabilities of the clean and of the attacked inputs.
+    Formula: `L + penalty(log p, log p', y, beta)`, averaged over the batch. L is the loss given to `compile`, averaged
+    over the outputs that `learns_from` names. log p and log p' are the log-probabilities of the clean and of the
+    attacked inputs, y are the class ids.
 
     Note:
 
-    - All functions compute on tensors in a compiled program: use `keras.ops`.
+    - `loss_fn` and `penalty` run in a compiled program: write them with `keras.ops`.
     - `loss_fn` receives the logits at the current point, float32, shape `(batch, C)`, and a `CleanBatch`. It returns
       one value per sample, shape `(batch,)`. The attack increases it.
     - `penalty` receives the log-probabilities of the clean inputs and of the attacked inputs, both float32 and of shape
@@ -167,16 +168,15 @@ class Method:
       `(batch,)`. Sample weights apply to it.
 
     Args:
-        learns_from: The inputs whose outputs L is given, a tuple of `"clean"`, `"adversarial"` or both. L is averaged
-            over them.
-        loss_fn: The function that the attack increases, or None for no attack: the attacked inputs are then the clean
+        learns_from: The inputs that L is computed on, a tuple of `"clean"`, `"adversarial"` or both.
+        loss_fn: The function that the attack increases. None for no attack: the attacked inputs then equal the clean
             ones.
-        start_near_input: Whether the attack starts at a distance of about 0.001 from the input that does not depend on
-            `eps`. Otherwise it starts anywhere in the ball.
-        single_step: Whether the attack is one step, by default larger than `eps`.
+        start_near_input: Whether the attack starts close to the input: it adds normal noise of standard deviation
+            0.001, whatever `eps` is. Otherwise it starts at a random point of the ball.
+        single_step: Whether the attack takes a single step, of `1.25 * eps` by default.
         penalty: The function that is added to the loss, or None.
-        random_copies: Whether clean and attacked inputs are both replaced by points drawn uniformly from the ball, not
-            clipped to the valid range.
+        random_copies: Whether two random points of the ball replace the clean and the attacked input. They are drawn
+            uniformly and are not clipped to the valid range.
         beta: The default of the argument `beta` of `AdversarialTraining`, >= 0.
 
     Raises:
@@ -184,13 +184,13 @@ class Method:
 
     Example:
 
-    Learn from clean and attacked inputs, attack the margin, and keep the two predictions close:
+    Learn from clean and attacked inputs, attack the margin, and penalize the distance of the two predictions:
 
     >>> from keras import ops
     >>> from keras_drsl.training import Method, margin
-    >>> def squared_difference(log_p, log_q, y, beta):
+    >>> def squared_distance(log_p, log_q, y, beta):
     ...     return beta * ops.sum(ops.square(ops.exp(log_p) - ops.exp(log_q)), axis=-1)
-    >>> method = Method(learns_from=("clean", "adversarial"), loss_fn=margin, penalty=squared_difference, beta=0.5)
+    >>> method = Method(learns_from=("clean", "adversarial"), loss_fn=margin, penalty=squared_distance, beta=0.5)
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
     >>> robust = keras_drsl.AdversarialTraining(model, eps=0.1, method=method, steps=3)
     >>> robust.compile(optimizer="sgd", loss=keras_drsl.DRSLoss())
@@ -223,7 +223,7 @@ class Method:
         return dataclasses.replace(self, **changes)
 
 
-# What the attack of "pgd", "fgsm" and "mart" can increase. None stands for the loss given to `compile`.
+# The losses that the attack of "pgd", "fgsm" and "mart" can increase. None stands for the loss given to `compile`.
 ATTACK_LOSSES: dict[str, LossFn | None] = {"cross_entropy": cross_entropy, "margin": margin, "loss": None}
 METHODS: dict[str, Method] = {
     "clean": Method(loss_fn=None),

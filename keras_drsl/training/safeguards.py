@@ -14,11 +14,11 @@ from keras_drsl.models.classifier import looks_like_probabilities
 
 
 class Warmup(keras.callbacks.Callback):
-    """Increase the radius of the attack over the first epochs.
+    """Increase the radius of the attack evenly over the first epochs.
 
     Args:
-        eps_scale: The variable to assign to, a scalar: the factor of `eps` in the epoch.
-        epochs: How many epochs have a smaller radius, >= 0.
+        eps_scale: A scalar variable, the factor of `eps` in the current epoch.
+        epochs: The number of epochs with a factor below 1, >= 0.
     """
 
     def __init__(self, eps_scale: keras.Variable, epochs: int) -> None:
@@ -74,7 +74,7 @@ class StopAtNaN(keras.callbacks.Callback):
         loss = (logs or {}).get("loss", 0.0)
         if np.isfinite(loss):
             return
-        # On JAX the state of the epoch would otherwise overwrite the restored values.
+        # On JAX, Keras would otherwise overwrite the restored values with the state of this epoch.
         _backend.sync_state(self.model)
         for variable, value in self._saved:
             variable.assign(value)
@@ -85,10 +85,10 @@ class StopAtNaN(keras.callbacks.Callback):
 
 
 def check_inputs(model: keras.Model) -> None:
-    """Raise `ValueError` for a model with several inputs or inputs that are no floats.
+    """Raise `ValueError` for a model with several inputs, or with inputs of integers.
 
     Args:
-        model: Any Keras model. A subclassed one that does not know its inputs passes.
+        model: A Keras model. A subclassed model passes if it does not know its inputs.
     """
     inputs = getattr(model, "inputs", None) or []
     if len(inputs) > 1 or any("float" not in tensor.dtype for tensor in inputs):
@@ -97,7 +97,7 @@ def check_inputs(model: keras.Model) -> None:
 
 
 def check_loss(loss: Any) -> None:
-    """Raise `ValueError` for what `compile` takes as several losses, or none.
+    """Raise `ValueError` unless `compile` was given exactly one loss.
 
     Args:
         loss: The `loss` given to `compile`.
@@ -127,7 +127,7 @@ def check_outputs(loss: Callable[..., Tensor], outputs: Array) -> None:
 
 
 def check_value_per_sample(loss: Callable[..., Tensor], labels: Array, outputs: Tensor) -> None:
-    """Raise `ValueError` for a loss that returns a scalar, which cannot be averaged over weights and replicas.
+    """Raise `ValueError` for a loss that returns a scalar: sample weights and replicas need one value per sample.
 
     Args:
         loss: A Keras loss or a loss function.

@@ -33,79 +33,82 @@ CHECKED_ROWS = 32  # The first inputs, on which model and loss are tried before 
 class AdversarialTraining(keras.Model):
     """Train a classifier on the worst inputs near those it is given.
 
-    Use it if the classifier must withstand attacks of the size that papers report; no loss alone achieves that. It
-    wraps a model and shares its weights. `compile` and `fit` the wrapper as any Keras model, then use and save the
-    model itself. Afterwards `evaluate_robustness` measures how robust the model is; `RobustnessMonitor` does so after
-    each epoch.
+    Use it if the classifier must withstand attacks as strong as those that papers report. No loss alone achieves this.
+    `AdversarialTraining` wraps a model and shares its weights: call `compile` and `fit` of the wrapper as of any Keras
+    model, then use and save the model itself. `evaluate_robustness` measures how robust the trained model is.
+    `RobustnessMonitor` measures it after each epoch.
 
     The model maps inputs `(batch, ...)` to outputs `(batch, C)`, logits or a softmax.
 
-    Formula: x is the input and x' the attacked one, z and z' are their logits, p and p' the softmax of these, and L is
-    the loss given to `compile`. Each method minimizes the mean over the batch of
+    Formula: each method minimizes the mean over the batch of
 
-    - `"pgd"`: `L(y, z')`. The attack takes `steps` steps that increase the `attack_loss`, from a random point of the
-      ball (Madry et al.).
-    - `"fgsm"`: `L(y, z')`, with a single step (Wong et al.). It is cheap and prone to catastrophic overfitting:
-      `attack_strength` then drops to about 0 or below while `accuracy` rises steeply.
-    - `"trades"`: `L(y, z) + beta * KL(p || p')`. The attack takes `steps` steps that increase this divergence, from a
-      point close to x (Zhang et al.).
-    - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`, with the attack of `"pgd"`
+    - `"pgd"`: `L(y, z')`. The attack takes `steps` steps that increase `attack_loss`. It starts at a random point of
+      the ball (Madry et al.).
+    - `"fgsm"`: `L(y, z')`. The attack is the same with a single step (Wong et al.). The method is cheap and prone to
+      catastrophic overfitting: `attack_strength` drops to about 0 or below while `accuracy` rises steeply.
+    - `"trades"`: `L(y, z) + beta * KL(p || p')`. The attack takes `steps` steps that increase `KL(p || p')`. It starts
+      close to x (Zhang et al.).
+    - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`. The attack is that of `"pgd"`
       (Wang et al.).
-    - `"consistency"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without an attack. x' and x'' are two points
-      drawn uniformly from the ball and not clipped: in L-inf, uniform noise of standard deviation `eps / sqrt(3)`.
-      d' and d'' are the true logit minus the mean of the others. Use it with `keras_drsl.DRSLoss(lam=1.0)` and an `eps`
-      about two and a half times that of the expected attacks; with four times, the results of our study were much
-      worse. A step costs about two usual ones, and one forward pass.
+    - `"consistency"`: `(L(y, z') + L(y, z'')) / 2 + beta * (d' - d'')^2`, without an attack. x' and x'' are drawn
+      uniformly from the ball and are not clipped.
     - `"clean"`: `L(y, z)`, the baseline.
+
+    x is the input, x' the attacked one, and y the true class. z and z' are the logits of x and x', p and p' their
+    softmax. L is the loss given to `compile`. d' is the true logit of x' minus the mean of its other logits. z'' and
+    d'' are those of x''.
 
     Note:
 
-    - The attack sees the model as at inference: no dropout, and BatchNormalization with its moving statistics, which
-      the attack does not change.
-    - `History` holds `loss`, `accuracy` and the other compiled metrics on the attacked batch. It also holds
-      `clean_accuracy`, the accuracy before the attack, and `attack_strength`, the increase of the cross-entropy by the
-      attack; both see the model as at inference, and ignore sample weights. Without an attack, `attack_strength` is 0,
-      and for `"consistency"` the compiled metrics are on one of the two copies.
-    - `evaluate`, `predict` and `validation_data` are without an attack.
+    - The attack sees the model as at inference: without dropout, and with the moving statistics of BatchNormalization,
+      which it does not change.
+    - `History` holds `loss`, `accuracy` and the other compiled metrics on the attacked batch; for `"consistency"`, the
+      metrics are on x''.
+    - `History` also holds `clean_accuracy`, the accuracy before the attack, and `attack_strength`, the increase of the
+      cross-entropy by the attack. Both are of the model as at inference, and ignore sample weights. Without an attack,
+      `attack_strength` is 0.
+    - `evaluate`, `predict` and `validation_data` do not attack.
+    - `"consistency"` is meant for `keras_drsl.DRSLoss(lam=1.0)` and an `eps` of about 2.5 times the radius of the
+      expected attacks; 4 times was much worse in our study. In L-inf, its noise has the standard deviation
+      `eps / sqrt(3)`. A training step takes about twice as long as a plain one, plus one forward pass.
     - Losses that layers add are added once. If they depend on the inputs, as an activity regularizer does, they are
-      added once for each of x and x' that the method uses; on JAX, for the last of these.
-    - Layers that draw random numbers, such as noise or crops, draw the same for x and x'. On torch, this holds for
-      layers that were given a seed.
-    - `fit` checks all of an array, and the first batch of other data. That batch is drawn once more beforehand: a data
-      set that shuffles itself then continues with its next order.
-    - Under `tf.distribute`, create it in the scope of the strategy, the model too.
-    - `save` and `export` save the plain model, not compiled. `save_weights` and `load_weights` are for the training,
-      with the state of random numbers, and need another `AdversarialTraining` to load. For the weights of the plain
-      model alone, call its own `save_weights`.
+      added once for each of x and x' that the method uses; on JAX, only for the last of these.
+    - Layers that draw random numbers, such as noise or crops, draw the same for x and x'. On torch, only layers with a
+      seed do.
+    - `fit` checks all of an array, and the first batch of any other data. It draws that batch once more for this: a
+      data set that shuffles itself then continues with its next order.
+    - Under `tf.distribute`, create both the model and its `AdversarialTraining` in the scope of the strategy.
+    - `save` and `export` save the plain model, not compiled.
+    - `save_weights` saves the state of the training, with that of random numbers. Only an `AdversarialTraining` can
+      load it. To save the weights of the plain model alone, call its own `save_weights`.
     - With `keras.callbacks.BackupAndRestore`, a training that was killed resumes exactly, except for the order in
       which Keras shuffles arrays.
 
     Args:
         model: A classifier with one input, of float values.
         eps: The radius of the ball around each input, in units of the input, > 0 and no larger than the range of the
-            inputs; by default 8/255.
-        method: The name of one of the methods above, or a `keras_drsl.training.Method` of your own.
-        steps: How many steps the attack takes, >= 1. Without effect for `"fgsm"`, which takes one, and for
-            `"consistency"` and `"clean"`, which take none.
-        step_size: The size of a step, in units of the input, > 0; by default `2.5 * eps / steps`, at most `eps`, and
-            `1.25 * eps` for `"fgsm"`. Without effect where there is no attack.
+            inputs; 8/255 by default.
+        method: The name of a method above, or a `keras_drsl.training.Method` of your own.
+        steps: The number of steps of the attack, >= 1. `"fgsm"` always takes one, `"consistency"` and `"clean"` none.
+        step_size: The size of a step, in units of the input, > 0. By default `2.5 * eps / steps`, at most `eps`, and
+            `1.25 * eps` for `"fgsm"`. Ignored without an attack.
         attack_loss: The loss that the attack of `"pgd"`, `"fgsm"` and `"mart"` increases: `"cross_entropy"` (the
-            default), `"margin"` (the largest non-true logit minus the true one) or `"loss"`, the loss given to
-            `compile`. With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our study.
+            default), `"margin"` (the largest non-true logit minus the true one) or `"loss"` (the loss given to
+            `compile`). With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our study.
         norm: `"inf"` (the default) or 2.
-        beta: The weight of the divergence in `"trades"` and `"mart"`, by default 6, or of the difference in
-            `"consistency"`, by default 0.3; >= 0. Without effect for the other methods.
-        clip_min: The smallest valid input value, by default 0.
-        clip_max: The largest valid input value, by default 1.
-        warmup_epochs: How many epochs train with less than `eps`, in equal increments, >= 0. Each `fit` starts the
-            warm-up again, unless it is given an `initial_epoch`.
+        beta: The weight `beta` above, >= 0. By default 6 for `"trades"` and `"mart"`, and 0.3 for `"consistency"`.
+            Ignored by the other methods.
+        clip_min: The smallest valid input value, 0 by default.
+        clip_max: The largest valid input value, 1 by default.
+        warmup_epochs: The number of epochs with a radius below `eps`, >= 0. The radius increases evenly. Each `fit`
+            starts the warm-up again, unless it is given an `initial_epoch`.
         seed: The seed of the random starts, >= 0.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
 
     Raises:
-        ValueError: If an argument is out of its range. In `fit` and the first `train_on_batch`: if inputs are outside
-            the clip range, labels are no classes, outputs do not match the `from_logits` of the loss, or the loss
-            returns a scalar. In `fit`: if the loss is not finite; model and optimizer are then restored to the start of
+        ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
+            fit the threat model, labels are no classes, outputs do not match the `from_logits` of the loss, or the loss
+            returns a scalar. In `fit`: if the loss is not finite. Model and optimizer are then restored to the start of
             the epoch.
 
     Example:
@@ -214,8 +217,8 @@ class AdversarialTraining(keras.Model):
         x = only_input(x)
         if not state:
             return super().train_step((self._attack_batch(x, y), y, sample_weight))
-        # On JAX a step is a pure function: it receives the values of variables and returns the new ones. The attack
-        # runs in a scope that holds these values, and what it changes, such as random counters, is passed on.
+        # On JAX a step is a pure function: it receives the values of all variables and returns the new ones. The attack
+        # runs in a scope with these values. Those that it changes, such as random counters, are passed on.
         trainable, non_trainable, *others = state[0]
         values = [*zip(self.trainable_variables, trainable, strict=True)]
         values += zip(self.non_trainable_variables, non_trainable, strict=True)

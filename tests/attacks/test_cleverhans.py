@@ -24,7 +24,7 @@ def withstands(model, x_adv, y):
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])
-# With more than two classes the cross-entropy's gradient averages over the other classes and misses some of the worst cases.
+# With more classes the gradient of the cross-entropy averages over the others, and misses some worst cases.
 @pytest.mark.parametrize(("loss", "classes"), [("ce", 2), ("margin", 2), ("margin", 3)])
 def test_pgd_is_exact_on_a_linear_model(loss, classes, norm):
     weights = WEIGHTS[:, :classes]

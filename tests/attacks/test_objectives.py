@@ -7,7 +7,7 @@ from tests.backends import values
 
 
 def by_hand(loss, z, y, t, targeted):
-    """The formulas, for one row, in float64."""
+    """Compute the formulas for one row in float64."""
     z = z.astype("float64")
     other = z[t] if targeted else max(z[k] for k in range(len(z)) if k != y)
     log_total = np.log(np.exp(z).sum())

@@ -22,7 +22,7 @@ def checks_of(model, *, eps=0.15, attacks=("apgd_t_margin",), classes=3, **optio
 
 @pytest.fixture
 def new_check():
-    """The decorator `check`, whose checks are removed from the registry after the test."""
+    """Return the decorator `check`; its checks leave the registry after the test."""
     before = dict(CHECKS)
     yield check
     CHECKS.clear()

@@ -145,6 +145,10 @@ class TestData:
         with pytest.raises(ValueError, match=r"`x` must lie in \[clip_min, clip_max\] = \[0, 1\].*to 255"):
             train(linear(), np.where(x == x[3, 3], 255.0, x), y)
 
+    def test_must_allow_for_eps_in_l2(self):
+        with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2"):
+            train(linear(), *data(), eps=2.1, norm=2)
+
     def test_all_of_an_array_is_checked(self):
         x, y = data(80)
         for row, value in ((70, 255.0), (71, math.nan)):

@@ -1,6 +1,7 @@
 """`AdversarialTraining`: expected values come from loops in NumPy and float64, or from a closed form."""
 
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -277,14 +278,12 @@ class TestSaving:
         assert "keras_drsl" not in sys.modules
         """
         np.save(tmp_path / "x.npy", x)
-        # The NumPy backend starts fast.
-        names = ("robust.keras", "z.npy", "x.npy")
-        run_python(code, *[tmp_path / name for name in names], env={"KERAS_BACKEND": "numpy"})
+        run_python(code, *[tmp_path / name for name in ("robust.keras", "z.npy", "x.npy")])
         np.testing.assert_allclose(np.load(tmp_path / "z.npy"), model.predict(x, verbose=0), atol=1e-6)
 
     def test_resumes_exactly_after_it_was_killed(self, tmp_path):
         code = "import sys; from tests.training import resume; resume.train(sys.argv[1], is_killed=True)"
-        killed = run_python(code, tmp_path / "resumed", check=False)
+        killed = run_python(code, tmp_path / "resumed", check=False, cwd=Path(__file__).parents[2])
         assert killed.returncode == -9, killed.stderr
         resumed, epochs = resume.train(tmp_path / "resumed")
         assert epochs == 3

@@ -10,7 +10,7 @@ from keras_drsl._typing import Tensor
 from keras_drsl.attacks import APGD, FGSM, PGD
 from keras_drsl.attacks.gradients import input_gradient
 from keras_drsl.attacks.objectives import LOSSES, objective
-from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.models.classifier import Classifier
 
@@ -26,10 +26,8 @@ def gradients(context: EvaluationContext) -> Outcome:
     vanished = {loss: _share_without_gradient(context, loss) for loss in LOSSES}
     text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
     if vanished["margin"] > 0.01:
-        status = "fail" if vanished["margin"] > 0.1 else "warn"
-        return Outcome(
-            status, vanished["margin"], f"inputs without a gradient ({text}): gradient attacks do not work there"
-        )
+        message = f"inputs without a gradient ({text}): gradient attacks do not work there"
+        return Outcome(grade(vanished["margin"], warn_above=0.01, fail_above=0.1), vanished["margin"], message)
     if max(vanished.values()) > 0.05:
         message = f"inputs without a gradient ({text}): only attacks on the margin work there"
         return Outcome("warn", vanished["margin"], message)
@@ -61,7 +59,7 @@ def many_steps_beat_one(context: EvaluationContext) -> Outcome:
         return NO_CORRECT_IMAGE
     one_step = context.accuracy_under(context.make_attack(FGSM))
     gain = one_step - context.accuracy_under(context.make_attack(PGD, steps=20))
-    status = "pass" if gain >= -0.005 else "warn" if gain >= -0.02 else "fail"
+    status = grade(-gain, warn_above=0.005, fail_above=0.02)
     message = "share of images that PGD breaks beyond FGSM; if it is negative, the gradient is unreliable"
     return Outcome(status, gain, message)
 
@@ -91,7 +89,7 @@ def larger_eps(context: EvaluationContext) -> Outcome:
     attacks = [context.make_attack(PGD, eps=eps, loss="margin", steps=20) for eps in radii]
     reached = [context.accuracy_under(attack) for attack in attacks]
     rise = max((later - sooner for sooner, later in pairwise(reached)), default=0.0)
-    status = "pass" if rise <= 0.005 else "warn" if rise <= 0.02 else "fail"
+    status = grade(rise, warn_above=0.005, fail_above=0.02)
     text = ", ".join(f"{accuracy:.1%} at {eps:.3g}" for eps, accuracy in zip(radii, reached, strict=True))
     return Outcome(status, rise, f"largest rise of the accuracy with eps under PGD-20: {text}")
 
@@ -105,6 +103,6 @@ def unbounded(context: EvaluationContext) -> Outcome:
     # The strongest kind of the suite: PGD alone fails on models that the suite breaks.
     attack = context.make_attack(APGD, eps=context.largest_eps, loss="margin", targeted=True, targets=3)
     left = context.accuracy_under(attack)
-    status = "pass" if left == 0 else "warn" if left <= 0.02 else "fail"
+    status = grade(left, warn_above=0.0, fail_above=0.02)
     message = "accuracy when any valid input is allowed; above 0, the attack cannot follow the gradient"
     return Outcome(status, left, message)

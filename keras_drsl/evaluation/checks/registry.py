@@ -26,6 +26,13 @@ class Outcome(NamedTuple):
     broken: Sequence[int] = ()
 
 
+def grade(value: float, *, warn_above: float, fail_above: float) -> Status:
+    """Return the status of a figure that should be small."""
+    if value > fail_above:
+        return "fail"
+    return "warn" if value > warn_above else "pass"
+
+
 CheckFunction = Callable[[EvaluationContext], Outcome]
 
 

@@ -3,7 +3,7 @@
 import math
 
 from keras_drsl.attacks import APGD, Attack, Noise
-from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.context import EvaluationContext
 
 
@@ -14,7 +14,7 @@ def attack_robust_images(context: EvaluationContext, attack: Attack, description
         return Outcome("skipped", math.nan, "no robust image was left to attack")
     withstood = robust.withstood(attack)
     share = float(1 - withstood.mean())
-    status = "pass" if share <= 0.01 + 1e-9 else "warn" if share <= 0.05 + 1e-9 else "fail"
+    status = grade(share, warn_above=0.01 + 1e-9, fail_above=0.05 + 1e-9)
     message = f"share of {len(withstood)} robust images that fall to {description}"
     return Outcome(status, share, message, robust.ids[~withstood].tolist())
 

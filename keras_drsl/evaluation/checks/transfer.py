@@ -1,7 +1,7 @@
 """Checks whether attacks that do not use the model's gradient break images that gradient attacks did not."""
 
 from keras_drsl.attacks import APGD, Transfer
-from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.checks.search import attack_robust_images
 from keras_drsl.evaluation.context import EvaluationContext
 
@@ -19,7 +19,7 @@ def black_box(context: EvaluationContext) -> Outcome:
     """Check that attacks without gradients break no image that gradient attacks did not."""
     names = context.gradient_free
     only = sum(name in names for name in context.broken_by) / len(context.broken_by)
-    status = "pass" if only <= 0.005 else "warn" if only <= 0.02 else "fail"
+    status = grade(only, warn_above=0.005, fail_above=0.02)
     message = f"share of all images that fell only to {' and '.join(names)}; gradient attacks should have broken them"
     return Outcome(status, only, message)
 

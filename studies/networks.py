@@ -1,30 +1,40 @@
-"""The networks of `adversarial_training.py`, and how images of CIFAR-10 are fed to them."""
+"""The networks of the studies, and how images of CIFAR-10 are fed to them."""
 
 import math
 
 import keras
 import numpy as np
 
-# The small CNN is that of the first example.
-from fit import build_model
-
 NAMES = ("cnn", "small_resnet", "resnet18")
 
 
 def build(name, shape, noise=0):
-    """A network of that name for 10 classes, which returns logits; the CNN with Gaussian noise on its inputs."""
+    """Return a network of that name for 10 classes, which returns logits; the CNN with Gaussian noise on its inputs."""
     if name == "cnn":
-        model = build_model(shape, noise)
-        return keras.Model(model.inputs[0], model.get_layer("logits").output)
+        return small_cnn(shape, noise)
     return preact_resnet(shape, *((16, 1) if name == "small_resnet" else (64, 2)))
 
 
+def small_cnn(shape, noise=0):
+    """Return two convolutions and two dense layers; small images are pooled once only."""
+    model = keras.Sequential([keras.Input(shape)])
+    if noise > 0:
+        model.add(keras.layers.GaussianNoise(noise))
+    for filters, pool in zip((32, 64), [2, 2] if shape[0] > 16 else [1, 2], strict=True):
+        model.add(keras.layers.Conv2D(filters, 3, padding="same", activation="relu"))
+        model.add(keras.layers.MaxPooling2D(pool))
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(128, activation="relu"))
+    model.add(keras.layers.Dense(10, name="logits"))
+    return model
+
+
 def preact_resnet(shape, width, blocks):
-    """A residual network with pre-activations of four stages, `blocks` blocks each; with 64 and 2, PreAct-ResNet-18.
+    """Return a residual network with pre-activations: four stages of `blocks` blocks; with 64 and 2, PreAct-ResNet-18.
 
     Reference: He et al., "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
     """
-    # Weight decay of 5e-4 that goes through the momentum, as in the field's recipes; the optimizer's own would not.
+    # Weight decay of 5e-4 that passes through the momentum, as in common recipes; that of the optimizer would not.
     decay = keras.regularizers.L2(2.5e-4)
 
     def convolution(x, filters, size, strides=1):
@@ -44,14 +54,14 @@ def preact_resnet(shape, width, blocks):
     inputs = keras.Input(shape)
     x = convolution(inputs, width, 3)
     for stage in range(4):
-        for place in range(blocks):
-            x = block(x, width * 2**stage, 2 if stage > 0 and place == 0 else 1)
+        for number in range(blocks):
+            x = block(x, width * 2**stage, 2 if stage > 0 and number == 0 else 1)
     x = keras.layers.GlobalAveragePooling2D()(activation(x))
     return keras.Model(inputs, keras.layers.Dense(10, kernel_regularizer=decay)(x))
 
 
 class CroppedAndFlipped(keras.utils.PyDataset):
-    """Batches in random order, each image moved by up to four pixels and flipped or not."""
+    """Give batches in random order, each image moved by up to four pixels and flipped or not."""
 
     def __init__(self, x, y, batch_size, seed):
         super().__init__()
@@ -68,8 +78,8 @@ class CroppedAndFlipped(keras.utils.PyDataset):
     def on_epoch_end(self):
         self.order = self.random.permutation(len(self.y))
 
-    def __getitem__(self, place):
-        rows = self.order[place * self.batch_size : (place + 1) * self.batch_size]
+    def __getitem__(self, number):
+        rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         size = np.arange(self.size)
         top, left = self.random.integers(0, 9, (2, len(rows), 1))
         columns = np.where(self.random.random((len(rows), 1)) < 0.5, size, size[::-1])
@@ -78,7 +88,7 @@ class CroppedAndFlipped(keras.utils.PyDataset):
 
 
 class UpAndDown(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate that rises to a peak in the first two fifths of the steps and falls to 0 in the others."""
+    """Raise the learning rate to a peak in the first two fifths of the steps, and lower it to 0 in the others."""
 
     def __init__(self, peak, steps):
         self.peak, self.steps = peak, steps

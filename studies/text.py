@@ -1,17 +1,17 @@
-"""A model of text, attacked in the space of its embeddings: what DRSLoss, PRSLoss and cross-entropy restrain.
+"""Attack a model of text in the space of its embeddings: what DRSLoss, PRSLoss and cross-entropy restrain.
 
-What it shows: losses on predictions of shape (batch, time, vocabulary). A small recurrent model learns to predict the
-next word of the topics of Python's own help, which every Python installation has. Then the embeddings of the 16 words
-before a prediction are moved by PGD, each number by at most `--eps` standard deviations of the model's embeddings.
+The losses work on predictions of shape (batch, time, vocabulary). A small recurrent model learns to predict the next
+word of the topics of Python's own help, which every Python installation has. Then PGD moves the embeddings of the 16
+words before a prediction, each number by at most `--eps` standard deviations of the model's embeddings.
 
-What you should see: DRSLoss keeps the wrong words of one place alike (the variance of their log-softmax values falls),
-PRSLoss the level of the strongest wrong words from place to place (the last column); each does what it says. Neither
-makes this model harder to attack: DRSLoss predicts more words than cross-entropy, and loses them all.
+Expected: DRSLoss makes the wrong words of one position equal (the variance of their log-softmax values falls); PRSLoss
+makes the level of the largest wrong words equal between positions (the last but one column). Neither makes this model
+harder to attack: DRSLoss predicts more words than cross-entropy, and loses all of them.
 
-How long: about two minutes on two cores.
+About two minutes on two cores.
 
-    python examples/caption_or_text.py
-    python examples/caption_or_text.py --seeds 3 --out results --overwrite
+    python -m studies.text
+    python -m studies.text --seeds 3 --out results --overwrite
 """
 
 import argparse
@@ -23,15 +23,16 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import records
 
 import keras_drsl
-from keras_drsl.attacks import PGD, Classifier
+from keras_drsl.attacks import PGD
+from keras_drsl.models import Classifier
+from studies import records
 
-SCRIPT = "examples/caption_or_text.py"
+MODULE = "studies.text"
 TIME, WIDTH, UNITS, BATCH, RATE = 16, 64, 128, 64, 0.003
-VOCABULARY = 2000  # the most frequent words; the others are one
-# The strengths are first guesses, not tuned.
+VOCABULARY = 2000  # the most frequent words; all others share one id
+# The strengths are first guesses and were not tuned.
 LOSSES = {
     "cross-entropy": lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     "DRSLoss, lam 0.001": lambda: keras_drsl.DRSLoss(0.001, from_logits=True),
@@ -41,8 +42,8 @@ COLUMNS = ("next word right", "after PGD on CE", "and on the margin", "perplexit
            "variance of their top 4 between places", "spread of the embeddings")  # fmt: skip
 
 
-def main():
-    args = parse_arguments()
+def main(arguments=None):
+    args = parse_arguments(arguments)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / "text"
@@ -59,28 +60,28 @@ def main():
             model = keras.Sequential([keras.Input((TIME,)), embed, predict])
             model.compile(keras.optimizers.Adam(RATE), make(), metrics=["accuracy"])
             model.fit(*train, epochs=args.epochs, batch_size=BATCH, verbose=2)
-            row["runs"].append(dict(zip(COLUMNS, look_at(embed, predict, *test, args), strict=True)))
+            row["runs"].append(dict(zip(COLUMNS, measure_model(embed, predict, *test, args), strict=True)))
             print(row["runs"][-1])
         rows.append(row)
     table = make_table(rows, len(test[0][: args.max_windows]), args)
     print("\n" + table)
     stem.with_suffix(".md").write_text(table)
-    record = {"command": records.command(SCRIPT, args), "versions": records.versions(), "rows": rows}
+    record = {"command": records.command(MODULE, args), "versions": records.versions(), "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     print(f"Written: {stem}.md, .json")
 
 
 def read_text():
-    """Windows of word ids and the words after each, for training and test, and the size of the vocabulary.
+    """Return windows of word ids and the words after each, for training and test, and the size of the vocabulary.
 
-    Every sixth topic is for the test, less the windows that occur word for word in another: topics quote each other.
+    Every sixth topic is for the test, without the windows that occur in a training topic: topics quote each other.
     """
     from pydoc_data.topics import topics
 
     texts = [re.findall(r"[a-z_]+|[.,;:()]", topics[name].lower()) for name in sorted(topics)]
-    train = [text for place, text in enumerate(texts) if place % 6]
+    train = [text for number, text in enumerate(texts) if number % 6]
     counts = Counter(word for text in train for word in text)
-    ids = {word: place + 1 for place, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}
+    ids = {word: number + 1 for number, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}
 
     def windows(texts, step):
         words = np.array([ids.get(word, 0) for text in texts for word in text])
@@ -92,37 +93,37 @@ def read_text():
 
 
 def build_model(size):
-    """From embeddings, shape (batch, time, width), to logits, (batch, time, vocabulary)."""
+    """Return a model from embeddings, shape (batch, time, width), to logits, (batch, time, vocabulary)."""
     layers = [keras.layers.Dropout(0.2), keras.layers.GRU(UNITS, return_sequences=True), keras.layers.Dropout(0.3)]
     return keras.Sequential([keras.Input((TIME, WIDTH)), *layers, keras.layers.Dense(size)])
 
 
-def look_at(embed, predict, x, y, args):
-    """The columns of the table: accuracies at the last place of each window, the others over all places."""
+def measure_model(embed, predict, x, y, args):
+    """Return the columns of the table: accuracies at the last position of each window, the others over all of them."""
     x, y = x[: args.max_windows], y[: args.max_windows]
     embedded = keras.ops.convert_to_numpy(embed(x))
     logits = predict.predict(embedded, verbose=0)
-    # An attack sees the last place alone, and embeddings may go anywhere.
+    # The attack sees the last position only, and embeddings have no valid range: the clip range never binds.
     last = Classifier(keras.Sequential([predict, keras.layers.Lambda(lambda z: z[:, -1])]))
     spread = float(np.std(keras.ops.convert_to_numpy(embed.layers[0].embeddings)))
     eps = args.eps * spread
-    reach = float(np.abs(embedded).max()) + eps
+    bound = float(np.abs(embedded).max()) + eps
     right = np.ones(len(x), bool)
     accuracy = [np.mean(logits[:, -1].argmax(1) == y[:, -1])]
     for loss in ("ce", "margin"):
-        attack = PGD(eps, loss=loss, steps=args.steps, clip_min=-reach, clip_max=reach)
+        attack = PGD(eps, loss=loss, steps=args.steps, clip_min=-bound, clip_max=bound)
         right &= last.logits(attack(last, embedded, y[:, -1])).argmax(1) == y[:, -1]
         accuracy.append(np.mean(right))
     cross_entropy = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
     diversity = keras_drsl.softmax_diversity(y, logits, from_logits=True)
-    rivals = np.where(np.eye(logits.shape[-1], dtype=bool)[y], -np.inf, logits)
-    top = np.sort(rivals, axis=-1)[..., -4:].mean(-1)
-    cross_entropy, diversity = (keras.ops.convert_to_numpy(keras.ops.mean(one)) for one in (cross_entropy, diversity))
+    wrong = np.where(np.eye(logits.shape[-1], dtype=bool)[y], -np.inf, logits)
+    top = np.sort(wrong, axis=-1)[..., -4:].mean(-1)
+    cross_entropy, diversity = (keras.ops.convert_to_numpy(keras.ops.mean(x)) for x in (cross_entropy, diversity))
     return [*map(float, accuracy), float(np.exp(cross_entropy)), float(diversity), float(np.var(top)), spread]
 
 
 def make_table(rows, count, args):
-    """A Markdown table: mean and, over several seeds, standard deviation."""
+    """Return a Markdown table: the mean and, of several seeds, the standard deviation."""
     lines = [
         f"Next word of Python's help topics, {args.epochs} epochs, mean of {args.seeds} seed(s), {count} test windows; "
         f"PGD of {args.steps} steps on the embeddings, L-inf, eps {args.eps:g} of their own spread, the standard "
@@ -138,10 +139,10 @@ def make_table(rows, count, args):
             spread = f" +- {values.std(ddof=1):.2g}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3g}{spread}")
         lines.append(f"| {row['loss']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nWritten by `{records.command(SCRIPT, args)}`.\n"
+    return "\n".join(lines) + f"\n\nWritten by `{records.command(MODULE, args)}`.\n"
 
 
-def parse_arguments():
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many models of each loss")
     parser.add_argument("--epochs", type=int, default=12)
@@ -152,7 +153,7 @@ def parse_arguments():
     parser.add_argument("--max-windows", type=int, default=500, help="how many test windows")
     parser.add_argument("--out", default="runs", help="folder for the table and the JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not 0 < args.eps < 100:
         parser.error(f"--eps must lie in (0, 100). Received: {args.eps}")
     for name in ("seeds", "epochs", "steps", "max_windows"):

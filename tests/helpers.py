@@ -1,0 +1,54 @@
+"""Run programs in processes of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+
+def run_python(code, *args, env=None, check=True, cwd=None, timeout=300):
+    """Run a program in a fresh Python process.
+
+    Args:
+        code: the program, or the `Path` of a script.
+        *args: its arguments.
+        env: environment variables to set beside those of this process.
+        check: whether a program that fails is an error, which then shows the end of its `stderr`.
+        cwd: the folder it runs in.
+        timeout: the longest it may take, in seconds.
+
+    Returns:
+        The completed process, with `stdout` and `stderr` as text.
+    """
+    program = [code] if isinstance(code, Path) else ["-c", textwrap.dedent(code)]
+    done = subprocess.run(
+        [sys.executable, *map(str, program), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_module(name, *args, check=True, timeout=600):
+    """Run a module as `python -m name` in a fresh process, from the root of the checkout.
+
+    Args:
+        name: the module, such as `benchmarks.loss_speed`.
+        *args: its arguments.
+        check: whether a failure is an error.
+        timeout: the longest it may take, in seconds.
+
+    Returns:
+        The completed process, with `stdout` and `stderr` as text.
+    """
+    command = [sys.executable, "-m", name, *map(str, args)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=root, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
