@@ -85,10 +85,10 @@ def fused_drs_loss(
     strength = lam / (classes - 1) if spread == "variance" else lam
     dtype = keras.backend.standardize_dtype(logits.dtype)
     plan = BlockPlan(_backend.cpu_cores()) if plan is None else plan
-    value_and_gradient, hessian_product = compiled_programs(label_smoothing, classes, dtype, plan)
+    program, hessian_product = compiled_programs(label_smoothing, classes, dtype, plan)
     rows = ops.reshape(logits, (-1, classes))
     constants = ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,)), ops.cast(strength, dtype)
-    values = _backend.custom_gradient(value_and_gradient, hessian_product, rows, *constants)
+    values = _backend.custom_gradient(program, hessian_product, rows, *constants)
     return ops.reshape(values, ops.shape(logits)[:-1])
 
 
@@ -98,12 +98,16 @@ def compiled_programs(
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
     """Return the programs of value and gradient and of the Hessian. They are cached so that each is traced once."""
 
-    def value_and_gradient(logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        block = partial(_value_and_gradient_of_rows, label_smoothing, strength)
-        return _in_blocks(block, plan, logits, class_ids, scale, _backend.gather_rows(logits, class_ids))
-
     specs = ((None, classes), dtype), ((None,), "int32"), ((None,), dtype), ((), dtype)
-    return _backend.jit(value_and_gradient, *specs), _hessian_product
+    return _backend.jit(partial(value_and_gradient, label_smoothing, plan), *specs), _hessian_product
+
+
+def value_and_gradient(
+    smoothing: float, plan: BlockPlan, logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the values of all rows, and their gradient."""
+    block = partial(_value_and_gradient_of_rows, smoothing, strength)
+    return _in_blocks(block, plan, logits, class_ids, scale, _backend.gather_rows(logits, class_ids))
 
 
 def _value_and_gradient_of_rows(
