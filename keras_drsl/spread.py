@@ -35,9 +35,9 @@ def class_values(scores: Tensor, *, from_logits: bool, space: str) -> Tensor:
     In log space `v` may differ from `log p` by one constant per sample, which changes no formula here.
 
     Args:
-        scores: logits or probabilities, shape `(..., C)`.
-        from_logits: whether `scores` are logits.
-        space: one of `SPACES`.
+        scores: Logits or probabilities, shape `(..., C)`.
+        from_logits: Whether `scores` are logits.
+        space: One of `SPACES`.
 
     Returns:
         Shape `(..., C)`.
@@ -53,13 +53,14 @@ def spread(values: Tensor, y_true: Tensor, *, kind: str = "sum_of_squares") -> T
     Formula: `r = sum_k w_k (v_k - m)^2` for `kind="sum_of_squares"`. For `kind="variance"` it is divided by `n`.
 
     Note:
-        - When the non-true values are equal, `r` and its gradient are exactly 0.
-        - For two classes and a one-hot label there is only one non-true value, and `r = 0`.
+
+    - When the non-true values are equal, `r` and its gradient are exactly 0.
+    - For two classes and a one-hot label there is only one non-true value, and `r = 0`.
 
     Args:
         values: `v`, shape `(..., C)`.
-        y_true: a label distribution, shape `(..., C)`.
-        kind: one of `SPREADS`.
+        y_true: A label distribution, shape `(..., C)`.
+        kind: One of `SPREADS`.
 
     Returns:
         Shape `(...)`, the dtype of `values`.
@@ -84,12 +85,13 @@ def diversity(values: Tensor, y_true: Tensor, *, measure: str = "variance") -> T
       when they are equal and 0 when one of them is 1.
 
     Note:
-        - For two classes the entropy is 1 by definition.
+
+    - For two classes the entropy is 1 by definition.
 
     Args:
         values: `v`, shape `(..., C)`; in log space for `"entropy"`.
-        y_true: a label distribution, shape `(..., C)`.
-        measure: one of `MEASURES`.
+        y_true: A label distribution, shape `(..., C)`.
+        measure: One of `MEASURES`.
 
     Returns:
         Shape `(...)`, the dtype of `values`.

@@ -246,7 +246,7 @@ class _NestedScope(keras.StatelessScope):
     The updates of a function that is traced by itself are not values of the program around it.
 
     Attributes:
-        updated: the variables with updates.
+        updated: The variables with updates.
     """
 
     def __init__(self) -> None:

@@ -63,8 +63,8 @@ def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA. It can be called eagerly, in a graph, or in a program that XLA compiles.
 
     Args:
-        program: a function of tensors that returns tensors.
-        *specs: the shape and dtype of each argument, or a tuple of such pairs for a tuple of tensors. None stands for a
+        program: A function of tensors that returns tensors.
+        *specs: The shape and dtype of each argument, or a tuple of such pairs for a tuple of tensors. None stands for a
             length that differs from call to call.
     """
 
@@ -83,9 +83,9 @@ def compile_function(
     """Compile a function for tensors of any number of rows.
 
     Args:
-        function: takes and returns nested structures of tensors.
-        variables: the Keras variables it reads. Their values are read again in each call.
-        free_axes: maps the index of an argument to how many of its first axes change their lengths from call to call.
+        function: Takes and returns nested structures of tensors.
+        variables: The Keras variables it reads. Their values are read again in each call.
+        free_axes: Maps the index of an argument to how many of its first axes change their lengths from call to call.
 
     Returns:
         A function of the same arguments, as arrays or tensors.
@@ -114,8 +114,8 @@ def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> 
     """Compile a program that runs several steps per call, to amortize dispatch overhead.
 
     Args:
-        step: maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
-        variables: the Keras variables it reads. Their values are read again in each call.
+        step: Maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
+        variables: The Keras variables it reads. Their values are read again in each call.
 
     Returns:
         A function of the rows and the stacked arguments. It takes one step per element of their first axis.
@@ -139,10 +139,10 @@ def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables
     """Repeat a step within a program.
 
     Args:
-        step: maps a tensor to the next tensor.
-        times: the number of steps.
-        x: the first tensor.
-        variables: the Keras variables that the step reads.
+        step: Maps a tensor to the next tensor.
+        times: The number of steps.
+        x: The first tensor.
+        variables: The Keras variables that the step reads.
     """
     return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
 
@@ -170,8 +170,8 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
     """Return the values of a function, its second result, and the gradient of the sum of the values.
 
     Args:
-        function: maps `x` to one value per row and any structure of tensors.
-        x: the tensor to differentiate with respect to.
+        function: Maps `x` to one value per row and any structure of tensors.
+        x: The tensor to differentiate with respect to.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
@@ -188,11 +188,11 @@ def custom_gradient(
     """Compute one value per row of `x` with a gradient that is computed together with the values.
 
     Args:
-        value_and_gradient: maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
-        hessian_product: maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
+        value_and_gradient: Maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
+        hessian_product: Maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
             shape of `x`.
-        x: shape `(rows, columns)`.
-        *constants: tensors that need no gradient.
+        x: Shape `(rows, columns)`.
+        *constants: Tensors that need no gradient.
 
     Returns:
         Shape `(rows,)`.
@@ -228,10 +228,10 @@ def custom_vjp(
     """Compute values whose gradient another program computes from statistics of the first program.
 
     Args:
-        forward: maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
-        backward: maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
-        inputs: tensors to differentiate with respect to.
-        constants: tensors that need no gradient.
+        forward: Maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
+        backward: Maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
+        inputs: Tensors to differentiate with respect to.
+        constants: Tensors that need no gradient.
 
     Returns:
         Shape `(rows,)`.
@@ -262,7 +262,7 @@ def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     The function is called as it is: nothing in it is changed, so other threads may call it at the same time.
 
     Args:
-        function: maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
+        function: Maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
             casts may follow.
 
     Returns:

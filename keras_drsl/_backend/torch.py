@@ -155,7 +155,7 @@ class _RecordSoftmax(TorchFunctionMode):
     """Record the input and output of each softmax of shape `(batch, C)` that this thread computes.
 
     Attributes:
-        inputs: maps the id of an output to the output and the input. The output is kept, as ids of freed objects are
+        inputs: Maps the id of an output to the output and the input. The output is kept, as ids of freed objects are
             used again.
     """
 

@@ -42,8 +42,8 @@ class BlockPlan(NamedTuple):
     """Say how large the blocks of rows are.
 
     Attributes:
-        cores: how many processor cores work on a block; None for one block of all rows.
-        logits_per_core: how many logits of a block one core works on. The default is 256 KiB in float32: the logits and
+        cores: How many processor cores work on a block; None for one block of all rows.
+        logits_per_core: How many logits of a block one core works on. The default is 256 KiB in float32: the logits and
             what is computed from them stay in the core's cache.
     """
 
@@ -70,13 +70,13 @@ def fused_drs_loss(
     """Compute the loss of each position. It can be differentiated with respect to `logits` any number of times.
 
     Args:
-        class_ids: int32, shape `(...)`, all within `[0, C)`.
-        logits: shape `(..., C)`.
-        scale: the factor of each value and its gradient, shape `(...)`. Where it is 0, both are 0 for arbitrary logits.
-        lam: the strength of the penalty.
+        class_ids: Int32, shape `(...)`, all within `[0, C)`.
+        logits: Shape `(..., C)`.
+        scale: The factor of each value and its gradient, shape `(...)`. Where it is 0, both are 0 for arbitrary logits.
+        lam: The strength of the penalty.
         spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number in [0, 1).
-        plan: the size of the blocks, by default for the running device.
+        label_smoothing: A number in [0, 1).
+        plan: The size of the blocks, by default for the running device.
 
     Returns:
         Shape `(...)`, the dtype of `logits`.
