@@ -147,8 +147,8 @@ class TestSoftmaxInput:
         np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-6)
         compiled = _backend.compile_function(found, model.variables)
         np.testing.assert_allclose(values(compiled(x)), expected, rtol=1e-6)
-        slope = input_gradient(inference(logits), logits.variables, x)
-        np.testing.assert_allclose(input_gradient(found, model.variables, x), slope, rtol=1e-5, atol=1e-6)
+        grad = input_gradient(inference(logits), logits.variables, x)
+        np.testing.assert_allclose(input_gradient(found, model.variables, x), grad, rtol=1e-5, atol=1e-6)
         # The model itself is as it was.
         np.testing.assert_allclose(values(model(x)).sum(axis=1), 1.0, rtol=1e-3)
 

@@ -172,8 +172,8 @@ def custom_gradient(
     @both.defjvp
     def both_forward(primals: Any, tangents: Any) -> Any:
         values, gradient = both(*primals)
-        slope = keras.ops.sum(gradient * tangents[0], axis=-1)
-        return (values, gradient), (slope, hessian_product(*primals, tangents[0]))
+        directional = keras.ops.sum(gradient * tangents[0], axis=-1)
+        return (values, gradient), (directional, hessian_product(*primals, tangents[0]))
 
     # A function of its own: the first derivative needs no second one.
     @jax.custom_jvp

@@ -73,19 +73,28 @@ def to_markdown(report: EvaluationResults) -> str:
 
 def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
-    figure, axes = new_figure()
     steps = {"no attack": report.clean_accuracy} | {
         f"after {attack_label(name)}": accuracy["cumulative"] for name, accuracy in report.accuracy.items()
     }
     left = [100 * share for share in steps.values()]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]
-    bars = axes.barh(list(steps), left, color="#0072B2")
-    axes.barh(list(steps), taken, left=left, color="#0072B2", alpha=0.25)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    figure, axes = new_figure(height=1.4 + 0.45 * len(steps))
+    axes.barh(list(steps), left, color="#0072B2", label="still correct")
+    axes.barh(list(steps), taken, left=left, color="#0072B2", alpha=0.25, label="misled by this attack")
+    for index, (share, loss) in enumerate(zip(left, taken, strict=True)):
+        # Beyond both bars, so that no edge crosses the number.
+        axes.annotate(f"{share:.1f}", (share + loss, index), (5, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="accuracy (%)", xlim=(0, 115), xticks=range(0, 101, 20))
     settings = report.settings
-    axes.set(xlabel="accuracy (%)", xlim=(0, 110))
-    axes.set_title(f"{norm_label(settings['norm'])}, eps {settings['eps']:.4g}, {report.num_examples} examples")
+    doubt = "" if report.trustworthy else "\nNOT TRUSTWORTHY: a check failed"
+    axes.set_title(
+        f"suite {settings['suite']}, {norm_label(settings['norm'])}, eps {settings['eps']:.4g}, "
+        f"{report.num_examples} examples{doubt}",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 

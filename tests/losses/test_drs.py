@@ -443,8 +443,8 @@ class TestBadInput:
         program = compiled(lambda y, z: drs_loss(y, z, from_logits=True))
         got = values(program(ops.convert_to_tensor(y), ops.convert_to_tensor(z)))
         assert np.array_equal(np.isnan(got), np.arange(6) == 3)
-        slope = gradient(lambda z: program(ops.convert_to_tensor(y), z), z)
-        assert np.array_equal(np.isnan(slope).any(axis=1), np.arange(6) == 3)
+        grad = gradient(lambda z: program(ops.convert_to_tensor(y), z), z)
+        assert np.array_equal(np.isnan(grad).any(axis=1), np.arange(6) == 3)
 
     @pytest.mark.parametrize(("dtype", "classes"), [("float16", 3000), ("bfloat16", 300)])
     def test_labels_of_too_small_a_dtype_are_an_error(self, dtype, classes):

@@ -169,10 +169,10 @@ def test_ignored_positions_have_no_influence(name, ignore_class, labels):
     y = (ids[..., None] == np.arange(5)).astype("float32") if labels == "one_hot" else ids
     loss = case.make(from_logits=True, ignore_class=ignore_class)
     np.testing.assert_allclose(values(loss(y, z)), expected, rtol=1e-5)
-    slope = gradient(lambda z: loss(y, z), z)
-    assert np.all(slope[ignored] == 0)
-    assert np.all(np.isfinite(slope))
-    assert np.any(slope[~ignored] != 0)
+    grad = gradient(lambda z: loss(y, z), z)
+    assert np.all(grad[ignored] == 0)
+    assert np.all(np.isfinite(grad))
+    assert np.any(grad[~ignored] != 0)
 
 
 @each_loss

@@ -50,9 +50,9 @@ def test_eager_program_equals_the_formula(plan):
     z, ids = draw()
     loop = lambda z: reference.each(reference.drs_loss, reference.one_hot(ids, 6), z)
     inputs = map(ops.convert_to_tensor, (z, ids, np.ones(7, "float32"), np.float32(0.3)))
-    got, slope = fused.value_and_gradient(0.0, plan, *inputs)
+    got, grad = fused.value_and_gradient(0.0, plan, *inputs)
     np.testing.assert_allclose(values(got), loop(z), rtol=1e-5)
-    np.testing.assert_allclose(values(slope), reference.gradient(loop, z), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values(grad), reference.gradient(loop, z), rtol=1e-4, atol=1e-5)
 
 
 @each_plan
@@ -63,13 +63,13 @@ def test_scale_multiplies_rows_and_0_masks_them(plan):
     kept = [0, 1, 4, 6]
     expected = reference.each(reference.drs_loss, reference.one_hot(ids[kept], 6), z[kept]) * scale[kept]
     got = values(loss(ids, z, scale, plan=plan))
-    slope = gradient(lambda z: loss(ids, z, scale, plan=plan), z)
+    grad = gradient(lambda z: loss(ids, z, scale, plan=plan), z)
     np.testing.assert_allclose(got[kept], expected, rtol=1e-5)
     assert got[2] == got[5] == 0
-    assert np.all(slope[[2, 5]] == 0)
+    assert np.all(grad[[2, 5]] == 0)
     assert np.isnan(got[3])
-    assert np.all(np.isnan(slope[3]))
-    assert np.all(np.isfinite(slope[kept]))
+    assert np.all(np.isnan(grad[3]))
+    assert np.all(np.isfinite(grad[kept]))
 
 
 @each_plan
@@ -96,10 +96,10 @@ def test_second_derivative_equals_the_formula(plan, kind):
     vector = np.random.default_rng(1).normal(size=z.shape).astype("float32")
     weights = np.linspace(0.5, 2, 7).astype("float32")
     y = reference.one_hot(ids, 6)
-    slope = lambda z: reference.gradient(
+    grad = lambda z: reference.gradient(
         lambda z: weights * reference.each(reference.drs_loss, y, z, kind=kind), z, step=1e-4
     )
-    expected = (slope(z + 1e-3 * vector) - slope(z - 1e-3 * vector)) / 2e-3
+    expected = (grad(z + 1e-3 * vector) - grad(z - 1e-3 * vector)) / 2e-3
     total = lambda z: ops.sum(loss(ids, z, spread=kind, plan=plan) * weights)
     if BACKEND == "jax":
         import jax
@@ -126,8 +126,8 @@ def test_equal_logits_far_below_the_true_one_are_exact(classes):
     ids = np.array([5, 5], "int32")
     exact = classes * np.exp(-20.3)  # the cross-entropy, and the sum of its gradient over the non-true logits
     np.testing.assert_allclose(values(loss(ids, z)), exact, rtol=0.1, atol=1e-5)
-    slope = np.delete(gradient(lambda z: loss(ids, z), z)[0].astype("float64"), 5)
-    np.testing.assert_allclose(slope.sum(), exact, rtol=0.1, atol=1e-4)
+    grad = np.delete(gradient(lambda z: loss(ids, z), z)[0].astype("float64"), 5)
+    np.testing.assert_allclose(grad.sum(), exact, rtol=0.1, atol=1e-4)
 
 
 def test_takes_an_empty_batch():
@@ -188,8 +188,8 @@ def test_forward_mode_equals_the_gradient():
 
     z, ids = draw()
     vector = np.random.default_rng(1).normal(size=z.shape).astype("float32")
-    _, slope = jax.jvp(lambda z: ops.sum(loss(ids, z)), (z,), (vector,))
-    np.testing.assert_allclose(slope, np.sum(gradient(lambda z: loss(ids, z), z) * vector), rtol=1e-4)
+    _, grad = jax.jvp(lambda z: ops.sum(loss(ids, z)), (z,), (vector,))
+    np.testing.assert_allclose(grad, np.sum(gradient(lambda z: loss(ids, z), z) * vector), rtol=1e-4)
 
 
 def test_is_used_for_class_ids_and_logits_of_many_classes():

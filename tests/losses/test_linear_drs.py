@@ -37,9 +37,9 @@ def test_value_and_gradients_equal_the_dense_ones(chunk_size, kind, label_smooth
     inputs = [features, kernel, bias]
     for i in range(3):
         arguments = lambda x: [*inputs[:i], x, *inputs[i + 1 :]]
-        slope = gradient(lambda x: loss(*map(ops.convert_to_tensor, arguments(x))), inputs[i])
+        grad = gradient(lambda x: loss(*map(ops.convert_to_tensor, arguments(x))), inputs[i])
         loop = reference.gradient(lambda x: expected_loss(ids, *arguments(x), **options), inputs[i])
-        np.testing.assert_allclose(slope, loop, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(grad, loop, rtol=1e-3, atol=1e-4)
 
 
 @needs_xla
@@ -92,9 +92,9 @@ def test_half_precision_is_accumulated_in_float32(dtype):
     rounded = [values(ops.cast(x, "float32")) for x in half]
     expected = expected_loss(ids, *rounded)
     np.testing.assert_allclose(values(linear_drs_loss(ids, *half, chunk_size=4)), expected, rtol=1e-5)
-    slope = gradient(lambda x: linear_drs_loss(ids, x, *half[1:], chunk_size=4), half[0], dtype)
+    grad = gradient(lambda x: linear_drs_loss(ids, x, *half[1:], chunk_size=4), half[0], dtype)
     loop = gradient(lambda x: linear_drs_loss(ids, x, *rounded[1:], chunk_size=4), rounded[0])
-    np.testing.assert_allclose(slope.astype("float32"), loop, rtol=2e-2, atol=1e-1)
+    np.testing.assert_allclose(grad.astype("float32"), loop, rtol=2e-2, atol=1e-1)
 
 
 @needs_xla
@@ -104,10 +104,10 @@ def test_ignored_positions_are_zero():
     features[1] = np.nan
     kept = ids >= 0
     loss = lambda x: linear_drs_loss(ids, x, kernel, bias, chunk_size=4, ignore_class=-1)
-    got, slope = values(loss(features)), gradient(loss, features)
+    got, grad = values(loss(features)), gradient(loss, features)
     np.testing.assert_allclose(got[kept], expected_loss(ids[kept], features[kept], kernel, bias), rtol=1e-5)
     assert np.all(got[~kept] == 0)
-    assert np.all(slope[~kept] == 0)
+    assert np.all(grad[~kept] == 0)
     slope_of_kernel = gradient(lambda x: linear_drs_loss(ids, features, x, bias, chunk_size=4, ignore_class=-1), kernel)
     assert np.all(np.isfinite(slope_of_kernel))
 

@@ -18,8 +18,8 @@ OPTIONS = {"lam": 0.2, "start": 1, "end": 3}
 def test_batch_mean_is_the_sum_of_the_authors():
     z, ids, one_hot = draw((4, 7, 6))
     # Mean cross-entropy, and the penalty summed over all tokens, by sorting.
-    rivals = np.sort(np.where(one_hot > 0, -np.inf, z.astype("float64")), axis=-1)[..., ::-1]
-    a = rivals[..., 1:3].mean(-1).ravel()
+    others = np.sort(np.where(one_hot > 0, -np.inf, z.astype("float64")), axis=-1)[..., ::-1]
+    a = others[..., 1:3].mean(-1).ravel()
     penalty = -(a - math.log(np.exp(a).sum())).sum()
     expected = reference.each(reference.cross_entropy, one_hot, z).mean() + 0.2 * penalty
     np.testing.assert_allclose(values(PRSLoss(**OPTIONS, from_logits=True)(ids, z)), expected, rtol=1e-5)
@@ -106,12 +106,12 @@ def test_gradient_of_equal_logits_has_the_right_sum():
     # The non-true logits are all 1 in the first token and all 3 in the second, so their means are 1 and 3.
     z = np.array([[0, 1, 1, 1, 1], [3, 0, 3, 3, 3]], "float32")
     loss = lambda lam: gradient(lambda z: PRSLoss(lam, end=2, from_logits=True, reduction="sum")([0, 1], z), z)
-    slope = loss(1.0) - loss(0.0)
+    grad = loss(1.0) - loss(0.0)
     share = np.exp([1.0, 3.0]) / np.exp([1.0, 3.0]).sum()
     # d/da_i of -N sum_j log_softmax(a)_j, with N = 2.
-    np.testing.assert_allclose(slope.sum(1), -2 * (1 - 2 * share), rtol=1e-5)
-    assert np.all(slope[[0, 1], [0, 1]] == 0)
-    assert np.all(slope[0] * np.sign(slope[0].sum()) >= 0)
+    np.testing.assert_allclose(grad.sum(1), -2 * (1 - 2 * share), rtol=1e-5)
+    assert np.all(grad[[0, 1], [0, 1]] == 0)
+    assert np.all(grad[0] * np.sign(grad[0].sum()) >= 0)
 
 
 @on_tensorflow
