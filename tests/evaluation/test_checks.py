@@ -71,6 +71,16 @@ def test_a_check_that_raises_an_error_has_failed(new_check):
     assert "RuntimeError: no" in checks["breaks_down"].message
     assert report.num_examples == 60
 
+    def fails(context):
+        raise RuntimeError("cannot tell")
+
+    @new_check(suites=["quick"], applies=fails)
+    def cannot_tell(context):
+        raise AssertionError
+
+    checks, _ = checks_of(linear_model(), suite="quick")
+    assert "RuntimeError: cannot tell" in checks["cannot_tell"].message
+
 
 def test_a_random_model_is_seen():
     checks, report = checks_of(keras.Sequential([keras.Input((4,)), Random(), linear_model()]), suite="quick")
