@@ -68,7 +68,7 @@ class SoftmaxDiversity(keras.metrics.Mean):
     - `measure="variance"`: `sum_k w_k (v_k - m)^2 / n`. Multiplied by `C - 1`, it is the default `r` of `DRSLoss`.
     - `measure="std"`: the square root of each sample's variance, in units of `v`.
     - `measure="entropy"`: `-sum_k q_k log q_k / log(C - 1)`. For one-hot labels it is in [0, 1]: 1 when the non-true
-      classes have equal probabilities, 0 when one class has all of it. Less entropy is more diversity.
+      classes have equal probabilities, 0 when all but one have probability 0. Less entropy is more diversity.
 
     with
 

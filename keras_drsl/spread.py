@@ -1,4 +1,4 @@
-"""Measure how much the softmax values of the non-true classes differ. Losses train on it and the metric logs it.
+"""Measure how much the softmax values of the non-true classes differ. Losses reduce this spread, the metric logs it.
 
 Symbols, for logits `z` of shape `(..., C)` and labels `y` of the same shape (one-hot or any label distribution):
 
@@ -67,7 +67,7 @@ def spread(values: Tensor, y_true: Tensor, *, kind: str = "sum_of_squares") -> T
     """
     weights = 1.0 - y_true
     count = ops.sum(weights, axis=-1)
-    # Equal values become exactly 0 when one of them is subtracted, so they lose nothing to rounding.
+    # When one of several equal values is subtracted from all, the differences are exactly 0, without rounding errors.
     values = values - _largest_non_true(values, weights)
     mean = ops.sum(weights * values, axis=-1, keepdims=True) / ops.expand_dims(count, -1)
     squares = ops.sum(weights * ops.square(values - mean), axis=-1)

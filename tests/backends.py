@@ -1,4 +1,4 @@
-"""Provide what a test needs of the running backend."""
+"""Provide the helpers of tests that depend on the running backend."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""TensorFlow. The docstrings here hold for the functions of the same names in `jax.py` and `torch.py` too."""
+"""Define the functions of `_backend` for TensorFlow. Their docstrings hold for `jax.py` and `torch.py` too."""
 
 from collections.abc import Callable
 from functools import partial
@@ -103,7 +103,7 @@ def compile_function(
         ]
         key = tuple(tf.nest.flatten(signature))
         if key not in programs:
-            # Without XLA: TensorFlow's own convolutions are several times faster on a processor.
+            # Not compiled by XLA: on a processor, TensorFlow's own convolutions are several times faster.
             programs[key] = tf.function(function, input_signature=signature, autograph=False)
         return programs[key](*arguments)
 
@@ -161,7 +161,7 @@ def per_replica_value(x: Any) -> Any:
 def bucket_size(rows: int) -> int:
     """Return how many rows a call of a `compile_function` program should have to hold `rows`.
 
-    JAX compiles a program again for each number of rows, so there only few numbers are used.
+    JAX compiles a program again for each number of rows, so on JAX this function returns only a few different numbers.
     """
     return rows
 
@@ -202,7 +202,7 @@ def custom_gradient(
     # silently be zero.
     @tf.custom_gradient
     def differentiable(x: Tensor) -> Any:
-        # Nor may it try to: XLA compiles operations that have no derivative there.
+        # It must not try to: some operations that XLA compiles have no derivative there.
         values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *constants)))
 
         @tf.custom_gradient

@@ -1,4 +1,4 @@
-"""Provide the base class of all losses, and what their formulas share."""
+"""Provide the base class of all losses, and the functions that their formulas share."""
 
 import re
 from typing import Any, ClassVar
@@ -132,7 +132,7 @@ class ClassificationLoss(keras.losses.Loss):
         return mask_ignored(self._weighted_values(inputs, given.get("sample_weight")), inputs, self.ignore_class)
 
     def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
-        """Compute the formula for sample weights, which are known only where `__call__` of a subclass passes them."""
+        """Compute the formula with sample weights. They are None unless a subclass passes them from `__call__`."""
         return self.values(inputs)
 
     def get_config(self) -> dict[str, Any]:
@@ -142,12 +142,12 @@ class ClassificationLoss(keras.losses.Loss):
 
 
 def _as_dict(y_true: Any) -> dict[str, Tensor]:
-    """Return the labels, with all that `__call__` has added to them because Keras does not pass it to `call`."""
+    """Return the labels, and the other values that `__call__` has added because Keras does not pass them to `call`."""
     return y_true if isinstance(y_true, dict) else {"y_true": ops.convert_to_tensor(y_true)}
 
 
 def mask_ignored(values: Tensor, inputs: LossInputs, ignore_class: int | None) -> Tensor:
-    """Set the values of ignored positions to 0. For `ignore_class`, also set a Keras mask, as Keras does not know it.
+    """Set the values of ignored positions to 0. With `ignore_class`, also set the Keras mask.
 
     Args:
         values: One value per position, shape `(...)`.

@@ -26,12 +26,13 @@ from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl.predictions import LossInputs
 
-# From how many classes on the one pass is used. With fewer classes, several short rows cannot be computed at a time. At
-# 10 classes the formula is as fast for small batches, needs no separate compilation, and is faster for large batches in
-# a training step that XLA compiles as a whole.
+# The one pass is used for this many classes or more. With 10 classes, the formula as it is written is as fast for small
+# batches, needs no separate compilation, and is faster for large batches in a training step that XLA compiles as a
+# whole.
 MIN_CLASSES = 64
 
-# The non-true logits of this many classes give a value near all of them. See `_value_and_gradient_of_rows`.
+# Deviations are measured from the mean of the non-true logits among the first classes, this many. See
+# `_value_and_gradient_of_rows`.
 NEARBY_CLASSES = 64
 
 # A block holds at most this share of all rows, or memory would grow with the number of cores.
@@ -39,7 +40,7 @@ LARGEST_SHARE = 1 / 128
 
 
 class BlockPlan(NamedTuple):
-    """Say how large the blocks of rows are.
+    """Set the size of the blocks of rows.
 
     Attributes:
         cores: How many processor cores work on a block; None for one block of all rows.
@@ -52,7 +53,7 @@ class BlockPlan(NamedTuple):
 
 
 def should_fuse(inputs: LossInputs, lam: float, space: str) -> bool:
-    """Return whether the one pass can compute the loss and is faster: XLA compiles it, and the rows are long enough."""
+    """Return whether to compute the loss in one pass: whether the formula allows it, XLA exists and rows are long."""
     supported = _backend.HAS_XLA and inputs.sparse and inputs.from_logits and space == "log_softmax"
     return supported and lam > 0 and inputs.scores.shape[-1] >= MIN_CLASSES
 

@@ -94,7 +94,7 @@ class PRSLoss(ClassificationLoss):
 
     Note:
 
-    - The value of a token depends on the other tokens of its batch. Two batches give another loss than both
+    - The value of a token depends on the other tokens of its batch. The loss of two batches is not the loss of both
       together. Each replica of `tf.distribute` has a penalty over its own tokens, and the loss is the mean over
       replicas, as with batch normalization. Under `keras.distribution` on JAX the penalty is over all devices.
     - Tokens under a Keras mask or of `ignore_class` have no influence. If no token is left, the loss is 0.
