@@ -25,6 +25,7 @@ def public_definitions(module):
     return names
 
 
+@pytest.mark.short
 def test_all_backends_define_the_same_functions():
     tensorflow = public_definitions("tensorflow")
     assert public_definitions("jax") == tensorflow
@@ -135,6 +136,7 @@ def input_gradient(function, variables, x):
     return values(_backend.compile_function(program, variables)(x))
 
 
+@pytest.mark.short
 class TestSoftmaxInput:
     @pytest.mark.parametrize("name", SOFTMAX_MODELS)
     def test_returns_the_logits_and_their_gradient(self, name):

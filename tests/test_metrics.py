@@ -21,6 +21,7 @@ def compiled_model(**options):
     return model, *small_data(19)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("space", ["log_softmax", "softmax"])
 @pytest.mark.parametrize("measure", MEASURES)
 def test_equals_the_mean_of_the_formula(measure, space):
@@ -65,6 +66,7 @@ def test_sample_weights_multiply_in_the_mean(weights_shape, ignore_class):
     np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-5)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ignore_class", [None, 1, -1])
 def test_masked_and_ignored_positions_do_not_count(ignore_class, weighted):

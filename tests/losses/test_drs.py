@@ -65,6 +65,7 @@ class TestValue:
         expected = reference.each(reference.spread, one_hot, z)
         np.testing.assert_allclose(with_penalty - without, expected, rtol=1e-4)
 
+    @pytest.mark.short
     def test_takes_integer_predictions(self):
         expected = reference.each(reference.drs_loss, [[1, 0, 0]], [[3, 1, 2]])
         np.testing.assert_allclose(values(drs_loss([0], [[3, 1, 2]], from_logits=True)), expected, rtol=1e-5)
@@ -302,6 +303,7 @@ class TestMasks:
 
 
 class TestInKeras:
+    @pytest.mark.short
     def test_fit_with_a_softmax_is_the_same_in_every_mode(self):
         x, y = small_data(18)
         results = []

@@ -136,6 +136,7 @@ def test_gradient_equals_central_differences(name, labels):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.short
 @each_loss
 def test_is_finite_for_equal_and_large_logits(name):
     z = np.array([[0, 0, 0, 0], [7, 7, 7, 7], [1e4, -1e4, 0, 0], [-1e4, 1e4, 1e4, 0], [1e4, 1e4, 1e4, 1e4]], "float32")
@@ -183,6 +184,7 @@ def test_is_zero_when_all_positions_are_ignored(name):
     np.testing.assert_array_equal(gradient(lambda z: loss(np.full(6, 9), z), z), np.zeros_like(z))
 
 
+@pytest.mark.short
 @each_loss
 @pytest.mark.parametrize("ignore_class", [None, 1])
 def test_masked_positions_have_no_influence(name, ignore_class):
@@ -314,6 +316,7 @@ def test_errors_name_arguments_out_of_range(name):
         case.make(reduction="average")
 
 
+@pytest.mark.short
 @each_loss
 def test_wrong_labels_are_an_error_or_nan(name):
     z, ids, _ = draw()

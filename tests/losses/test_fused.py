@@ -32,6 +32,7 @@ def loss(ids, z, scale=None, lam=0.3, spread="sum_of_squares", label_smoothing=0
     return fused_drs_loss(*tensors, lam=lam, spread=spread, label_smoothing=label_smoothing, plan=plan)
 
 
+@pytest.mark.short
 @each_plan
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["sum_of_squares", "variance"])

@@ -42,6 +42,7 @@ def test_value_and_gradients_equal_the_dense_ones(chunk_size, kind, label_smooth
         np.testing.assert_allclose(grad, loop, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.short
 @needs_xla
 def test_takes_several_axes_and_no_bias():
     features, kernel, _, ids = draw((2, 3))
