@@ -10,6 +10,8 @@ from keras_drsl import ThreatModel
 from keras_drsl.threat import project, steepest_ascent
 from tests.backends import values
 
+pytestmark = pytest.mark.short
+
 
 def points(count=30):
     rng = np.random.default_rng(0)
