@@ -36,19 +36,21 @@ def main(arguments=None):
     for name, path in paths.items():
         model = keras.models.load_model(path, compile=False)
         reports[name] = evaluate(model, x, y, out / f"robustness_{path.stem}.json", args)
-        radii = [factor * args.eps for factor in CURVE]
-        options = {"attacks": ["apgd_ce", "apgd_t_margin"], "suite": "quick", "checks": []}
-        curves[name] = keras_drsl.robustness_curve(
-            model, x, y, eps=radii, max_samples=args.max_images, verbose=0, **options
-        )
-        print(f"\n{name}\n{reports[name]}\n\n{curves[name]}")
+        print(f"\n{name}\n{reports[name]}")
+        if args.curve:
+            radii = [factor * args.eps for factor in CURVE]
+            options = {"attacks": ["apgd_ce", "apgd_t_margin"], "suite": "quick", "checks": []}
+            curves[name] = keras_drsl.robustness_curve(
+                model, x, y, eps=radii, max_samples=args.max_images, verbose=0, **options
+            )
+            print(f"\n{curves[name]}")
     table = side_by_side(reports)
     print("\n" + table)
     (out / "robustness.md").write_text(table)
-    first, *others = curves
-    others = {name: curves[name] for name in others}
-    curves[first].plot(out / "robustness.png", label=first, others=others, overwrite=True)
-    print(f"Written: {out / 'robustness.md'}, {out / 'robustness.png'} and the reports beside them")
+    if curves:
+        (first, curve), *others = curves.items()
+        curve.plot(out / "robustness.png", label=first, others=dict(others), overwrite=True)
+    print(f"Written: {out / 'robustness.md'}, the reports and the picture beside it")
 
 
 def train_models(train, out, epochs):
@@ -107,6 +109,7 @@ def parse_arguments(arguments):
     parser.add_argument("--suite", choices=("quick", "cleverhans", "standard"), default="standard")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of the training")
     parser.add_argument("--max-images", type=int, help="how many test images, the first ones; by default all")
+    parser.add_argument("--no-curve", dest="curve", action="store_false", help="leave out the curve and its picture")
     parser.add_argument("--out", default="runs", help="folder for models, reports, table and picture")
     args = parser.parse_args(arguments)
     if not 0 < args.eps <= 1:
