@@ -11,7 +11,7 @@ demo: .venv/examples
 
 # All behaviour on TensorFlow.
 test: .venv/test
-	$(BIN)/python -m pytest --cov --cov-report= --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report= --durations=15
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --fail-under=100 --include='keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py'
 

@@ -27,9 +27,11 @@ def _fail_if_required(report):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """Look at the outcome of each test."""
     return _fail_if_required((yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
+    """Look at test files that were skipped as a whole."""
     return _fail_if_required((yield))

@@ -38,7 +38,7 @@ class Formula(keras_drsl.DRSLoss):
     """DRSLoss by automatic differentiation of the formula."""
 
     def call(self, y_true, y_pred):
-        should_fuse, fused.should_fuse = fused.should_fuse, lambda num_classes: False
+        should_fuse, fused.should_fuse = fused.should_fuse, lambda *arguments: False
         try:
             return super().call(y_true, y_pred)
         finally:

@@ -1,14 +1,14 @@
 """Train with cross-entropy and with DRSLoss, with and without noise on the inputs, and attack all four models.
 
-What it shows: changing the loss in `model.compile` makes a classifier harder to attack, noise on the inputs while
-training does too, and the two add up.
+It shows that changing the loss in `model.compile` makes a classifier harder to attack, that noise on the inputs during
+training does too, and that the two effects add up. The models are attacked by three attacks of cleverhans. Beside them
+stands the package's own evaluation of the first seed, which is stronger.
 
-What you should see: a table with one row a model. At the given `--eps`, the worst case of three cleverhans attacks is
-clearly higher for DRSLoss, at the same clean accuracy and training time. The weaker the attack, the larger the gap
-looks: believe the worst case.
+Expected: one row per model. At `--eps`, the worst case is clearly higher for DRSLoss, at the same clean accuracy and
+training time. Weak attacks show a larger gap than strong ones: believe the worst case.
 
-How long: about four minutes on two cores for the default, scikit-learn's digits (1,797 images, no download). MNIST
-and CIFAR-10 come through tensorflow-datasets and take longer.
+On two cores: under four minutes for scikit-learn's digits (1,797 images, no download). MNIST and CIFAR-10 are loaded by
+tensorflow-datasets and take longer.
 
     python examples/fit.py
     python examples/fit.py --dataset mnist --epochs 4 --eps 0.1 --seeds 1
@@ -16,29 +16,30 @@ and CIFAR-10 come through tensorflow-datasets and take longer.
 
 import argparse
 import json
-import math
-import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import keras
 import numpy as np
-import records
+from keras import layers
 
 import keras_drsl
+from keras_drsl import datasets
 from keras_drsl.attacks import cleverhans
-from keras_drsl.evaluation import datasets
+from keras_drsl.models import Classifier
+from keras_drsl.plotting import loss_color, new_figure
 
-# What the arguments default to: the noise's standard deviation and the attack's radius are in units of the input range.
+# Noise is the standard deviation, eps the radius of the attacks, both in units of the input range [0, 1].
 DEFAULTS = {
     "digits": {"epochs": 30, "batch_size": 64, "eps": 0.15, "noise": 0.15},
     "mnist": {"epochs": 4, "batch_size": 128, "eps": 0.1, "noise": 0.3},
     "cifar10": {"epochs": 10, "batch_size": 128, "eps": 2 / 255, "noise": 0.05},
 }
-# On these models more starts find more than more steps do.
-STEPS, RESTARTS, CURVE_RESTARTS = 20, 10, 2
-CURVE = (1 / 3, 2 / 3, 1, 4 / 3)  # the radii of the figure, in units of --eps
+STEPS, RESTARTS = 20, 10  # of PGD: more restarts find more on these models than more steps do
+CURVE = (0, 1 / 3, 2 / 3, 1, 4 / 3)  # the radii of the picture, in units of --eps
+LOSSES = {"ce": "cross-entropy", "drs": "DRSLoss"}
 COLUMNS = {
     "clean": "clean accuracy",
     "diversity": "diversity",
@@ -46,37 +47,46 @@ COLUMNS = {
     "pgd_ce": "PGD on CE",
     "pgd_margin": "PGD on margin",
     "worst_case": "worst case",
-    "epoch_seconds": "s an epoch",
+    "standard": "suite standard, seed 0",
+    "epoch_seconds": "s per epoch",
 }
 
 
-def main():
-    args = parse_arguments()
-    out = prepare_output(args)
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    stem = Path(args.out) / f"fit_{args.dataset}"
+    if stem.with_suffix(".json").exists() and not args.overwrite:
+        sys.exit(f"{stem}.json exists. Give another --out, or --overwrite to replace it.")
     try:
         train, test = datasets.load(args.dataset, args.data_dir)
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
     test = tuple(values[: args.max_images] for values in test)
+    (stem.parent / "models").mkdir(parents=True, exist_ok=True)
 
+    # One model holds the weights of each trained model in turn, so that the attacks are compiled only once.
+    attacked = build_model(train[0].shape[1:], noise=0)
+    logits = Classifier(keras.Model(attacked.inputs[0], attacked.get_layer("logits").output))
     rows = []
     for noise in dict.fromkeys((0.0, args.noise)):
-        for loss in ("ce", "drs") if args.loss == "both" else (args.loss,):
-            runs = [fit_and_attack(loss, noise, seed, train, test, args, out) for seed in range(args.seeds)]
+        for loss in LOSSES:
+            runs = [run(loss, noise, seed, (train, test), (attacked, logits), args) for seed in range(args.seeds)]
             rows.append({"loss": loss, "noise": noise, "runs": runs})
-
     table = make_table(rows, args, len(test[0]))
-    print(table)
-    stem = out / f"fit_{args.dataset}"
+    print("\n" + table)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "overwrite")}
+    versions = {package: version(package) for package in ("keras-drsl", "keras", "tensorflow", "cleverhans", "numpy")}
+    record = {"command": command(settings), "settings": settings, "versions": versions, "rows": rows}
     stem.with_suffix(".md").write_text(table)
-    stem.with_suffix(".json").write_text(json.dumps(describe(args, len(test[0])) | {"rows": rows}, indent=1))
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     plot(rows, args, stem)
-    print(f"Written: {stem}.md, .json, .png, {stem}_rivals.png and the models in {out / 'models'}")
+    print(f"Written: {stem}.md, .json, .png, {stem}_rivals.png and the models in {stem.parent / 'models'}")
 
 
-def fit_and_attack(loss, noise, seed, train, test, args, out):
-    """Train one model, save it, attack it; returns its row for one seed."""
-    print(f"\n{args.dataset}: loss={loss} noise={noise:g} seed={seed}")
+def run(loss, noise, seed, data, attacked, args):
+    """Train one model, save it, attack it, and return its figures."""
+    print(f"\n{args.dataset}: {LOSSES[loss]}, noise {noise:g}, seed {seed}", flush=True)
+    train, test = data
     keras.utils.set_random_seed(seed)
     model = build_model(train[0].shape[1:], noise)
     model.compile(
@@ -84,204 +94,152 @@ def fit_and_attack(loss, noise, seed, train, test, args, out):
         loss=keras_drsl.DRSLoss(lam=args.lam) if loss == "drs" else "sparse_categorical_crossentropy",
         metrics=["accuracy", keras_drsl.SoftmaxDiversity()],
     )
-    timer = EpochTimer()
-    model.fit(*train, epochs=args.epochs, batch_size=args.batch_size, callbacks=[timer])
-    model.save(out / "models" / f"fit_{args.dataset}_{loss}_noise{noise:g}_seed{seed}.keras")
+    ends = [time.perf_counter()]
+    timer = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
+    model.fit(*train, epochs=args.epochs, batch_size=args.batch_size, callbacks=[timer], verbose=0)
+    model.save(Path(args.out) / "models" / f"fit_{args.dataset}_{loss}_noise{noise:g}_seed{seed}.keras")
 
-    logits_model = keras.Model(model.inputs[0], model.get_layer("logits").output)
     clean = model.evaluate(*test, verbose=0, return_dict=True)
-    accuracy, _ = attack(logits_model, *test, args.eps, restarts=RESTARTS, seed=seed)
-    row = {
+    attacked[0].set_weights(model.get_weights())
+    figures = {
         "seed": seed,
         "clean": clean["accuracy"],
         "diversity": clean["softmax_diversity"],
-        "epoch_seconds": float(np.median(timer.seconds)),
-        **accuracy,
+        "epoch_seconds": float(np.median(np.diff(ends))),
+        **attack(attacked[1], *test, args.eps, seed),
     }
     if seed == 0:
-        row["curve"] = robustness_curve(logits_model, *test, args.eps)
-        row["rivals"] = sorted_rivals(logits_model, *test)
-    return row
+        figures |= evaluate(model, *test, args.eps)
+    print({name: round(value, 3) for name, value in figures.items() if name in COLUMNS}, flush=True)
+    return figures
 
 
-class EpochTimer(keras.callbacks.Callback):
-    """Wall-clock seconds of each epoch."""
+def attack(classifier, x, y, eps, seed):
+    """Return the accuracy under each attack of cleverhans, and in the worst case.
 
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
+    An image that is misclassified without an attack counts as broken.
+    """
+    options = {"steps": STEPS, "restarts": RESTARTS, "seed": seed}
+    attacks = {
+        "fgm": cleverhans.FastGradientMethod(eps),
+        "pgd_ce": cleverhans.ProjectedGradientDescent(eps, loss="ce", **options),
+        "pgd_margin": cleverhans.ProjectedGradientDescent(eps, loss="margin", **options),
+    }
+    withstood = {
+        name: np.concatenate(
+            [
+                classifier.logits(run_attack(classifier, x[start : start + 500], y[start : start + 500])).argmax(1)
+                for start in range(0, len(x), 500)
+            ]
+        )
+        == y
+        for name, run_attack in attacks.items()
+    }
+    worst_case = np.all(list(withstood.values()), axis=0)
+    return {name: float(images.mean()) for name, images in {**withstood, "worst_case": worst_case}.items()}
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.start)
+def evaluate(model, x, y, eps):
+    """Return the robust accuracy by the suite "standard", a curve over eps, and the sorted wrong classes."""
+    report = keras_drsl.evaluate_robustness(model, x, y, eps=eps, checks="quick", verbose=0)
+    radii = [factor * eps for factor in CURVE]
+    curve = keras_drsl.robustness_curve(model, x, y, eps=radii, suite="quick", checks=[], verbose=0)
+    p = model.predict(x, batch_size=500, verbose=0).astype("float64")
+    wrong = np.log(np.maximum(p, 1e-30))[np.arange(p.shape[1]) != y[:, None]].reshape(len(y), -1)
+    return {
+        "standard": report.robust_accuracy,
+        "curve": [list(point) for point in zip(curve.eps, curve.accuracy, strict=True)],
+        "rivals": (-np.sort(-wrong, axis=1)).mean(axis=0).tolist(),
+    }
 
 
 def build_model(shape, noise):
-    """A small CNN with a softmax head and a named layer of logits, for the attacks."""
-    pools = [2, 2] if shape[0] > 16 else [1, 2]
-    layers = [keras.Input(shape)]
-    if noise > 0:
-        layers.append(keras.layers.GaussianNoise(noise))
-    for filters, pool in zip((32, 64), pools, strict=True):
-        layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu"), keras.layers.MaxPooling2D(pool)]
-    layers += [
-        keras.layers.Flatten(),
-        keras.layers.Dense(128, activation="relu"),
-        keras.layers.Dense(10, name="logits"),
-        keras.layers.Softmax(),
+    """Return two convolutions and two dense layers; small images are pooled only once."""
+    pools = (2, 2) if shape[0] > 16 else (1, 2)
+    convolutions = [
+        layer
+        for filters, pool in zip((32, 64), pools, strict=True)
+        for layer in (layers.Conv2D(filters, 3, padding="same", activation="relu"), layers.MaxPooling2D(pool))
     ]
-    return keras.Sequential(layers)
-
-
-def attack(logits_model, x, y, eps, *, restarts, seed=0):
-    """Accuracy under each attack and in the worst case, and which images withstand all.
-
-    An image the model gets wrong without an attack counts as broken.
-    """
-    knobs = {"steps": STEPS, "restarts": restarts, "seed": seed}
-    attacks = {
-        "fgm": cleverhans.FastGradientMethod(eps),
-        "pgd_ce": cleverhans.ProjectedGradientDescent(eps, loss="ce", **knobs),
-        "pgd_margin": cleverhans.ProjectedGradientDescent(eps, loss="margin", **knobs),
-    }
-    right = is_right(logits_model, x, y)
-    worst_case = right.copy()
-    accuracy = {}
-    for name, one in attacks.items():
-        withstood = right.copy()
-        for start in range(0, len(x), 500):
-            batch = slice(start, start + 500)
-            x_adv = one(logits_model, x[batch], y[batch])
-            if np.abs(x_adv - x[batch]).max() > eps + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
-                raise AssertionError(f"{name} left the ball of radius {eps} or the range [0, 1]")
-            withstood[batch] &= is_right(logits_model, x_adv, y[batch])
-        accuracy[name] = float(withstood.mean())
-        worst_case &= withstood
-    return accuracy | {"worst_case": float(worst_case.mean())}, worst_case
-
-
-def is_right(logits_model, x, y):
-    batches = [logits_model.predict_on_batch(x[start : start + 500]) for start in range(0, len(x), 500)]
-    return np.concatenate(batches).argmax(axis=-1) == y
-
-
-def robustness_curve(logits_model, x, y, eps):
-    """Worst-case accuracy against the radius of the attack; what a smaller radius broke stays broken."""
-    standing = is_right(logits_model, x, y)
-    curve = [[0.0, float(standing.mean())]]
-    for factor in CURVE:
-        if standing.any():
-            _, withstood = attack(logits_model, x[standing], y[standing], factor * eps, restarts=CURVE_RESTARTS)
-            standing[standing] = withstood
-        curve.append([factor * eps, float(standing.mean())])
-    return curve
-
-
-def sorted_rivals(logits_model, x, y):
-    """The log-softmax values of the non-true classes, largest first, averaged over the images."""
-    logits = logits_model.predict(x, batch_size=500, verbose=0).astype("float64")
-    log_p = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-    log_p -= logits.max(1, keepdims=True)
-    rivals = log_p[np.arange(10) != y[:, None]].reshape(len(y), 9)
-    return (-np.sort(-rivals, axis=1)).mean(axis=0).tolist()
+    head = [layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10, name="logits"), layers.Softmax()]
+    inputs = [keras.Input(shape), *([layers.GaussianNoise(noise)] if noise else [])]
+    return keras.Sequential([*inputs, *convolutions, *head])
 
 
 def make_table(rows, args, count):
-    """A Markdown table: mean and, over several seeds, standard deviation."""
+    """Return a Markdown table: the mean and, over several seeds, the standard deviation."""
     lines = [
-        f"{args.dataset}: L-inf attacks at eps {args.eps:.4g} on {count} test images, accuracy in %, mean +- standard "
+        f"{args.dataset}: L∞ attacks at eps {args.eps:.4g} on {count} test images, accuracy in %, mean +- standard "
         f"deviation of {args.seeds} seed(s), {args.epochs} epochs",
         "",
-        "| loss | noise | " + " | ".join(COLUMNS.values()) + " |",
+        f"| loss | noise | {' | '.join(COLUMNS.values())} |",
         "|---|---|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
-        cells = []
+        cells = [label(row, args), f"{row['noise']:g}"]
         for column in COLUMNS:
-            values = np.array([run[column] for run in row["runs"]])
-            values = values if column in ("diversity", "epoch_seconds") else 100 * values
-            digits = 2 if column in ("diversity", "epoch_seconds") else 1
-            cells.append(records.spread(values, digits))
-        lines.append(f"| {label(row, args, noise=False)} | {row['noise']:g} | " + " | ".join(cells) + " |")
+            values = np.array([figures[column] for figures in row["runs"] if column in figures])
+            scale, digits = (1, 2) if column in ("diversity", "epoch_seconds") else (100, 1)
+            spread = f" +- {scale * values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{scale * values.mean():.{digits}f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def label(row, args, *, noise=True):
-    name = f"DRSLoss, lam {args.lam:g}" if row["loss"] == "drs" else "cross-entropy"
-    return name + (f", noise {row['noise']:g}" if noise and row["noise"] else "")
+def label(row, args):
+    return LOSSES[row["loss"]] + (f", lam {args.lam:g}" if row["loss"] == "drs" else "")
 
 
 def plot(rows, args, stem):
-    """Two figures of the first seed: accuracy against eps, and what the loss does to the non-true classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def draw(path, key, x_label, y_label):
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    """Draw two pictures of the first seed: accuracy against eps, and the wrong classes."""
+    pictures = {
+        "": ("curve", "eps (L∞)", "accuracy under the quick suite (%)"),
+        "_rivals": ("rivals", "wrong classes of an image, the likeliest first", "mean log-softmax value"),
+    }
+    for suffix, (key, x_label, y_label) in pictures.items():
+        figure, axes = new_figure()
         for row in rows:
             points = row["runs"][0][key]
-            x, y = zip(*points, strict=True) if key == "curve" else (range(1, 10), points)
-            style = {"color": "C0" if row["loss"] == "drs" else "C1", "ls": "-" if row["noise"] else "--"}
-            axes.plot(x, np.multiply(y, 100) if key == "curve" else y, "o", label=label(row, args), **style)
-        axes.set(xlabel=x_label, ylabel=y_label, title=f"{args.dataset}, seed 0")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, dpi=150)
-
-    draw(f"{stem}.png", "curve", "eps (L-inf)", "worst-case accuracy (%)")
-    draw(f"{stem}_rivals.png", "rivals", "non-true classes, largest first", "mean log-softmax")
+            x, y = np.transpose(points) * [[1], [100]] if key == "curve" else (range(1, len(points) + 1), points)
+            noise = f", noise {row['noise']:g}" if row["noise"] else ""
+            style = {"color": loss_color(label(row, args)), "linestyle": "-" if noise else "--"}
+            axes.plot(x, y, marker="o", label=label(row, args) + noise, **style)
+        axes.set(xlabel=x_label, ylabel=y_label, title=f"{args.dataset}, first seed")
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(f"{stem}{suffix}.png", dpi=150)
 
 
-def describe(args, count):
-    """What a reader needs to run it again: the command, the settings, the versions."""
-    settings = {name: value for name, value in vars(args).items() if name not in records.ELSEWHERE}
-    return {
-        "command": records.command("examples/fit.py", args),
-        "settings": settings
-        | {"steps": STEPS, "restarts": RESTARTS, "curve_restarts": CURVE_RESTARTS, "attacked_images": count},
-        "versions": records.versions(["cleverhans"]),
-        "machine": platform.machine(),
-    }
+def command(settings):
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    return " ".join(["python examples/fit.py", *words])
 
 
-def prepare_output(args):
-    """The output folder, checked before the training rather than after it."""
-    out = Path(args.out)
-    if (out / f"fit_{args.dataset}.json").exists() and not args.overwrite:
-        sys.exit(f"{out / f'fit_{args.dataset}.json'} exists. Give another --out, or --overwrite to replace it.")
-    (out / "models").mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def parse_arguments():
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DEFAULTS, default="digits")
-    parser.add_argument("--loss", choices=("ce", "drs", "both"), default="both")
-    parser.add_argument("--lam", type=float, default=0.3, help="the strength of DRSLoss's restraint")
-    parser.add_argument("--noise", type=float, help="standard deviation of the noise in training; 0: none")
+    parser.add_argument("--lam", type=float, default=0.3, help="the strength of the restraint of DRSLoss")
+    parser.add_argument("--noise", type=float, help="standard deviation of the noise during training; 0: none")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--eps", type=float, help="radius of the attacks, L-inf, the input range being [0, 1]")
-    parser.add_argument("--seeds", type=int, default=3, help="how many times to train each model")
+    parser.add_argument("--eps", type=float, help="radius of the attacks, L∞, for inputs in [0, 1]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many models of each kind")
     parser.add_argument("--max-images", type=int, default=1000, help="how many test images to attack")
     parser.add_argument("--data-dir", help="where tensorflow-datasets has MNIST or CIFAR-10")
-    parser.add_argument("--out", default="runs", help="folder for the table, the figures and the models")
+    parser.add_argument("--out", default="runs", help="folder for the table, the pictures and the models")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, rule, obeys in (
-        ("lam", "not be negative", args.lam >= 0),
-        ("noise", "lie in [0, 1]", 0 <= args.noise <= 1),
-        ("eps", "lie in (0, 1]", 0 < args.eps <= 1),
-        *((name, "be positive", getattr(args, name) > 0) for name in ("epochs", "batch_size", "seeds", "max_images")),
-    ):
-        if not obeys or not math.isfinite(getattr(args, name)):
+    rules = {
+        "lam": ("not be negative", 0 <= args.lam < float("inf")),
+        "noise": ("lie in [0, 1]", 0 <= args.noise <= 1),
+        "eps": ("lie in (0, 1]", 0 < args.eps <= 1),
+    }
+    counts = ("epochs", "batch_size", "seeds", "max_images")
+    rules |= {name: ("be positive", getattr(args, name) > 0) for name in counts}
+    for name, (rule, holds) in rules.items():
+        if not holds:
             parser.error(f"--{name.replace('_', '-')} must {rule}. Received: {getattr(args, name)}")
     return args
 

@@ -1,20 +1,20 @@
 """Train with DRSLoss on several workers, as tf.distribute.MultiWorkerMirroredStrategy does on a cluster.
 
-What it shows: a loss that returns one value a sample needs no change to be trained on many machines. What you should
-see: the same loss, step by step, for any number of workers, because each step's batch is only divided between them.
+A loss that returns one value per sample needs no change for many machines. Expected: the same loss, step by step, for
+any number of workers, because the batch of each step is only divided between them.
 
-How long: half a minute. By default it starts two workers as processes of this machine, which talk over the loopback
+Half a minute. By default, it starts two workers as processes of this machine, which communicate over the loopback
 address:
 
     python examples/fit_distributed.py
     python examples/fit_distributed.py --workers 1
 
-On a real cluster, start this script once on each machine with `TF_CONFIG` set, and each is a worker of its own:
+On a real cluster, start this script once on each machine with `TF_CONFIG` set; each is then one worker:
 
     TF_CONFIG='{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
 
-with `index` 1 on the second host, and the same `--steps` and `--batch-size` everywhere. Keras 3's `fit` does not run
-under this strategy, where it builds the model symbolically, so the loop is written with `strategy.run`.
+Set `index` to 1 on the second host, and use the same `--steps` and `--batch-size` everywhere. Keras 3's `fit` does not
+run under this strategy, where it builds the model symbolically, so the loop uses `strategy.run`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
 
 
 def start_workers(args):
-    """Start the workers here and wait for them; 1 if one failed, or else 0."""
+    """Start the workers here, wait for them, and return 1 if one failed, else 0."""
     addresses = free_addresses(args.workers)
     workers = []
     for index in range(args.workers):
@@ -71,34 +71,34 @@ def start_workers(args):
                 return 1
             time.sleep(0.1)
     finally:
-        # A worker whose partner died waits for it forever.
+        # A worker waits forever for another that died.
         for worker in workers:
             worker.kill()
 
 
 def free_addresses(count):
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    for one in sockets:
-        one.close()
+    for free in sockets:
+        free.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in sockets]
+    for free in sockets:
+        free.close()
     return addresses
 
 
 def work(args):
-    """One worker: its part of every batch, the gradients added up over all workers."""
+    """Run one worker on its part of every batch; the gradients are summed over all workers."""
     config = json.loads(os.environ["TF_CONFIG"])
     index, workers = config["task"]["index"], len(config["cluster"]["worker"])
     if args.batch_size % workers:
         sys.exit(f"--batch-size must be a multiple of the {workers} workers. Received: --batch-size {args.batch_size}")
 
     print(f"worker {index} waits for all {workers} of TF_CONFIG, no longer than {args.time_limit:g} s", flush=True)
-    # A worker whose partner is missing waits for it in native code, which no exception reaches.
+    # A worker waits in native code for others that are missing, and no exception reaches it there.
     faulthandler.dump_traceback_later(args.time_limit, exit=True)
     import tensorflow as tf
 
-    # Before anything else of TensorFlow runs.
+    # The strategy must be created before anything else of TensorFlow runs.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
     import keras
@@ -120,7 +120,7 @@ def work(args):
 
     def replica_step(x, y):
         with tf.GradientTape() as tape:
-            # Keras divides the mean over the batch by the number of workers, so that the workers' losses add up.
+            # Keras divides the mean over the batch by the number of workers, so the losses of the workers sum up.
             loss = loss_fn(y, model(x, training=True))
         variables = model.trainable_variables
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))

@@ -59,7 +59,7 @@ class Examples(NamedTuple):
     """The examples that are evaluated.
 
     Attributes:
-        x: float32, shape `(count, ...)`.
+        x: Float32, shape `(count, ...)`.
         y: Labels as they were given, with `count` rows.
         ids: The position of each example in the whole data set, int64, shape `(count,)`.
         digest: The SHA-256 of the data set that these are a shard of.

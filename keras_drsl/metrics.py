@@ -26,19 +26,19 @@ def softmax_diversity(
     Use it to inspect single images. `SoftmaxDiversity` is the metric to give to `compile`, and explains the measures.
 
     Args:
-        y_true: labels in any form that `keras_drsl.DRSLoss` takes.
-        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
+        y_true: Labels in any form that `keras_drsl.DRSLoss` takes.
+        y_pred: Probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
         measure: `"variance"`, `"std"` or `"entropy"`.
         space: `"log_softmax"` or `"softmax"`; not used for the entropy.
-        from_logits: whether `y_pred` holds logits.
-        ignore_class: the id of a class whose positions are ignored, or None.
-        axis: the axis of the classes in `y_pred`.
+        from_logits: Whether `y_pred` holds logits.
+        ignore_class: The id of a class whose positions are ignored, or None.
+        axis: The axis of the classes in `y_pred`.
 
     Returns:
         One value per position, shape `y_pred.shape` without `axis`; 0 at ignored positions.
 
     Raises:
-        ValueError: as `SoftmaxDiversity`.
+        ValueError: As `SoftmaxDiversity`.
 
     Example:
 
@@ -68,7 +68,7 @@ class SoftmaxDiversity(keras.metrics.Mean):
     - `measure="variance"`: `sum_k w_k (v_k - m)^2 / n`. Multiplied by `C - 1`, it is the default `r` of `DRSLoss`.
     - `measure="std"`: the square root of each sample's variance, in units of `v`.
     - `measure="entropy"`: `-sum_k q_k log q_k / log(C - 1)`. For one-hot labels it is in [0, 1]: 1 when the non-true
-      classes have equal probabilities, 0 when one class has all of it. Less entropy is more diversity.
+      classes have equal probabilities, 0 when all but one have probability 0. Less entropy is more diversity.
 
     with
 
@@ -77,30 +77,31 @@ class SoftmaxDiversity(keras.metrics.Mean):
     - `n = sum(w)`; `m = sum(w * v) / n`; `q = w * p / sum(w * p)`.
 
     Note:
-        - For two classes and a one-hot label there is one non-true class: variance and std are 0, and the entropy is 1
-          by definition.
-        - Labels that are not one-hot give weight to all `C` classes, so the entropy can be slightly above 1.
-        - Probabilities below 1e-30 are replaced by 1e-30, unless the logits behind them can be found (TensorFlow).
-        - Positions under a Keras mask or of `ignore_class` are ignored.
-        - As with every Keras metric, sample and class weights are used only for metrics in
-          `compile(weighted_metrics=...)`.
-        - `EarlyStopping` and `ModelCheckpoint` do not know whether a larger value is better. Give them `mode="min"` for
-          variance and std, and `mode="max"` for the entropy.
+
+    - For two classes and a one-hot label there is one non-true class: variance and std are 0, and the entropy is 1
+      by definition.
+    - Labels that are not one-hot give weight to all `C` classes, so the entropy can be slightly above 1.
+    - Probabilities below 1e-30 are replaced by 1e-30, unless the logits behind them can be found (TensorFlow).
+    - Positions under a Keras mask or of `ignore_class` are ignored.
+    - As with every Keras metric, sample and class weights are used only for metrics in
+      `compile(weighted_metrics=...)`.
+    - `EarlyStopping` and `ModelCheckpoint` do not know whether a larger value is better. Give them `mode="min"` for
+      variance and std, and `mode="max"` for the entropy.
 
     Args:
         measure: `"variance"`, `"std"` or `"entropy"`.
         space: `"log_softmax"` or `"softmax"`; not used for the entropy.
-        from_logits: whether `y_pred` holds logits rather than probabilities.
-        ignore_class: the id of a class whose positions are ignored, or None.
-        axis: the axis of the classes in `y_pred`.
-        name: the name in the logs.
-        dtype: the dtype of the metric, by default Keras's `floatx`.
+        from_logits: Whether `y_pred` holds logits rather than probabilities.
+        ignore_class: The id of a class whose positions are ignored, or None.
+        axis: The axis of the classes in `y_pred`.
+        name: The name in the logs.
+        dtype: The dtype of the metric, by default Keras's `floatx`.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: at construction for an unknown `measure` or `space`. At a call, also while it is traced, for labels
+        ValueError: At construction for an unknown `measure` or `space`. At a call, also while it is traced, for labels
             and predictions that do not match, as `keras_drsl.DRSLoss`.
 
     Example:
@@ -138,9 +139,9 @@ class SoftmaxDiversity(keras.metrics.Mean):
         """Add a batch to the mean.
 
         Args:
-            y_true: labels in any form that `keras_drsl.DRSLoss` takes.
-            y_pred: predictions, shape `(..., C)`, or with the classes at `axis`.
-            sample_weight: optional weights of the samples or positions.
+            y_true: Labels in any form that `keras_drsl.DRSLoss` takes.
+            y_pred: Predictions, shape `(..., C)`, or with the classes at `axis`.
+            sample_weight: Optional weights of the samples or positions.
         """
         inputs = read_inputs(
             y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis

@@ -7,30 +7,28 @@ from typing import Any
 
 from keras_drsl._typing import Norm
 
-# Colours that readers with colour blindness can tell apart, after Okabe and Ito. Grey and black complete them.
+# Colours that readers with colour blindness can tell apart, after Okabe and Ito. Brown, red, purple and grey complete
+# them.
 LOSS_COLORS = {
     "cross-entropy": "#E69F00",
     "DRSLoss": "#0072B2",
     "label smoothing": "#56B4E9",
     "PRSLoss": "#CC79A7",
     "Squentropy": "#009E73",
-    "guided complement entropy": "#8B6B3D",
-    "complement objective": "#B8A100",
-    "prob. compact loss": "#999999",
-    "logit squeezing": "#D55E00",
-    "z-loss": "#7F5FA8",
-    "two noisy copies": "#1B1B1B",
+    "guided complement entropy": "#5C3A1E",
+    "complement objective": "#C9B800",
+    "probabilistically compact loss": "#999999",
+    "logit squeezing": "#C1272D",
+    "z-loss": "#6A3D9A",
 }
 
 
 def loss_color(label: str) -> str:
     """Return the colour of a loss from a label that contains its name, such as "DRSLoss, lam 0.3".
 
-    Two noisy copies have their own colour, whatever loss they use. A label without a known loss is grey.
+    A label without a known loss is black.
     """
-    if "copies" in label:
-        return LOSS_COLORS["two noisy copies"]
-    return next((color for name, color in LOSS_COLORS.items() if name.lower() in label.lower()), "#666666")
+    return next((color for name, color in LOSS_COLORS.items() if name.lower() in label.lower()), "#000000")
 
 
 def norm_label(norm: Norm) -> str:
@@ -38,16 +36,19 @@ def norm_label(norm: Norm) -> str:
     return "L∞" if norm == "inf" else f"L{norm}"
 
 
-def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """Return an empty figure that no window shows, and its axes.
+
+    The background is white and opaque, so that the figure can be read on a dark page.
 
     Args:
         width: The width in inches. At 150 dots per inch, 6.4 inches are 960 pixels.
         height: The height in inches.
         columns: How many axes, side by side.
+        rows: How many axes, one below the other.
 
     Returns:
-        `(figure, axes)`, or `(figure, array of axes)` for several columns.
+        `(figure, axes)`, or `(figure, array of axes)` for several columns or rows.
 
     Raises:
         ImportError: Without matplotlib.
@@ -56,9 +57,9 @@ def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1) -> 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need `pip install matplotlib`") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for drawn in [axes] if columns == 1 else axes:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns)
+    for drawn in figure.axes:
         drawn.spines[["top", "right"]].set_visible(False)
         drawn.grid(alpha=0.25)
         drawn.set_axisbelow(True)

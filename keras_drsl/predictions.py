@@ -20,13 +20,13 @@ class LossInputs(NamedTuple):
     """Hold labels and predictions in the one form that formulas take.
 
     Attributes:
-        labels: class ids, int32, shape `(...)`, all within `[0, C)`; or a label distribution, shape `(..., C)`.
-        scores: logits or probabilities, float32 or float64, shape `(..., C)`. At masked positions the values are
+        labels: Class ids, int32, shape `(...)`, all within `[0, C)`; or a label distribution, shape `(..., C)`.
+        scores: Logits or probabilities, float32 or float64, shape `(..., C)`. At masked positions the values are
             arbitrary and may be NaN. Use `safe_scores` in a formula.
-        from_logits: whether `scores` are logits.
-        valid: bool, shape `(...)`, False at positions excluded by a mask or by `ignore_class`; None if all positions
+        from_logits: Whether `scores` are logits.
+        valid: Bool, shape `(...)`, False at positions excluded by a mask or by `ignore_class`; None if all positions
             are valid.
-        in_range: bool, shape `(...)`, False where a class id is outside `[0, C)`; None if all ids are known to be
+        in_range: Bool, shape `(...)`, False where a class id is outside `[0, C)`; None if all ids are known to be
             classes.
     """
 
@@ -64,7 +64,7 @@ class LossInputs(NamedTuple):
         """Set one value per position to 0 at masked positions and to NaN where the label is not a class.
 
         Args:
-            values: shape `(...)`.
+            values: Shape `(...)`.
         """
         return _mask_values(values, self.valid, self.in_range)
 
@@ -81,15 +81,15 @@ def read_inputs(
     """Bring labels and predictions into one form.
 
     Args:
-        y_true: class ids, shape `(...)` or `(..., 1)`, or a label distribution of the shape of `y_pred`.
-        y_pred: probabilities or logits, shape `(..., C)`, or with the classes at `axis`.
-        from_logits: whether `y_pred` holds logits.
-        ignore_class: the id of a class whose positions are masked, or None.
-        axis: the axis of the classes in `y_pred`.
-        mask: bool, False at masked positions; by default the Keras mask of `y_pred`.
+        y_true: Class ids, shape `(...)` or `(..., 1)`, or a label distribution of the shape of `y_pred`.
+        y_pred: Probabilities or logits, shape `(..., C)`, or with the classes at `axis`.
+        from_logits: Whether `y_pred` holds logits.
+        ignore_class: The id of a class whose positions are masked, or None.
+        axis: The axis of the classes in `y_pred`.
+        mask: Bool, False at masked positions; by default the Keras mask of `y_pred`.
 
     Raises:
-        ValueError: for shapes that cannot match, and for class ids outside `[0, C)` where the values are known.
+        ValueError: For shapes that cannot match, and for class ids outside `[0, C)` where the values are known.
     """
     y_pred = ops.convert_to_tensor(y_pred)
     mask = _backend.get_mask(y_pred) if mask is None else mask
@@ -111,9 +111,9 @@ class ClassIds(NamedTuple):
     """Hold class ids in the one form that formulas take.
 
     Attributes:
-        ids: int32, shape `(...)`, all within `[0, C)`.
-        valid: bool, shape `(...)`, as in `LossInputs`.
-        in_range: bool, shape `(...)`, as in `LossInputs`.
+        ids: Int32, shape `(...)`, all within `[0, C)`.
+        valid: Bool, shape `(...)`, as in `LossInputs`.
+        in_range: Bool, shape `(...)`, as in `LossInputs`.
     """
 
     ids: Tensor
@@ -131,14 +131,14 @@ def read_class_ids(
     """Bring class ids into one form.
 
     Args:
-        y_true: class ids, shape `(...)` or `(..., 1)`.
-        positions: the shape `(...)` that they must have.
-        num_classes: the number of classes.
-        mask: bool, shape `(...)`, False at masked positions, or None.
-        ignore_class: the id of a class whose positions are masked, or None.
+        y_true: Class ids, shape `(...)` or `(..., 1)`.
+        positions: The shape `(...)` that they must have.
+        num_classes: The number of classes.
+        mask: Bool, shape `(...)`, False at masked positions, or None.
+        ignore_class: The id of a class whose positions are masked, or None.
 
     Raises:
-        ValueError: for a shape that cannot match, and for class ids outside `[0, C)` where the values are known.
+        ValueError: For a shape that cannot match, and for class ids outside `[0, C)` where the values are known.
     """
     labels = ops.convert_to_tensor(y_true)
     if len(labels.shape) == len(positions) + 1 and labels.shape[-1] == 1:
@@ -168,9 +168,9 @@ def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple
     """Return the logits of a softmax output where they can be found, as Keras's own losses do, else `y_pred` itself.
 
     Args:
-        y_pred: probabilities or logits, with the classes at `axis`.
-        from_logits: whether `y_pred` is said to hold logits.
-        axis: the axis of the classes.
+        y_pred: Probabilities or logits, with the classes at `axis`.
+        from_logits: Whether `y_pred` is said to hold logits.
+        axis: The axis of the classes.
 
     Returns:
         Logits or probabilities, and whether they are logits.

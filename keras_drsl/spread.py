@@ -1,4 +1,4 @@
-"""Measure how much the softmax values of the non-true classes differ. Losses train on it and the metric logs it.
+"""Measure how much the softmax values of the non-true classes differ. Losses reduce this spread, the metric logs it.
 
 Symbols, for logits `z` of shape `(..., C)` and labels `y` of the same shape (one-hot or any label distribution):
 
@@ -35,9 +35,9 @@ def class_values(scores: Tensor, *, from_logits: bool, space: str) -> Tensor:
     In log space `v` may differ from `log p` by one constant per sample, which changes no formula here.
 
     Args:
-        scores: logits or probabilities, shape `(..., C)`.
-        from_logits: whether `scores` are logits.
-        space: one of `SPACES`.
+        scores: Logits or probabilities, shape `(..., C)`.
+        from_logits: Whether `scores` are logits.
+        space: One of `SPACES`.
 
     Returns:
         Shape `(..., C)`.
@@ -53,20 +53,21 @@ def spread(values: Tensor, y_true: Tensor, *, kind: str = "sum_of_squares") -> T
     Formula: `r = sum_k w_k (v_k - m)^2` for `kind="sum_of_squares"`. For `kind="variance"` it is divided by `n`.
 
     Note:
-        - When the non-true values are equal, `r` and its gradient are exactly 0.
-        - For two classes and a one-hot label there is only one non-true value, and `r = 0`.
+
+    - When the non-true values are equal, `r` and its gradient are exactly 0.
+    - For two classes and a one-hot label there is only one non-true value, and `r = 0`.
 
     Args:
         values: `v`, shape `(..., C)`.
-        y_true: a label distribution, shape `(..., C)`.
-        kind: one of `SPREADS`.
+        y_true: A label distribution, shape `(..., C)`.
+        kind: One of `SPREADS`.
 
     Returns:
         Shape `(...)`, the dtype of `values`.
     """
     weights = 1.0 - y_true
     count = ops.sum(weights, axis=-1)
-    # Equal values become exactly 0 when one of them is subtracted, so they lose nothing to rounding.
+    # When one of several equal values is subtracted from all, the differences are exactly 0, without rounding errors.
     values = values - _largest_non_true(values, weights)
     mean = ops.sum(weights * values, axis=-1, keepdims=True) / ops.expand_dims(count, -1)
     squares = ops.sum(weights * ops.square(values - mean), axis=-1)
@@ -84,12 +85,13 @@ def diversity(values: Tensor, y_true: Tensor, *, measure: str = "variance") -> T
       when they are equal and 0 when one of them is 1.
 
     Note:
-        - For two classes the entropy is 1 by definition.
+
+    - For two classes the entropy is 1 by definition.
 
     Args:
         values: `v`, shape `(..., C)`; in log space for `"entropy"`.
-        y_true: a label distribution, shape `(..., C)`.
-        measure: one of `MEASURES`.
+        y_true: A label distribution, shape `(..., C)`.
+        measure: One of `MEASURES`.
 
     Returns:
         Shape `(...)`, the dtype of `values`.

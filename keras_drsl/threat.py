@@ -201,8 +201,13 @@ class ThreatModel:
         return allowed
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the nearest point of the ball around `x`, clipped to the valid range; both of shape `(batch, ...)`."""
-        return project(x_adv, x, self.bounds, self.norm)
+        """Return the nearest point of the ball around `x`, clipped to the valid range.
+
+        Args:
+            x_adv: Tensors or arrays of shape `(batch, ...)`.
+            x: The centres of the balls, of the same shape, within the range.
+        """
+        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.bounds, self.norm)
 
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""

@@ -87,7 +87,9 @@ STUDIES["digits_redrawn"] = STUDIES["digits"] | {
 ATTACKS = ("apgd_ce", "apgd_t_margin")
 
 
-def main(arguments=None):
+def main(arguments=None, run=None):
+    """Run the study; `run` replaces the training and evaluation of a job in tests."""
+    run = run or run_job
     args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
     from keras_drsl import datasets
 
@@ -297,7 +299,7 @@ def compiled(job, data, recipe):
     return copies, {name: math.ceil(value / 2) for name, value in recipe.items()}
 
 
-def run(job, study, data, path, args):
+def run_job(job, study, data, path, args):
     """Train the model of a job, evaluate it, and append the record."""
     import keras
     import numpy as np

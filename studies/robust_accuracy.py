@@ -65,7 +65,9 @@ ON_GPU = {
 NAMES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
 
 
-def main(arguments=None):
+def main(arguments=None, run=None):
+    """Run the study; `run` replaces the training and evaluation of a job in tests."""
+    run = run or run_job
     args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
     from keras_drsl import datasets
     from studies import recipes
@@ -185,7 +187,7 @@ def read(path, study):
     ]
 
 
-def run(job, study, data, path, args):
+def run_job(job, study, data, path, args):
     """Train the model of a job, or continue with a model that was begun, evaluate it, and append the record."""
     import keras
 

@@ -50,16 +50,18 @@ def run_jobs(
         RuntimeError: If a run has left no record that is found by its job. All workers would wait for it forever.
     """
     index, workers = map(int, args.worker.split("/"))
-    count = 0
+    done, count = read(), 0
     for job in jobs[index::workers]:
-        if find(job, read()) is None:
+        if find(job, done) is None:
             run(job)
             count += 1
-            if find(job, read()) is None:
+            done = read()
+            if find(job, done) is None:
                 raise RuntimeError(f"The run has left no record of its job {job}.")
-    while missing := sum(find(job, read()) is None for job in jobs):
+    while missing := sum(find(job, done) is None for job in jobs):
         print(f"waiting for the other workers: {missing} jobs left", flush=True)
         time.sleep(30)
+        done = read()
     return count
 
 

@@ -1,4 +1,4 @@
-"""What a test needs of the backend that runs it."""
+"""Provide the helpers of tests that depend on the running backend."""
 
 import keras
 import numpy as np
@@ -7,7 +7,12 @@ from keras import ops
 
 BACKEND = keras.config.backend()
 
+# The options of `compile` for each way in which the backend can run a model.
+FIT_MODES = [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}][: 2 if BACKEND == "torch" else 3]
+
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="is about TensorFlow")
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="is about JAX")
+needs_xla = pytest.mark.skipif(BACKEND == "torch", reason="needs XLA")
 
 
 def values(x):
@@ -15,7 +20,7 @@ def values(x):
 
 
 def gradient(function, x, dtype="float32"):
-    """The gradient of `sum(function(x))` with respect to `x`, as a NumPy array."""
+    """Compute the gradient of `sum(function(x))` with respect to `x`, as a NumPy array."""
     x = ops.convert_to_tensor(np.asarray(x), dtype=dtype)
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -34,7 +39,7 @@ def gradient(function, x, dtype="float32"):
 
 
 def compiled(function):
-    """The function as a compiled program, where the backend has such a thing."""
+    """Compile a function with XLA, or skip the test on PyTorch."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -43,4 +48,4 @@ def compiled(function):
         import jax
 
         return jax.jit(function)
-    pytest.skip("torch runs eagerly")
+    pytest.skip("PyTorch runs eagerly")

@@ -11,12 +11,12 @@ def run_python(code, *args, env=None, check=True, cwd=None, timeout=300):
     """Run a program in a fresh Python process.
 
     Args:
-        code: the program, or the `Path` of a script.
-        *args: its arguments.
-        env: environment variables to set beside those of this process.
-        check: whether a program that fails is an error, which then shows the end of its `stderr`.
-        cwd: the folder it runs in.
-        timeout: the longest it may take, in seconds.
+        code: The program, or the `Path` of a script.
+        *args: Its arguments.
+        env: Environment variables to set beside those of this process.
+        check: Whether a program that fails is an error, which then shows the end of its `stderr`.
+        cwd: The folder it runs in.
+        timeout: The longest it may take, in seconds.
 
     Returns:
         The completed process, with `stdout` and `stderr` as text.
@@ -39,10 +39,10 @@ def run_module(name, *args, check=True, timeout=600):
     """Run a module as `python -m name` in a fresh process, from the root of the checkout.
 
     Args:
-        name: the module, such as `benchmarks.loss_speed`.
-        *args: its arguments.
-        check: whether a failure is an error.
-        timeout: the longest it may take, in seconds.
+        name: The module, such as `benchmarks.loss_speed`.
+        *args: Its arguments.
+        check: Whether a failure is an error.
+        timeout: The longest it may take, in seconds.
 
     Returns:
         The completed process, with `stdout` and `stderr` as text.

@@ -1,4 +1,4 @@
-"""The formulas as plain loops in float64, one sample at a time: where the tests' expected values come from."""
+"""Compute the formulas as plain loops in float64, one sample at a time. The tests take expected values from here."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def log_softmax(z):
-    """`z`: the logits of one sample, a sequence of floats."""
+    """Compute log p; `z` are the logits of one sample, a sequence of floats."""
     top = max(z)
     total = math.fsum(math.exp(value - top) for value in z)
     return [value - top - math.log(total) for value in z]
@@ -52,24 +52,24 @@ def drs_loss(y, z, lam=0.3, space="log_softmax", kind="sum_of_squares", label_sm
     return cross_entropy(y, z, label_smoothing) + lam * spread(y, z, space, kind)
 
 
-def mean_of_rivals(y, values):
+def mean_of_others(y, values):
     w = [1 - label for label in y]
     return math.fsum(weight * value for weight, value in zip(w, values, strict=True)) / math.fsum(w)
 
 
-def shares_of_rivals(y, z):
-    """The non-true probabilities, made to sum to 1."""
+def shares_of_others(y, z):
+    """Return the non-true probabilities, scaled to sum to 1."""
     top = max(value for label, value in zip(y, z, strict=True) if label < 1)
     mass = [(1 - label) * math.exp(value - top) if label < 1 else 0.0 for label, value in zip(y, z, strict=True)]
-    return [one / math.fsum(mass) for one in mass]
+    return [share / math.fsum(mass) for share in mass]
 
 
 def complement_entropy(y, z):
-    return -math.fsum(share * math.log(share) for share in shares_of_rivals(y, z) if share > 0)
+    return -math.fsum(share * math.log(share) for share in shares_of_others(y, z) if share > 0)
 
 
 def squentropy(y, z, lam):
-    return cross_entropy(y, z) + lam * mean_of_rivals(y, [value**2 for value in z])
+    return cross_entropy(y, z) + lam * mean_of_others(y, [value**2 for value in z])
 
 
 def logit_squeezing(y, z, lam):
@@ -93,42 +93,42 @@ def complement_objective(y, z, lam):
 
 def probabilistically_compact(y, z, margin, lam):
     p = [math.exp(value) for value in log_softmax(z)]
-    p_true, z_true = (math.fsum(a * b for a, b in zip(y, one, strict=True)) for one in (p, z))
-    gaps = mean_of_rivals(y, [max(0.0, value + margin - p_true) for value in p])
-    leads = [share * max(0.0, z_true - value) for share, value in zip(shares_of_rivals(y, z), z, strict=True)]
+    p_true, z_true = (math.fsum(a * b for a, b in zip(y, values, strict=True)) for values in (p, z))
+    gaps = mean_of_others(y, [max(0.0, value + margin - p_true) for value in p])
+    leads = [share * max(0.0, z_true - value) for share, value in zip(shares_of_others(y, z), z, strict=True)]
     return gaps + lam * math.fsum(leads)
 
 
 def prs_loss(y, z, lam, start, end, weights=None, number=None):
-    """Of all tokens of a batch at once: `y` label distributions, `z` logits, one row a token; a value a token."""
+    """Compute the loss of all tokens of a batch: `y` label distributions, `z` logits, one row per token."""
     means = []
-    for one_y, one_z in zip(y, z, strict=True):
-        true = max(range(len(one_z)), key=lambda k, one_y=one_y: one_y[k])
-        others = sorted((value for k, value in enumerate(one_z) if k != true), reverse=True)
+    for labels, logits in zip(y, z, strict=True):
+        true = max(range(len(logits)), key=lambda k, labels=labels: labels[k])
+        others = sorted((value for k, value in enumerate(logits) if k != true), reverse=True)
         means.append(math.fsum(others[start:end]) / (end - start))
     weights = [1.0] * len(means) if weights is None else weights
     top = max(means)
     total = top + math.log(math.fsum(s * math.exp(a - top) for s, a in zip(weights, means, strict=True)))
     number = len(means) if number is None else number
-    return [
-        cross_entropy(one_y, one_z) - lam * number * (a - total) for one_y, one_z, a in zip(y, z, means, strict=True)
-    ]
+    rows = zip(y, z, means, strict=True)
+    return [cross_entropy(labels, logits) - lam * number * (a - total) for labels, logits, a in rows]
 
 
 def each(function, y, z, **options):
-    """`function` for each sample: `y` a label distribution and `z` logits, shape `(..., C)`; returns `(...)`."""
+    """Compute `function` per sample: `y` a label distribution and `z` logits, shape `(..., C)`; returns `(...)`."""
     y, z = np.asarray(y, "float64"), np.asarray(z, "float64")
     flat = zip(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), strict=True)
-    values = [function(one_y.tolist(), one_z.tolist(), **options) for one_y, one_z in flat]
+    values = [function(labels.tolist(), logits.tolist(), **options) for labels, logits in flat]
     return np.array(values).reshape(z.shape[:-1])
 
 
 def one_hot(labels, classes):
-    return np.eye(classes)[np.asarray(labels)]
+    # Not `np.eye(classes)[labels]`, which for a vocabulary of 50,000 takes 20 GB.
+    return (np.asarray(labels)[..., None] == np.arange(classes)).astype("float64")
 
 
 def gradient(function, z, step=1e-6):
-    """The gradient of `function(z).sum()` by central differences, in float64."""
+    """Compute the gradient of `function(z).sum()` by central differences, in float64."""
     z = np.asarray(z, "float64")
     result = np.zeros_like(z)
     for index in np.ndindex(z.shape):

@@ -87,6 +87,21 @@ def test_an_import_of_evaluation_by_training_is_found(tmp_path):
     assert imports(path) - MAY_IMPORT["training"] == {"evaluation"}
 
 
+def test_no_files_import_each_other_in_a_circle():
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in files()}
+    graph = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[name] = found & (set(modules) - {name})
+    while graph:
+        leaves = {name for name, found in graph.items() if not found & set(graph)}
+        assert leaves, sorted(graph)
+        graph = {name: found for name, found in graph.items() if name not in leaves}
+
+
 def test_only_the_backends_ask_which_backend_runs():
     for path in files():
         if "_backend" not in path.parts:

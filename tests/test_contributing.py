@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A folder with the files of CONTRIBUTING.md, outside the checkout."""
+    """Write the files of CONTRIBUTING.md to a folder outside the checkout."""
     folder = tmp_path_factory.mktemp("third_party")
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL):

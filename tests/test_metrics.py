@@ -10,28 +10,22 @@ import keras_drsl
 from keras_drsl import SoftmaxDiversity, softmax_diversity
 from tests import reference
 from tests.backends import BACKEND, values
+from tests.losses.cases import draw, small_data
 
 MEASURES = ("variance", "std", "entropy")
-
-
-def draw(shape=(8, 5), seed=0):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, shape[-1], shape[:-1])
-    z = rng.normal(0, 2, shape).astype("float32")
-    return z, ids, reference.one_hot(ids, shape[-1]).astype("float32")
 
 
 def compiled_model(**options):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="softmax")])
     model.compile(optimizer="sgd", loss=keras_drsl.DRSLoss(), **options)
-    rng = np.random.default_rng(0)
-    return model, rng.normal(size=(19, 3)).astype("float32"), rng.integers(0, 4, 19)
+    return model, *small_data(19)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("space", ["log_softmax", "softmax"])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_it_is_the_mean_over_samples_of_the_formula_written_as_a_loop(measure, space):
-    z, ids, one_hot = draw()
+def test_equals_the_mean_of_the_formula(measure, space):
+    z, ids, one_hot = draw((8, 5), scale=2.0)
     expected = reference.each(reference.diversity, one_hot, z, measure=measure, space=space)
     np.testing.assert_allclose(
         values(softmax_diversity(ids, z, measure=measure, space=space, from_logits=True)), expected, rtol=1e-4
@@ -46,15 +40,15 @@ def test_it_is_the_mean_over_samples_of_the_formula_written_as_a_loop(measure, s
         np.testing.assert_allclose(values(metric.result()), expected[:3].mean(), rtol=1e-4)
 
 
-def test_its_variance_times_the_number_of_rivals_is_the_default_restraint_in_the_loss():
+def test_variance_times_n_is_the_penalty_of_the_loss():
     model, x, y = compiled_model(metrics=[SoftmaxDiversity()])
-    restrained = model.evaluate(x, y, verbose=0, return_dict=True)
+    with_penalty = model.evaluate(x, y, verbose=0, return_dict=True)
     model.compile(loss="sparse_categorical_crossentropy")
     plain = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
-    np.testing.assert_allclose((restrained["loss"] - plain) / 0.3, 3 * restrained["softmax_diversity"], rtol=1e-4)
+    np.testing.assert_allclose((with_penalty["loss"] - plain) / 0.3, 3 * with_penalty["softmax_diversity"], rtol=1e-4)
 
 
-def test_probabilities_far_below_the_smallest_float16_still_count():
+def test_probabilities_below_float16_count():
     p = np.array([[1.0, 1e-12, 1e-20]], "float32")
     expected = reference.diversity([1, 0, 0], [0, math.log(1e-12), math.log(1e-20)])
     np.testing.assert_allclose(values(softmax_diversity([0], p)), [expected], rtol=1e-5)
@@ -62,8 +56,8 @@ def test_probabilities_far_below_the_smallest_float16_still_count():
 
 @pytest.mark.parametrize("weights_shape", [(8,), (8, 1)])
 @pytest.mark.parametrize("ignore_class", [None, 1])
-def test_sample_weights_weigh_the_mean(weights_shape, ignore_class):
-    z, ids, one_hot = draw()
+def test_sample_weights_multiply_in_the_mean(weights_shape, ignore_class):
+    z, ids, one_hot = draw((8, 5), scale=2.0)
     weights = np.array([0, 1, 2, 0.5, 3, 0, 1, 1])
     counted = weights * (ids != ignore_class)
     expected = np.average(reference.each(reference.diversity, one_hot, z), weights=counted)
@@ -72,6 +66,7 @@ def test_sample_weights_weigh_the_mean(weights_shape, ignore_class):
     np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-5)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ignore_class", [None, 1, -1])
 def test_masked_and_ignored_positions_do_not_count(ignore_class, weighted):
@@ -88,7 +83,7 @@ def test_masked_and_ignored_positions_do_not_count(ignore_class, weighted):
     np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-4)
 
 
-def test_without_masks_positions_of_a_sequence_are_averaged():
+def test_averages_the_positions_of_a_sequence():
     z, ids, one_hot = draw((3, 6, 5))
     metric = SoftmaxDiversity(from_logits=True)
     metric.update_state(ids, z)
@@ -96,14 +91,14 @@ def test_without_masks_positions_of_a_sequence_are_averaged():
     np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-5)
 
 
-def test_the_classes_may_lie_along_another_axis():
+def test_classes_may_be_on_another_axis():
     z, ids, one_hot = draw((3, 6, 5))
     expected = reference.each(reference.diversity, one_hot, z)
     got = values(softmax_diversity(ids, np.moveaxis(z, -1, 1), from_logits=True, axis=1))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_only_weighted_metrics_see_the_weights_in_fit():
+def test_only_weighted_metrics_use_weights_in_fit():
     model, x, y = compiled_model(metrics=[SoftmaxDiversity()], weighted_metrics=[SoftmaxDiversity(name="weighted")])
     weights = np.linspace(0, 1, 19)
     got = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
@@ -113,11 +108,11 @@ def test_only_weighted_metrics_see_the_weights_in_fit():
     np.testing.assert_allclose(got["weighted"], np.average(each, weights=weights), rtol=1e-4)
 
 
-def test_it_appears_in_history_the_csv_log_and_tensorboard_and_can_stop_training(tmp_path):
+def test_is_logged_and_can_stop_training(tmp_path):
     model, x, y = compiled_model(metrics=[SoftmaxDiversity()])
     callbacks = [
         keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
-        # A minimum that is never undercut by 100: stops after the patience of one epoch.
+        # The metric never falls by 100, so training stops after the patience of one epoch.
         keras.callbacks.EarlyStopping("val_softmax_diversity", mode="min", patience=1, min_delta=100),
     ]
     if BACKEND == "tensorflow":
@@ -132,7 +127,7 @@ def test_it_appears_in_history_the_csv_log_and_tensorboard_and_can_stop_training
         assert b"epoch_softmax_diversity" in events
 
 
-def test_every_argument_survives_in_the_config():
+def test_metric_config_holds_every_argument():
     options = {
         "measure": "std",
         "space": "softmax",
@@ -147,8 +142,8 @@ def test_every_argument_survives_in_the_config():
     assert again.get_config() == options
 
 
-def test_half_precision_predictions_are_taken():
-    z, ids, one_hot = draw()
+def test_takes_half_precision_predictions():
+    z, ids, one_hot = draw((8, 5), scale=2.0)
     metric = SoftmaxDiversity()
     metric.update_state(ids, ops.softmax(ops.cast(z, "float16")))
     expected = reference.each(reference.diversity, one_hot, z).mean()
@@ -164,12 +159,12 @@ def test_half_precision_predictions_are_taken():
         ("axis", 0.5, "must be an integer"),
     ],
 )
-def test_bad_arguments_are_named(name, value, rule):
+def test_errors_name_bad_arguments(name, value, rule):
     with pytest.raises(ValueError, match=f"`{name}` {rule}. Received: {name}={value!r}"):
         SoftmaxDiversity(**{name: value})
 
 
-def test_bad_measures_and_labels_are_named_by_the_function_too():
+def test_errors_of_the_function_name_them_too():
     with pytest.raises(ValueError, match="`measure` must be one of"):
         softmax_diversity([0], [[0.5, 0.5]], measure="mean")
     with pytest.raises(ValueError, match=r"`y_true` must hold class ids in \[0, 2\)"):

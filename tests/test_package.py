@@ -65,3 +65,20 @@ def test_the_wheel_runs_from_outside_the_tree(wheel, tmp_path):
     done = run_python(code, env=os.environ | {"PYTHONPATH": str(site)})
     expected = f"['loss', 'softmax_diversity'] {site / 'keras_drsl' / '__init__.py'}"
     assert done.stdout.splitlines()[-1] == expected
+
+
+DATA = os.environ.get("TFDS_DATA_DIR", "")
+
+
+@pytest.mark.skipif(not Path(DATA, "mnist").exists(), reason="needs MNIST under the folder that TFDS_DATA_DIR names")
+def test_mnist_loads_through_tensorflow_datasets():
+    (x_train, y_train), (x_test, y_test) = keras_drsl.datasets.load("mnist", DATA)
+    assert x_train.shape == (60000, 28, 28, 1)
+    assert x_test.shape == (10000, 28, 28, 1)
+    assert (x_train.min(), x_train.max(), x_train.dtype) == (0, 1, "float32")
+    assert len(y_train) == 60000
+    # The published counts of the classes.
+    counts = [0] * 10
+    for label in y_test.tolist():
+        counts[label] += 1
+    assert counts == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -72,7 +72,7 @@ def test_readme_has_at_most_750_words():
 
 @on_tensorflow
 def test_readme_code_prints_what_the_readme_shows(tmp_path):
-    done = run_python(RUN, str(tmp_path), json.dumps([block[:2] for block in blocks()]))
+    done = run_python(RUN, str(tmp_path), json.dumps([block[:2] for block in blocks()]), timeout=600)
     for (_, code, expected), printed in zip(blocks(), json.loads(done.stdout.splitlines()[-1]), strict=True):
         words, numbers = words_and_numbers(printed)
         expected_words, expected_numbers = words_and_numbers(expected)

@@ -25,13 +25,13 @@ def diversity_of(v, y, measure):
 
 
 def labels_for(z):
-    """The first class of the first sample, the second of the second, ..."""
+    """Return one-hot labels: the first class for the first sample, the second for the second, and so on."""
     return reference.one_hot(np.arange(len(z)), z.shape[-1])
 
 
 @pytest.mark.parametrize("kind", SPREADS)
 @pytest.mark.parametrize("space", SPACES)
-def test_spread_is_the_formula_written_as_a_loop(space, kind):
+def test_spread_equals_the_formula(space, kind):
     rng = np.random.default_rng(1)
     z = rng.normal(0, 3, (7, 5))
     for y in (reference.one_hot(rng.integers(0, 5, 7), 5), rng.dirichlet(np.ones(5), 7)):
@@ -41,7 +41,7 @@ def test_spread_is_the_formula_written_as_a_loop(space, kind):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("measure", MEASURES)
-def test_diversity_is_the_formula_written_as_a_loop(measure, space):
+def test_diversity_equals_the_formula(measure, space):
     rng = np.random.default_rng(2)
     z = rng.normal(0, 3, (7, 5))
     for y in (reference.one_hot(rng.integers(0, 5, 7), 5), rng.dirichlet(np.ones(5), 7)):
@@ -51,13 +51,13 @@ def test_diversity_is_the_formula_written_as_a_loop(measure, space):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_entropy_is_one_when_even_zero_when_one_rival_has_everything_and_one_for_two_classes():
+def test_entropy_is_1_for_equal_classes_and_0_for_one():
     v = np.array([[9, 1, 1, 1], [9, 1, -1e4, -1e4]])
     np.testing.assert_allclose(diversity_of(v, reference.one_hot([0, 0], 4), "entropy"), [1.0, 0.0], atol=1e-6)
     np.testing.assert_array_equal(diversity_of(v[:, :2], reference.one_hot([0, 1], 2), "entropy"), [1.0, 1.0])
 
 
-def test_entropy_survives_a_true_class_far_above_its_rivals():
+def test_entropy_is_finite_for_a_large_true_logit():
     shares = np.exp([0, 1, 2]) / np.exp([0, 1, 2]).sum()
     expected = -np.sum(shares * np.log(shares)) / np.log(3)
     got = diversity_of([[1e4, 0.0, 1.0, 2.0]], reference.one_hot([0], 4), "entropy")
@@ -66,14 +66,14 @@ def test_entropy_survives_a_true_class_far_above_its_rivals():
 
 @settings(max_examples=60, deadline=None)
 @given(logits, st.floats(-50, 50, width=32))
-def test_log_space_does_not_see_a_constant_added_to_all_logits(z, constant):
+def test_log_space_ignores_a_constant_added_to_logits(z, constant):
     y = labels_for(z)
     np.testing.assert_allclose(spread_of(z + constant, y), spread_of(z, y), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
 @given(logits, st.randoms(use_true_random=False), st.sampled_from(SPACES), st.sampled_from(SPREADS))
-def test_spread_does_not_see_the_order_of_the_non_true_classes(z, random, space, kind):
+def test_spread_ignores_the_order_of_non_true_classes(z, random, space, kind):
     order = list(range(1, z.shape[-1]))
     random.shuffle(order)
     y = reference.one_hot([0] * len(z), z.shape[-1])
@@ -89,15 +89,15 @@ def test_spread_is_never_negative(z, space, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32), st.integers(2, 12), st.sampled_from(SPREADS))
-def test_spread_of_equal_rivals_is_exactly_zero_with_a_gradient_of_exactly_zero(true, rival, classes, kind):
-    z = np.full((1, classes), rival, "float32")
+def test_spread_and_gradient_of_equal_values_are_0(true, other, classes, kind):
+    z = np.full((1, classes), other, "float32")
     z[0, 0] = true
     y = tensor(reference.one_hot([0], classes))
     assert spread_of(z, y, kind=kind)[0] == 0
     np.testing.assert_array_equal(gradient(lambda z: spread(z, y, kind=kind), z), np.zeros((1, classes)))
 
 
-def test_two_classes_and_a_one_hot_label_have_no_spread():
+def test_two_classes_have_no_spread():
     z = np.random.default_rng(0).normal(0, 50, (20, 2))
     y = reference.one_hot([0, 1] * 10, 2)
     for space in SPACES:
@@ -105,7 +105,7 @@ def test_two_classes_and_a_one_hot_label_have_no_spread():
             np.testing.assert_array_equal(spread_of(z, y, space, kind), np.zeros(20))
 
 
-def test_sum_of_squares_is_variance_times_the_number_of_rivals():
+def test_sum_of_squares_is_variance_times_n():
     z = np.random.default_rng(0).normal(0, 2, (6, 9))
     y = labels_for(z)
     np.testing.assert_allclose(spread_of(z, y), 8 * spread_of(z, y, kind="variance"), rtol=1e-5)
@@ -114,7 +114,7 @@ def test_sum_of_squares_is_variance_times_the_number_of_rivals():
 @on_tensorflow
 @pytest.mark.parametrize("kind", SPREADS)
 @pytest.mark.parametrize("space", SPACES)
-def test_gradient_is_that_of_central_differences_in_float64(space, kind):
+def test_gradient_of_spread_equals_differences(space, kind):
     rng = np.random.default_rng(3)
     z = rng.normal(0, 2, (4, 5))
     for y in (reference.one_hot([0, 3, 4, 1], 5), rng.dirichlet(np.ones(5), 4)):
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_central_differences_in_float64(space, kind):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_probabilities_and_logits_give_the_same_values_up_to_a_constant():
+def test_probabilities_and_logits_have_equal_spread():
     z = np.random.default_rng(4).normal(0, 5, (6, 7))
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)

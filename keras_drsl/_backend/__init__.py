@@ -1,6 +1,7 @@
-"""Provide what differs between TensorFlow, JAX and PyTorch. No other part of the package asks which of them runs.
+"""Provide the functions that differ between TensorFlow, JAX and PyTorch.
 
-`tensorflow.py`, `jax.py` and `torch.py` define the same functions; the docstrings in `tensorflow.py` explain them.
+`tensorflow.py`, `jax.py` and `torch.py` define the same functions. The docstrings in `tensorflow.py` explain them. No
+other module of the package asks which backend runs.
 """
 
 import importlib

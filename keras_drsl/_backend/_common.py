@@ -1,4 +1,4 @@
-"""Share what two of the three backends do alike."""
+"""Provide the functions that two of the three backends share."""
 
 import os
 from collections.abc import Callable
@@ -27,5 +27,5 @@ def step_by_step(program: Callable[..., dict[str, Tensor]]) -> Callable[..., dic
 
 
 def not_a_softmax() -> LookupError:
-    """Make the error of `softmax_input`."""
+    """Return the error that `softmax_input` raises."""
     return LookupError("The last operation of the function is not a softmax over the last axis.")

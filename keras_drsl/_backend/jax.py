@@ -1,4 +1,4 @@
-"""JAX. `tensorflow.py` explains the functions."""
+"""Define the functions of `_backend` for JAX. `tensorflow.py` explains them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,20 +7,13 @@ from typing import Any
 import jax
 import keras
 
-from keras_drsl._backend._common import available_cores, not_a_softmax, step_by_step
+from keras_drsl._backend._common import available_cores, step_by_step
+from keras_drsl._backend._jaxpr import evaluate_to_softmax
 from keras_drsl._typing import Array, Tensor
 
 NAME = "jax"
 HAS_XLA = True
 READS_WEIGHTS_EACH_CALL = False
-
-# Primitives that return their operand, perhaps in another dtype or on other devices.
-CASTS = ("convert_element_type", "copy", "sharding_constraint")
-# Primitives that call another program.
-INLINED = ("jit", "pjit", "closed_call", "checkpoint", "remat", "remat2")
-CALLS = (*INLINED, "custom_jvp_call")
-# Between the largest logit of a row and what `jax.nn.softmax` subtracts from the row; between its sum and the divisor.
-SHAPINGS = (*CASTS, "broadcast_in_dim", "reshape", "stop_gradient", "max")
 
 
 def concrete_value(x: Tensor) -> Array | None:
@@ -116,7 +109,7 @@ def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> 
 
 def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables: list[Any]) -> Tensor:
     """Repeat a step within a program."""
-    # In a loop of its own, XLA on a processor computes convolutions several times slower.
+    # Inside a loop, XLA computes convolutions several times slower on a processor.
     if jax.default_backend() == "cpu":
         for _ in range(times):
             x = step(x)
@@ -172,10 +165,10 @@ def custom_gradient(
     @both.defjvp
     def both_forward(primals: Any, tangents: Any) -> Any:
         values, gradient = both(*primals)
-        slope = keras.ops.sum(gradient * tangents[0], axis=-1)
-        return (values, gradient), (slope, hessian_product(*primals, tangents[0]))
+        directional = keras.ops.sum(gradient * tangents[0], axis=-1)
+        return (values, gradient), (directional, hessian_product(*primals, tangents[0]))
 
-    # A function of its own: the first derivative needs no second one.
+    # A separate function, so that the first derivative does not compute the second one.
     @jax.custom_jvp
     def value(x: Tensor, *constants: Tensor) -> Tensor:
         return value_and_gradient(x, *constants)[0]
@@ -232,7 +225,7 @@ def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
             return outputs, [scope.get_current_value(variable) for variable in variables]
 
         program = jax.make_jaxpr(outputs_and_updates)(x)
-        found, *updates = _evaluate_to_softmax(program.jaxpr, program.consts, [x], program.jaxpr.outvars)
+        found, *updates = evaluate_to_softmax(program.jaxpr, program.consts, [x], program.jaxpr.outvars)
         for variable, value in zip(variables, updates, strict=True):
             variable.assign(value)
         return found
@@ -241,12 +234,12 @@ def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 
 class _NestedScope(keras.StatelessScope):
-    """Keep the updates of variables, and read all other values from the scope around it.
+    """Collect the updates of variables, and read all other values from the scope around it.
 
-    The updates of a function that is traced by itself are not values of the program around it.
+    Updates computed while a function is traced on its own must not reach the program around it.
 
     Attributes:
-        updated: the variables with updates.
+        updated: The variables with updates.
     """
 
     def __init__(self) -> None:
@@ -262,80 +255,3 @@ class _NestedScope(keras.StatelessScope):
         if value is None and self.original_scope is not None:
             value = self.original_scope.get_current_value(variable)
         return value
-
-
-def _evaluate_to_softmax(jaxpr: Any, consts: Any, arguments: list[Tensor], outputs: list[Any]) -> list[Tensor]:
-    """Evaluate variables of a program, and in place of the first one the input of the softmax that makes it."""
-    output, *others = outputs
-    operand = _softmax_operand(jaxpr, output)
-    if operand is not None:
-        return _evaluate(jaxpr, consts, arguments, [operand, *others])
-    makers = _makers(jaxpr)
-    output = _before(makers, output, CASTS)
-    call = makers.get(id(output))
-    if call is None or call.primitive.name not in INLINED:
-        raise not_a_softmax()
-    # The softmax may be inside a function that is compiled on its own, or computed again for its gradient.
-    values = _evaluate(jaxpr, consts, arguments, [*call.invars, *others])
-    count = len(call.invars)
-    inner, inner_consts = _body(call)
-    made = inner.outvars[call.outvars.index(output)]
-    return [*_evaluate_to_softmax(inner, inner_consts, values[:count], [made]), *values[count:]]
-
-
-def _evaluate(jaxpr: Any, consts: Any, arguments: list[Tensor], outputs: list[Any]) -> list[Tensor]:
-    """Evaluate a program up to some of its variables."""
-    from jax.extend import core  # not loaded by Keras
-
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr.replace(outvars=outputs), consts))(*arguments))
-
-
-def _softmax_operand(jaxpr: Any, output: Any) -> Any:
-    """Return the variable whose softmax over the last axis is an output of a program, or None.
-
-    `jax.nn.softmax` is no primitive. It divides the exponentials by their sum, after the largest logit of each row was
-    subtracted.
-    """
-    makers = _makers(jaxpr)
-    output = _before(makers, output, CASTS)
-    equation = makers.get(id(output))
-    if equation is None:
-        return None
-    if equation.primitive.name in CALLS:
-        body, _ = _body(equation)
-        found = _softmax_operand(body, body.outvars[equation.outvars.index(output)])
-        return next((x for x, inner in zip(equation.invars, body.invars, strict=True) if inner is found), None)
-    if equation.primitive.name != "div":
-        return None
-    exponentials, divisor = (_before(makers, *pair) for pair in zip(equation.invars, (CASTS, SHAPINGS), strict=True))
-    total, exponential = makers.get(id(divisor)), makers.get(id(exponentials))
-    if total is None or total.primitive.name != "reduce_sum" or total.params["axes"] != (output.aval.ndim - 1,):
-        return None
-    if exponential is None or exponential.primitive.name != "exp":
-        return None
-    if _before(makers, total.invars[0], CASTS) is not exponentials:
-        return None
-    difference = makers.get(id(exponential.invars[0]))
-    if difference is not None and difference.primitive.name == "sub":
-        largest = makers.get(id(_before(makers, difference.invars[1], SHAPINGS)))
-        if largest is not None and largest.primitive.name == "reduce_max" and largest.invars[0] is difference.invars[0]:
-            return difference.invars[0]
-    return exponential.invars[0]
-
-
-def _body(call: Any) -> tuple[Any, Any]:
-    """Return the program that an equation calls, and its constants."""
-    body = call.params["call_jaxpr" if "call_jaxpr" in call.params else "jaxpr"]
-    return getattr(body, "jaxpr", body), getattr(body, "consts", [])
-
-
-def _makers(jaxpr: Any) -> dict[int, Any]:
-    """Map each variable of a program, by id as constants have no hash, to the equation that makes it."""
-    return {id(variable): equation for equation in jaxpr.eqns for variable in equation.outvars}
-
-
-def _before(makers: dict[int, Any], variable: Any, primitives: tuple[str, ...]) -> Any:
-    """Go back from a variable through equations of some primitives."""
-    while (equation := makers.get(id(variable))) is not None and equation.primitive.name in primitives:
-        variable = max(equation.invars, key=lambda operand: operand.aval.ndim)
-    return variable

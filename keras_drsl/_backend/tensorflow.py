@@ -1,4 +1,4 @@
-"""TensorFlow. The docstrings here hold for the functions of the same names in `jax.py` and `torch.py` too."""
+"""Define the functions of `_backend` for TensorFlow. Their docstrings hold for `jax.py` and `torch.py` too."""
 
 from collections.abc import Callable
 from functools import partial
@@ -63,8 +63,8 @@ def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA. It can be called eagerly, in a graph, or in a program that XLA compiles.
 
     Args:
-        program: a function of tensors that returns tensors.
-        *specs: the shape and dtype of each argument, or a tuple of such pairs for a tuple of tensors. None stands for a
+        program: A function of tensors that returns tensors.
+        *specs: The shape and dtype of each argument, or a tuple of such pairs for a tuple of tensors. None stands for a
             length that differs from call to call.
     """
 
@@ -83,9 +83,9 @@ def compile_function(
     """Compile a function for tensors of any number of rows.
 
     Args:
-        function: takes and returns nested structures of tensors.
-        variables: the Keras variables it reads. Their values are read again in each call.
-        free_axes: maps the index of an argument to how many of its first axes change their lengths from call to call.
+        function: Takes and returns nested structures of tensors.
+        variables: The Keras variables it reads. Their values are read again in each call.
+        free_axes: Maps the index of an argument to how many of its first axes change their lengths from call to call.
 
     Returns:
         A function of the same arguments, as arrays or tensors.
@@ -103,7 +103,7 @@ def compile_function(
         ]
         key = tuple(tf.nest.flatten(signature))
         if key not in programs:
-            # Without XLA: TensorFlow's own convolutions are several times faster on a processor.
+            # Not compiled by XLA: on a processor, TensorFlow's own convolutions are several times faster.
             programs[key] = tf.function(function, input_signature=signature, autograph=False)
         return programs[key](*arguments)
 
@@ -114,8 +114,8 @@ def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> 
     """Compile a program that runs several steps per call, to amortize dispatch overhead.
 
     Args:
-        step: maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
-        variables: the Keras variables it reads. Their values are read again in each call.
+        step: Maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
+        variables: The Keras variables it reads. Their values are read again in each call.
 
     Returns:
         A function of the rows and the stacked arguments. It takes one step per element of their first axis.
@@ -139,10 +139,10 @@ def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables
     """Repeat a step within a program.
 
     Args:
-        step: maps a tensor to the next tensor.
-        times: the number of steps.
-        x: the first tensor.
-        variables: the Keras variables that the step reads.
+        step: Maps a tensor to the next tensor.
+        times: The number of steps.
+        x: The first tensor.
+        variables: The Keras variables that the step reads.
     """
     return keras.ops.fori_loop(0, times, lambda _, x: step(x), x)
 
@@ -161,7 +161,7 @@ def per_replica_value(x: Any) -> Any:
 def bucket_size(rows: int) -> int:
     """Return how many rows a call of a `compile_function` program should have to hold `rows`.
 
-    JAX compiles a program again for each number of rows, so there only few numbers are used.
+    JAX compiles a program again for each number of rows, so on JAX this function returns only a few different numbers.
     """
     return rows
 
@@ -170,8 +170,8 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
     """Return the values of a function, its second result, and the gradient of the sum of the values.
 
     Args:
-        function: maps `x` to one value per row and any structure of tensors.
-        x: the tensor to differentiate with respect to.
+        function: Maps `x` to one value per row and any structure of tensors.
+        x: The tensor to differentiate with respect to.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
@@ -188,11 +188,11 @@ def custom_gradient(
     """Compute one value per row of `x` with a gradient that is computed together with the values.
 
     Args:
-        value_and_gradient: maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
-        hessian_product: maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
+        value_and_gradient: Maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
+        hessian_product: Maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
             shape of `x`.
-        x: shape `(rows, columns)`.
-        *constants: tensors that need no gradient.
+        x: Shape `(rows, columns)`.
+        *constants: Tensors that need no gradient.
 
     Returns:
         Shape `(rows,)`.
@@ -202,7 +202,7 @@ def custom_gradient(
     # silently be zero.
     @tf.custom_gradient
     def differentiable(x: Tensor) -> Any:
-        # Nor may it try to: XLA compiles operations that have no derivative there.
+        # It must not try to: some operations that XLA compiles have no derivative there.
         values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *constants)))
 
         @tf.custom_gradient
@@ -228,10 +228,10 @@ def custom_vjp(
     """Compute values whose gradient another program computes from statistics of the first program.
 
     Args:
-        forward: maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
-        backward: maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
-        inputs: tensors to differentiate with respect to.
-        constants: tensors that need no gradient.
+        forward: Maps `(*inputs, *constants)` to values `(rows,)` and a tuple of statistics.
+        backward: Maps `(*inputs, *constants, statistics, upstream)` to the gradients of the inputs.
+        inputs: Tensors to differentiate with respect to.
+        constants: Tensors that need no gradient.
 
     Returns:
         Shape `(rows,)`.
@@ -262,7 +262,7 @@ def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     The function is called as it is: nothing in it is changed, so other threads may call it at the same time.
 
     Args:
-        function: maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
+        function: Maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
             casts may follow.
 
     Returns:

@@ -1,4 +1,4 @@
-"""PyTorch. `tensorflow.py` explains the functions."""
+"""Define the functions of `_backend` for PyTorch. `tensorflow.py` explains them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +43,8 @@ def set_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def cpu_cores() -> int | None:
-    """Return how many processor cores compute a program of `jit`; PyTorch has none."""
-    raise NotImplementedError("PyTorch has no programs of `jit`.")
+    """Return how many processor cores compute a program of `jit`, which PyTorch does not have."""
+    raise NotImplementedError("`cpu_cores` needs TensorFlow or JAX.")
 
 
 def device_name() -> str:
@@ -115,7 +115,7 @@ def custom_gradient(
     x: Tensor,
     *constants: Tensor,
 ) -> Tensor:
-    """Compute values with a gradient of their own; only programs of `jit` need it."""
+    """Compute values with a gradient of their own. Only programs of `jit` need it."""
     raise NotImplementedError("`custom_gradient` needs TensorFlow or JAX.")
 
 
@@ -125,7 +125,7 @@ def custom_vjp(
     inputs: tuple[Tensor, ...],
     constants: tuple[Tensor, ...],
 ) -> Tensor:
-    """Compute values whose gradient another program computes; only programs of `jit` need it."""
+    """Compute values whose gradient another program computes. Only programs of `jit` need it."""
     raise NotImplementedError("`custom_vjp` needs TensorFlow or JAX.")
 
 
@@ -155,7 +155,7 @@ class _RecordSoftmax(TorchFunctionMode):
     """Record the input and output of each softmax of shape `(batch, C)` that this thread computes.
 
     Attributes:
-        inputs: maps the id of an output to the output and the input. The output is kept, as ids of freed objects are
+        inputs: Maps the id of an output to the output and the input. The output is kept, as ids of freed objects are
             used again.
     """
 

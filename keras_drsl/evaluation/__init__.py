@@ -4,7 +4,8 @@ from keras_drsl.evaluation.checks import Outcome, check
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
 from keras_drsl.evaluation.evaluate import evaluate_robustness
-from keras_drsl.evaluation.report import Check, RobustnessReport
+from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.results import Check
 
 __all__ = [
     "Check",

@@ -13,8 +13,8 @@ from keras_drsl._data import class_ids, read_examples
 from keras_drsl._typing import Norm
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
-from keras_drsl.evaluation.report import Check
 from keras_drsl.evaluation.report_format import to_json_values
+from keras_drsl.evaluation.results import Check
 from keras_drsl.models.random_state import check_model, preserve_random_state
 from keras_drsl.plotting import new_figure, norm_label
 from keras_drsl.threat import ThreatModel

@@ -15,9 +15,10 @@ from keras_drsl import _backend, _validation
 from keras_drsl._data import Examples, class_ids, digest
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack
-from keras_drsl.evaluation.checks import CHECKS, choose, run_check
+from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
-from keras_drsl.evaluation.report import CLEAN, Check, RobustnessReport
+from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import make_attacks
 from keras_drsl.models.fingerprint import fingerprint
@@ -137,7 +138,7 @@ class Evaluator:
             audit=Audit(**state.audit),
         )
         run = _Run(context, state, verbose)
-        names = [name for name in self.checks if self._listed or CHECKS[name].applies(context)]
+        names = [name for name in self.checks if self._listed or applies(name, context)]
         run.run_checks([name for name in names if CHECKS[name].stage == "before"])
         for name, attack in self.attacks.items():
             run.run_attack(name, attack)

@@ -1,16 +1,19 @@
-"""Joins the reports of shards."""
+"""The results of shards, joined."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from keras_drsl._typing import Status
-from keras_drsl.evaluation.report import Check, RobustnessReport
+from keras_drsl.evaluation.results import Check, EvaluationResults
 
 SEVERITY: tuple[Status, ...] = ("skipped", "pass", "warn", "fail")
 
 
-def merge_reports(reports: Sequence[RobustnessReport]) -> RobustnessReport:
-    """Join the reports of disjoint shards of one data set; see `RobustnessReport.merge`."""
+def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
+    """Join the results of disjoint shards of one data set, and return the arguments of the whole.
+
+    `RobustnessReport.merge` explains the rules and the errors.
+    """
     if not reports:
         raise ValueError("`reports` must hold at least one report. Received: none")
     _check_one_evaluation(reports)
@@ -32,10 +35,16 @@ def merge_reports(reports: Sequence[RobustnessReport]) -> RobustnessReport:
         checks.append(Check("shards", "warn", len(missing), message))
     settings = _without_shard(first.settings) | {"shards": shards}
     per_example = {name: [row[name] for row in rows] for name in first.per_example}
-    return RobustnessReport(settings, _merge_attacks(reports), checks, per_example, first.provenance)
+    return {
+        "settings": settings,
+        "attacks": _merge_attacks(reports),
+        "checks": checks,
+        "per_example": per_example,
+        "provenance": first.provenance,
+    }
 
 
-def _check_one_evaluation(reports: Sequence[RobustnessReport]) -> None:
+def _check_one_evaluation(reports: Sequence[EvaluationResults]) -> None:
     first = reports[0]
     for other in reports[1:]:
         for key in ("model", "undefended", "data"):
@@ -45,7 +54,7 @@ def _check_one_evaluation(reports: Sequence[RobustnessReport]) -> None:
             raise ValueError("`reports` must be of one evaluation. Received: two of different settings or attacks")
 
 
-def _merge_attacks(reports: Sequence[RobustnessReport]) -> list[dict[str, Any]]:
+def _merge_attacks(reports: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
     """Add up the times and numbers of each attack. A check is among the attacks only where it broke an example."""
     attacks: dict[str, dict[str, Any]] = {}
     for report in reports:
@@ -56,7 +65,7 @@ def _merge_attacks(reports: Sequence[RobustnessReport]) -> list[dict[str, Any]]:
     return sorted(attacks.values(), key=lambda attack: attack["name"].startswith("check:"))
 
 
-def _merge_checks(reports: Sequence[RobustnessReport]) -> list[Check]:
+def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:
     """Return the worst outcome of each check."""
     worst: dict[str, Check] = {}
     for report in reports:
@@ -72,7 +81,7 @@ def _without_shard(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("shard", "shards")}
 
 
-def _common(report: RobustnessReport) -> tuple[Any, ...]:
+def _common(report: EvaluationResults) -> tuple[Any, ...]:
     """Return what the reports of all shards of one evaluation have in common."""
     shard = report.settings.get("shard")
     attacks = [

@@ -3,19 +3,16 @@
 import math
 import os
 import textwrap
-from typing import TYPE_CHECKING
 
+from keras_drsl.evaluation.results import Check, EvaluationResults
 from keras_drsl.plotting import new_figure, norm_label
-
-if TYPE_CHECKING:
-    from keras_drsl.evaluation.report import Check, RobustnessReport
 
 WIDTH = 80
 BY_SEVERITY = ("fail", "warn", "pass", "skipped")
 LOSS_LABELS = {"ce": "cross-entropy", "margin": "margin", "dlr": "logit ratio"}
 
 
-def to_text(report: "RobustnessReport") -> str:
+def to_text(report: EvaluationResults) -> str:
     """Return the report as text of 80 columns, with the message of each check that did not pass."""
     lines = [] if report.trustworthy else ["NOT TRUSTWORTHY: a check failed. The robust accuracy is an upper bound."]
     low, high = report.confidence_interval
@@ -36,7 +33,7 @@ def to_text(report: "RobustnessReport") -> str:
     return "\n".join([*lines, *_check_lines(report)])
 
 
-def _check_lines(report: "RobustnessReport") -> list[str]:
+def _check_lines(report: EvaluationResults) -> list[str]:
     """Return lines on the checks: those that warn or fail with figure and message, and the names of the others."""
     lines = [""] if report.checks else []
     for status in BY_SEVERITY:
@@ -51,7 +48,7 @@ def _check_lines(report: "RobustnessReport") -> list[str]:
     return lines
 
 
-def to_markdown(report: "RobustnessReport") -> str:
+def to_markdown(report: EvaluationResults) -> str:
     """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
     low, high = report.confidence_interval
     lines = [
@@ -74,21 +71,30 @@ def to_markdown(report: "RobustnessReport") -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(report: "RobustnessReport", path: str | os.PathLike[str]) -> None:
+def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
-    figure, axes = new_figure()
     steps = {"no attack": report.clean_accuracy} | {
         f"after {attack_label(name)}": accuracy["cumulative"] for name, accuracy in report.accuracy.items()
     }
     left = [100 * share for share in steps.values()]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]
-    bars = axes.barh(list(steps), left, color="#0072B2")
-    axes.barh(list(steps), taken, left=left, color="#0072B2", alpha=0.25)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    figure, axes = new_figure(height=1.4 + 0.45 * len(steps))
+    axes.barh(list(steps), left, color="#0072B2", label="still correct")
+    axes.barh(list(steps), taken, left=left, color="#0072B2", alpha=0.25, label="misled by this attack")
+    for index, (share, loss) in enumerate(zip(left, taken, strict=True)):
+        # Beyond both bars, so that no edge crosses the number.
+        axes.annotate(f"{share:.1f}", (share + loss, index), (5, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="accuracy (%)", xlim=(0, 115), xticks=range(0, 101, 20))
     settings = report.settings
-    axes.set(xlabel="accuracy (%)", xlim=(0, 110))
-    axes.set_title(f"{norm_label(settings['norm'])}, eps {settings['eps']:.4g}, {report.num_examples} examples")
+    doubt = "" if report.trustworthy else "\nNOT TRUSTWORTHY: a check failed"
+    axes.set_title(
+        f"suite {settings['suite']}, {norm_label(settings['norm'])}, eps {settings['eps']:.4g}, "
+        f"{report.num_examples} examples{doubt}",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -105,7 +111,7 @@ def attack_label(name: str) -> str:
     return f"{'targeted ' if 't' in parts[1:] else ''}{library}{parts[0].upper()} on the {loss}"
 
 
-def _by_severity(report: "RobustnessReport") -> list["Check"]:
+def _by_severity(report: EvaluationResults) -> list[Check]:
     return sorted(report.checks, key=lambda check: BY_SEVERITY.index(check.status))
 
 

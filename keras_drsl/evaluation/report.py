@@ -1,39 +1,18 @@
-"""The result of an evaluation."""
+"""The result of an evaluation, with its files, its text and its figure."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from keras_drsl import _files
-from keras_drsl._typing import Status
 from keras_drsl.evaluation import rendering
-from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.merge import merge_results
 from keras_drsl.evaluation.report_format import FORMAT, read_content, to_json_values
-
-CLEAN = "clean"  # what broke an example that is misclassified without an attack
-
-
-@dataclass(frozen=True)
-class Check:
-    """One piece of evidence for or against an evaluation.
-
-    Attributes:
-        name: The name of the check.
-        status: `"pass"`, `"warn"`, `"fail"`, or `"skipped"` if there was nothing to test.
-        value: The figure that the status was decided by.
-        message: One sentence that says what the figure means.
-    """
-
-    name: str
-    status: Status
-    value: float
-    message: str
+from keras_drsl.evaluation.results import Check, EvaluationResults
 
 
-class RobustnessReport:
+class RobustnessReport(EvaluationResults):
     """The result of `evaluate_robustness`: accuracies, attack by attack, and checks of whether to believe them.
 
     Print it for a summary with the failed checks first. All that a format of your own needs is public: write it as a
@@ -48,67 +27,6 @@ class RobustnessReport:
             was needed, None if it withstood them all.
         provenance: Model, data, versions and device, as recorded.
     """
-
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        attacks: list[dict[str, Any]],
-        checks: list[Check],
-        per_example: dict[str, list[Any]],
-        provenance: dict[str, Any],
-    ) -> None:
-        self.settings = settings
-        self.attacks = attacks
-        self.checks = checks
-        self.per_example = per_example
-        self.provenance = provenance
-
-    @property
-    def num_examples(self) -> int:
-        """The number of examples that were evaluated."""
-        return len(self.per_example["broken_by"])
-
-    @property
-    def clean_accuracy(self) -> float:
-        """The share of examples that are classified correctly without an attack, in [0, 1]."""
-        return 1 - self._count_broken_by(CLEAN) / self.num_examples
-
-    @property
-    def robust_accuracy(self) -> float:
-        """The share of examples that withstood everything that ran, in [0, 1]."""
-        return self._count_broken_by(None) / self.num_examples
-
-    @property
-    def confidence_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the robust accuracy over samples of examples, by Wilson's method."""
-        return wilson(self._count_broken_by(None), self.num_examples)
-
-    @property
-    def accuracy(self) -> dict[str, dict[str, float]]:
-        """The accuracies by attack, in the order the attacks ran, each on the examples that withstood those before.
-
-        `cumulative` is the share of all examples that are robust after the attack. `alone` is the share of the examples
-        it was tried on that withstood it; `tried` is their number.
-        """
-        robust = self.num_examples - self._count_broken_by(CLEAN)
-        result = {}
-        for attack in self.attacks:
-            tried, broken = attack.get("tried", robust), self._count_broken_by(attack["name"])
-            robust -= broken
-            result[attack["name"]] = {
-                "cumulative": robust / self.num_examples,
-                "alone": 1 - broken / tried if tried else math.nan,
-                "tried": tried,
-            }
-        return result
-
-    @property
-    def trustworthy(self) -> bool:
-        """False if a check failed."""
-        return all(check.status != "fail" for check in self.checks)
-
-    def _count_broken_by(self, name: str | None) -> int:
-        return self.per_example["broken_by"].count(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""
@@ -176,9 +94,7 @@ class RobustnessReport:
         Raises:
             ValueError: If they are reports of different models, data, settings or attacks, or share an example.
         """
-        from keras_drsl.evaluation.merge import merge_reports
-
-        return merge_reports(reports)
+        return cls(**merge_results(reports))
 
     def to_markdown(self) -> str:
         """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""

@@ -1,7 +1,8 @@
 """Provide the losses, one per module, and everything that a new loss needs.
 
-To add a loss, derive from `ClassificationLoss`. Its `values` method receives `LossInputs`; `cross_entropy` and
-`logits_of` compute from them what most formulas use. CONTRIBUTING.md has a complete example.
+To add a loss, derive from `ClassificationLoss` and write its `values` method, which receives `LossInputs`. The
+functions `cross_entropy` and `logits_of` compute the terms that most formulas use. CONTRIBUTING.md has a complete
+example.
 """
 
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy, logits_of

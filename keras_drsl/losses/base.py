@@ -1,4 +1,4 @@
-"""Provide the base class of all losses, and what their formulas share."""
+"""Provide the base class of all losses, and the functions that their formulas share."""
 
 import re
 from typing import Any, ClassVar
@@ -25,37 +25,38 @@ class ClassificationLoss(keras.losses.Loss):
     classes.
 
     Note:
-        - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary.
-        - At all other positions logits must be finite. Where the logit of a non-true class is minus infinity, as in a
-          masked vocabulary, a loss is NaN or infinite. Exceptions are `ZLoss` on the cross-entropy, and `PRSLoss` if
-          the class is not among the largest that it uses.
+
+    - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary.
+    - At all other positions logits must be finite. Where the logit of a non-true class is minus infinity, as in a
+      masked vocabulary, a loss is NaN or infinite. Exceptions are `ZLoss` on the cross-entropy, and `PRSLoss` if
+      the class is not among the largest that it uses.
 
     Attributes:
-        hyperparameters: the names of the constructor's own arguments. Each must be an attribute of the same name, so
+        hyperparameters: The names of the constructor's own arguments. Each must be an attribute of the same name, so
             that it is saved with the loss.
-        needs_logits: whether a constant added to all logits changes the value. Such a loss cannot be computed from
+        needs_logits: Whether a constant added to all logits changes the value. Such a loss cannot be computed from
             probabilities, and raises an error where their logits cannot be found.
 
     Args:
-        from_logits: whether `y_pred` holds logits rather than probabilities. On TensorFlow the logits behind a softmax
+        from_logits: Whether `y_pred` holds logits rather than probabilities. On TensorFlow the logits behind a softmax
             are found.
-        ignore_class: the id of a class whose positions are ignored, or None.
-        axis: the axis of the classes in `y_pred`.
-        reduction: how Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
+        ignore_class: The id of a class whose positions are ignored, or None.
+        axis: The axis of the classes in `y_pred`.
+        reduction: How Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or None.
-        name: the name of the loss, by default the class name in snake case.
-        dtype: the dtype of the loss, by default Keras's `floatx`.
+        name: The name of the loss, by default the class name in snake case.
+        dtype: The dtype of the loss, by default Keras's `floatx`.
 
     Call arguments:
-        y_true: class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`.
-        y_pred: shape `(..., C)`, or with the classes at `axis`.
-        sample_weight: optional weights of the samples or positions.
+        y_true: Class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`.
+        y_pred: Shape `(..., C)`, or with the classes at `axis`.
+        sample_weight: Optional weights of the samples or positions.
 
     Returns:
         A scalar, or with `reduction=None` one value per position.
 
     Raises:
-        ValueError: at construction for an argument out of its range. At a call, also while it is traced, for shapes
+        ValueError: At construction for an argument out of its range. At a call, also while it is traced, for shapes
             that cannot match, fewer than two classes, probabilities where logits are needed, and (where values are
             known) class ids outside `[0, C)`. In a compiled program, where values are not known, such an id makes the
             loss and its gradient NaN.
@@ -94,7 +95,7 @@ class ClassificationLoss(keras.losses.Loss):
         """Compute the formula, one value per position. Values at ignored positions are not used.
 
         Args:
-            inputs: labels and predictions; see the attributes and properties of `keras_drsl.losses.LossInputs`.
+            inputs: Labels and predictions; see the attributes and properties of `keras_drsl.losses.LossInputs`.
 
         Returns:
             Shape `(...)`.
@@ -114,8 +115,8 @@ class ClassificationLoss(keras.losses.Loss):
         """Compute one value per position. Keras applies weights, masks and the reduction.
 
         Args:
-            y_true: labels in any form.
-            y_pred: predictions.
+            y_true: Labels in any form.
+            y_pred: Predictions.
         """
         given = _as_dict(y_true)
         inputs = read_inputs(
@@ -131,7 +132,7 @@ class ClassificationLoss(keras.losses.Loss):
         return mask_ignored(self._weighted_values(inputs, given.get("sample_weight")), inputs, self.ignore_class)
 
     def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
-        """Compute the formula for sample weights, which are known only where `__call__` of a subclass passes them."""
+        """Compute the formula with sample weights. They are None unless a subclass passes them from `__call__`."""
         return self.values(inputs)
 
     def get_config(self) -> dict[str, Any]:
@@ -141,17 +142,17 @@ class ClassificationLoss(keras.losses.Loss):
 
 
 def _as_dict(y_true: Any) -> dict[str, Tensor]:
-    """Return the labels, with all that `__call__` has added to them because Keras does not pass it to `call`."""
+    """Return the labels, and the other values that `__call__` has added because Keras does not pass them to `call`."""
     return y_true if isinstance(y_true, dict) else {"y_true": ops.convert_to_tensor(y_true)}
 
 
 def mask_ignored(values: Tensor, inputs: LossInputs, ignore_class: int | None) -> Tensor:
-    """Set the values of ignored positions to 0. For `ignore_class`, also set a Keras mask, as Keras does not know it.
+    """Set the values of ignored positions to 0. With `ignore_class`, also set the Keras mask.
 
     Args:
-        values: one value per position, shape `(...)`.
-        inputs: the labels and predictions.
-        ignore_class: a class id, or None.
+        values: One value per position, shape `(...)`.
+        inputs: The labels and predictions.
+        ignore_class: A class id, or None.
     """
     values = inputs.mask_values(values)
     return values if ignore_class is None else _backend.set_mask(values, inputs.valid)
@@ -161,8 +162,8 @@ def check_logits(name: str, inputs: LossInputs) -> None:
     """Raise `ValueError` for probabilities whose logits are not known.
 
     Args:
-        name: the name of the loss.
-        inputs: the labels and predictions.
+        name: The name of the loss.
+        inputs: The labels and predictions.
     """
     if not inputs.from_logits:
         raise ValueError(
@@ -176,8 +177,8 @@ def cross_entropy(inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
     """Compute Keras's cross-entropy, one value per position.
 
     Args:
-        inputs: the labels and predictions.
-        label_smoothing: a number in [0, 1).
+        inputs: The labels and predictions.
+        label_smoothing: A number in [0, 1).
 
     Returns:
         Shape `(...)`.
@@ -195,7 +196,7 @@ def logits_of(inputs: LossInputs) -> Tensor:
     """Return the logits, or the logarithms of probabilities. Both have the same softmax.
 
     Args:
-        inputs: the labels and predictions.
+        inputs: The labels and predictions.
 
     Returns:
         Shape `(..., C)`. At ignored positions all logits are equal.

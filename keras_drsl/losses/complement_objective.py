@@ -29,12 +29,13 @@ class ComplementObjective(ClassificationLoss):
     - `H = -sum_k q_k log q_k`: their entropy.
 
     Note:
-        - `lam=0` is Keras's cross-entropy.
-        - Two classes have one non-true class, and `H = 0`.
-        - The loss can be negative.
+
+    - `lam=0` is Keras's cross-entropy.
+    - Two classes have one non-true class, and `H = 0`.
+    - The loss can be negative.
 
     Args:
-        lam: the weight of the entropy, a number >= 0. The paper alternates between the two terms, each at full
+        lam: The weight of the entropy, a number >= 0. The paper alternates between the two terms, each at full
             strength; the default of 1 is their sum.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
             `keras_drsl.losses.ClassificationLoss`.
@@ -43,7 +44,7 @@ class ComplementObjective(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

@@ -33,15 +33,15 @@ def drs_loss(
     a function, and their mask and the logits behind a softmax are lost.
 
     Args:
-        y_true: labels in any form that `DRSLoss` takes.
-        y_pred: probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
-        lam: the strength of the penalty, a number >= 0.
-        from_logits: whether `y_pred` holds logits.
+        y_true: Labels in any form that `DRSLoss` takes.
+        y_pred: Probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
+        lam: The strength of the penalty, a number >= 0.
+        from_logits: Whether `y_pred` holds logits.
         space: `"log_softmax"` or `"softmax"`, as in `DRSLoss`.
         spread: `"sum_of_squares"` or `"variance"`, as in `DRSLoss`.
-        label_smoothing: a number in [0, 1), as in `DRSLoss`.
-        ignore_class: the id of a class whose positions are ignored, or None.
-        axis: the axis of the classes in `y_pred`.
+        label_smoothing: A number in [0, 1), as in `DRSLoss`.
+        ignore_class: The id of a class whose positions are ignored, or None.
+        axis: The axis of the classes in `y_pred`.
 
     Returns:
         One value per position, shape `y_pred.shape` without `axis`: float64 for float64 predictions, otherwise float32.
@@ -49,7 +49,7 @@ def drs_loss(
         averages over the other positions.
 
     Raises:
-        ValueError: as `DRSLoss`, at a call, also while it is traced.
+        ValueError: As `DRSLoss`, at a call, also while it is traced.
 
     Example:
 
@@ -96,50 +96,51 @@ class DRSLoss(ClassificationLoss):
     of classes. With `spread="variance"` it is `C - 1` times smaller, so it vanishes for many classes.
 
     Note:
-        - Equal non-true values give `r = 0` and no gradient. So do two classes with a one-hot label.
-        - `lam=0` is Keras's cross-entropy, in value and gradient.
-        - In log space, a constant added to all logits does not change `r`.
-        - On TensorFlow, the logits behind a softmax are found and used. Otherwise probabilities are clipped: by Keras's
-          `epsilon` in the cross-entropy and at 1e-30 in `r`. Below these limits they have no gradient.
-        - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary. The mean is
-          taken over the others.
-        - Keras applies sample weights to the values afterwards. A position of weight 0 still needs a valid label and
-          finite predictions.
-        - At positions that are not ignored, logits must be finite. A non-true logit of minus infinity makes the loss
-          NaN.
-        - Half-precision predictions are computed in float32. The gradient of a float16 softmax is up to `1 / p` and
-          overflows where its logits cannot be found. On JAX and PyTorch, end a model of mixed precision in logits or in
-          a float32 softmax.
-        - With `space="softmax"`, probabilities are used as they are, even if they do not sum to 1.
+
+    - Equal non-true values give `r = 0` and no gradient. So do two classes with a one-hot label.
+    - `lam=0` is Keras's cross-entropy, in value and gradient.
+    - In log space, a constant added to all logits does not change `r`.
+    - On TensorFlow, the logits behind a softmax are found and used. Otherwise probabilities are clipped: by Keras's
+      `epsilon` in the cross-entropy and at 1e-30 in `r`. Below these limits they have no gradient.
+    - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary. The mean is
+      taken over the others.
+    - Keras applies sample weights to the values afterwards. A position of weight 0 still needs a valid label and
+      finite predictions.
+    - At positions that are not ignored, logits must be finite. A non-true logit of minus infinity makes the loss
+      NaN.
+    - Half-precision predictions are computed in float32. The gradient of a float16 softmax is up to `1 / p` and
+      overflows where its logits cannot be found. On JAX and PyTorch, end a model of mixed precision in logits or in
+      a float32 softmax.
+    - With `space="softmax"`, probabilities are used as they are, even if they do not sum to 1.
 
     Args:
-        lam: the strength of the penalty, a number >= 0. Good values lie between 0.03 and 3.
-        from_logits: whether `y_pred` holds logits rather than probabilities.
-        space: where the spread is measured, `"log_softmax"` or `"softmax"`. In `"softmax"` it has almost no effect on a
+        lam: The strength of the penalty, a number >= 0. Good values lie between 0.03 and 3.
+        from_logits: Whether `y_pred` holds logits rather than probabilities.
+        space: Where the spread is measured, `"log_softmax"` or `"softmax"`. In `"softmax"` it has almost no effect on a
             confident model, whose non-true probabilities are all near 0.
         spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number `s` in [0, 1). The labels of the cross-entropy become `(1 - s) y + s / C`. The weights
+        label_smoothing: A number `s` in [0, 1). The labels of the cross-entropy become `(1 - s) y + s / C`. The weights
             `w` still use the given labels.
-        ignore_class: the id of a class whose positions are ignored, such as 255 or -1 in a segmentation map; or None. A
+        ignore_class: The id of a class whose positions are ignored, such as 255 or -1 in a segmentation map; or None. A
             label distribution is ignored where it equals `keras.ops.one_hot` of that id, which is all zeros for an id
             outside the classes.
-        axis: the axis of the classes in `y_pred`.
-        reduction: how Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
+        axis: The axis of the classes in `y_pred`.
+        reduction: How Keras reduces the values: `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or None.
-        name: the name of the loss.
-        dtype: the dtype of the loss, by default Keras's `floatx`.
+        name: The name of the loss.
+        dtype: The dtype of the loss, by default Keras's `floatx`.
 
     Call arguments:
-        y_true: class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`, such as one-hot,
+        y_true: Class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`, such as one-hot,
             smoothed or mixed labels.
-        y_pred: shape `(..., C)`, or with the classes at `axis`.
-        sample_weight: optional weights of the samples or positions.
+        y_pred: Shape `(..., C)`, or with the classes at `axis`.
+        sample_weight: Optional weights of the samples or positions.
 
     Returns:
         A scalar, or with `reduction=None` one value per position.
 
     Raises:
-        ValueError: at construction for an argument out of its range. At a call, also while it is traced, for shapes
+        ValueError: At construction for an argument out of its range. At a call, also while it is traced, for shapes
             that cannot match, fewer than two classes, and (where values are known) class ids outside `[0, C)`. In a
             compiled program, where values are not known, such an id makes the loss and its gradient NaN.
 

@@ -26,12 +26,13 @@ from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl.predictions import LossInputs
 
-# From how many classes on the one pass is used. With fewer classes, several short rows cannot be computed at a time. At
-# 10 classes the formula is as fast for small batches, needs no separate compilation, and is faster for large batches in
-# a training step that XLA compiles as a whole.
+# The one pass is used for this many classes or more. With 10 classes, the formula as it is written is as fast for small
+# batches, needs no separate compilation, and is faster for large batches in a training step that XLA compiles as a
+# whole.
 MIN_CLASSES = 64
 
-# The non-true logits of this many classes give a value near all of them. See `_value_and_gradient_of_rows`.
+# Deviations are measured from the mean of the non-true logits among the first classes, this many. See
+# `_value_and_gradient_of_rows`.
 NEARBY_CLASSES = 64
 
 # A block holds at most this share of all rows, or memory would grow with the number of cores.
@@ -39,11 +40,11 @@ LARGEST_SHARE = 1 / 128
 
 
 class BlockPlan(NamedTuple):
-    """Say how large the blocks of rows are.
+    """Set the size of the blocks of rows.
 
     Attributes:
-        cores: how many processor cores work on a block; None for one block of all rows.
-        logits_per_core: how many logits of a block one core works on. The default is 256 KiB in float32: the logits and
+        cores: How many processor cores work on a block; None for one block of all rows.
+        logits_per_core: How many logits of a block one core works on. The default is 256 KiB in float32: the logits and
             what is computed from them stay in the core's cache.
     """
 
@@ -52,7 +53,7 @@ class BlockPlan(NamedTuple):
 
 
 def should_fuse(inputs: LossInputs, lam: float, space: str) -> bool:
-    """Return whether the one pass can compute the loss and is faster: XLA compiles it, and the rows are long enough."""
+    """Return whether to compute the loss in one pass: whether the formula allows it, XLA exists and rows are long."""
     supported = _backend.HAS_XLA and inputs.sparse and inputs.from_logits and space == "log_softmax"
     return supported and lam > 0 and inputs.scores.shape[-1] >= MIN_CLASSES
 
@@ -70,13 +71,13 @@ def fused_drs_loss(
     """Compute the loss of each position. It can be differentiated with respect to `logits` any number of times.
 
     Args:
-        class_ids: int32, shape `(...)`, all within `[0, C)`.
-        logits: shape `(..., C)`.
-        scale: the factor of each value and its gradient, shape `(...)`. Where it is 0, both are 0 for arbitrary logits.
-        lam: the strength of the penalty.
+        class_ids: Int32, shape `(...)`, all within `[0, C)`.
+        logits: Shape `(..., C)`.
+        scale: The factor of each value and its gradient, shape `(...)`. Where it is 0, both are 0 for arbitrary logits.
+        lam: The strength of the penalty.
         spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number in [0, 1).
-        plan: the size of the blocks, by default for the running device.
+        label_smoothing: A number in [0, 1).
+        plan: The size of the blocks, by default for the running device.
 
     Returns:
         Shape `(...)`, the dtype of `logits`.
@@ -85,10 +86,10 @@ def fused_drs_loss(
     strength = lam / (classes - 1) if spread == "variance" else lam
     dtype = keras.backend.standardize_dtype(logits.dtype)
     plan = BlockPlan(_backend.cpu_cores()) if plan is None else plan
-    value_and_gradient, hessian_product = compiled_programs(label_smoothing, classes, dtype, plan)
+    program, hessian_product = compiled_programs(label_smoothing, classes, dtype, plan)
     rows = ops.reshape(logits, (-1, classes))
     constants = ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,)), ops.cast(strength, dtype)
-    values = _backend.custom_gradient(value_and_gradient, hessian_product, rows, *constants)
+    values = _backend.custom_gradient(program, hessian_product, rows, *constants)
     return ops.reshape(values, ops.shape(logits)[:-1])
 
 
@@ -98,12 +99,16 @@ def compiled_programs(
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
     """Return the programs of value and gradient and of the Hessian. They are cached so that each is traced once."""
 
-    def value_and_gradient(logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        block = partial(_value_and_gradient_of_rows, label_smoothing, strength)
-        return _in_blocks(block, plan, logits, class_ids, scale, _backend.gather_rows(logits, class_ids))
-
     specs = ((None, classes), dtype), ((None,), "int32"), ((None,), dtype), ((), dtype)
-    return _backend.jit(value_and_gradient, *specs), _hessian_product
+    return _backend.jit(partial(value_and_gradient, label_smoothing, plan), *specs), _hessian_product
+
+
+def value_and_gradient(
+    smoothing: float, plan: BlockPlan, logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the values of all rows, and their gradient."""
+    block = partial(_value_and_gradient_of_rows, smoothing, strength)
+    return _in_blocks(block, plan, logits, class_ids, scale, _backend.gather_rows(logits, class_ids))
 
 
 def _value_and_gradient_of_rows(

@@ -29,13 +29,14 @@ class GuidedComplementEntropy(ClassificationLoss):
     - `H = -sum_k q_k log q_k`: their entropy.
 
     Note:
-        - The loss lies between -1 (the true probability is 1, the others are equal) and 0.
-        - Two classes have one non-true class, and the loss is `-p_y^alpha`.
-        - Where `p_y` is almost 0, so is the gradient. Training may never start if the first predictions are confident
-          and wrong.
+
+    - The loss lies between -1 (the true probability is 1, the others are equal) and 0.
+    - Two classes have one non-true class, and the loss is `-p_y^alpha`.
+    - Where `p_y` is almost 0, so is the gradient. Training may never start if the first predictions are confident
+      and wrong.
 
     Args:
-        alpha: the power, a number >= 0. The default of 1/3 is that of the authors' code.
+        alpha: The power, a number >= 0. The default of 1/3 is that of the authors' code.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
             `keras_drsl.losses.ClassificationLoss`.
 
@@ -43,7 +44,7 @@ class GuidedComplementEntropy(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

@@ -39,29 +39,30 @@ def linear_drs_loss(
     `k, a, s` those of a chunk, `q <- q + s + (a - m)^2 n k / (n + k)` and `m <- m + (a - m) k / (n + k)`.
 
     Note:
-        - The notes on `keras_drsl.DRSLoss` hold.
-        - Half-precision inputs are multiplied and accumulated in float32. Gradients have the dtypes of the inputs.
-        - The loss can be differentiated once.
-        - It runs on TensorFlow and JAX.
+
+    - The notes on `keras_drsl.DRSLoss` hold.
+    - Half-precision inputs are multiplied and accumulated in float32. Gradients have the dtypes of the inputs.
+    - The loss can be differentiated once.
+    - It runs on TensorFlow and JAX.
 
     Args:
-        y_true: class ids, shape `(...)` or `(..., 1)`.
-        features: the input of the head, shape `(..., D)`.
-        kernel: shape `(D, C)`.
-        bias: shape `(C,)`, or None.
-        lam: the strength of the penalty, a number >= 0.
-        chunk_size: how many classes to compute at a time, an integer >= 1. Memory grows with `batch x chunk_size`.
+        y_true: Class ids, shape `(...)` or `(..., 1)`.
+        features: The input of the head, shape `(..., D)`.
+        kernel: Shape `(D, C)`.
+        bias: Shape `(C,)`, or None.
+        lam: The strength of the penalty, a number >= 0.
+        chunk_size: How many classes to compute at a time, an integer >= 1. Memory grows with `batch x chunk_size`.
         spread: `"sum_of_squares"` or `"variance"`.
-        label_smoothing: a number in [0, 1).
-        ignore_class: the id of a class whose positions are ignored, or None. With an id the values have a Keras mask.
+        label_smoothing: A number in [0, 1).
+        ignore_class: The id of a class whose positions are ignored, or None. With an id the values have a Keras mask.
 
     Returns:
         One value per position, shape `(...)`, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: for arguments out of their range, shapes that do not match, and class ids outside `[0, C)` as
+        ValueError: For arguments out of their range, shapes that do not match, and class ids outside `[0, C)` as
             `keras_drsl.DRSLoss`.
-        RuntimeError: on PyTorch.
+        RuntimeError: On PyTorch.
 
     Example:
 
@@ -128,12 +129,12 @@ class _ChunkedHead:
     """Compute the loss of a linear head and its gradient, a chunk of classes at a time.
 
     Attributes:
-        strength: the factor of the sum of squares.
-        smoothing: the label smoothing.
-        chunk: how many classes a chunk has.
-        size: the number of features.
-        classes: the number of classes.
-        dtypes: the dtypes of features, kernel and bias.
+        strength: The factor of the sum of squares.
+        smoothing: The label smoothing.
+        chunk: How many classes a chunk has.
+        size: The number of features.
+        classes: The number of classes.
+        dtypes: The dtypes of features, kernel and bias.
     """
 
     strength: float

@@ -27,11 +27,12 @@ class LogitSqueezing(ClassificationLoss):
     - `CE(y, p) = -sum_k y_k log p_k`: the cross-entropy.
 
     Note:
-        - `lam=0` is Keras's cross-entropy.
-        - A constant added to all logits changes the loss, so probabilities whose logits cannot be found are an error.
+
+    - `lam=0` is Keras's cross-entropy.
+    - A constant added to all logits changes the loss, so probabilities whose logits cannot be found are an error.
 
     Args:
-        lam: the strength, a number >= 0. The default of 0.5 is that of Mosbach et al. They multiply the norm and not
+        lam: The strength, a number >= 0. The default of 0.5 is that of Mosbach et al. They multiply the norm and not
             its square, and add Gaussian noise of standard deviation 0.5 to the inputs. It is strong: in our comparison
             of losses, the validation images selected 0.1 without noise and 0.3 with noise.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
@@ -41,7 +42,7 @@ class LogitSqueezing(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

@@ -28,13 +28,14 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
     - `q_k = w_k p_k / sum(w p)`: the non-true probabilities, scaled to sum to 1.
 
     Note:
-        - The first term and its gradient are 0 where the true probability exceeds all others by `margin`.
-        - For a confident and wrong prediction the gradient of the first term vanishes too.
+
+    - The first term and its gradient are 0 where the true probability exceeds all others by `margin`.
+    - For a confident and wrong prediction the gradient of the first term vanishes too.
 
     Args:
-        margin: by how much the true probability should exceed the others, a number in [0, 1]. The default of 0.995 is
+        margin: By how much the true probability should exceed the others, a number in [0, 1]. The default of 0.995 is
             that of the authors' training.
-        lam: the weight of the penalty on the logits, a number >= 0. The default of 0.05 is that of the authors'
+        lam: The weight of the penalty on the logits, a number >= 0. The default of 0.05 is that of the authors'
             training.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
             `keras_drsl.losses.ClassificationLoss`.
@@ -43,7 +44,7 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

@@ -31,23 +31,23 @@ def prs_loss(
     and the arguments. There is one value per token.
 
     Args:
-        y_true: labels in any form that `DRSLoss` takes.
-        y_pred: logits with `from_logits=True`, or a softmax whose logits can be found, shape `(..., C)`, or with the
+        y_true: Labels in any form that `DRSLoss` takes.
+        y_pred: Logits with `from_logits=True`, or a softmax whose logits can be found, shape `(..., C)`, or with the
             classes at `axis`.
-        lam: the strength of the penalty, a number >= 0.
-        start: the first rank of the sorted non-true logits that is used, an integer >= 0.
-        end: the rank after the last one that is used, an integer above `start` and at most `C - 1`.
-        sample_weight: the weight of each token in the penalty, numbers >= 0 of shape `(...)`, `(..., 1)`, or with 1 in
+        lam: The strength of the penalty, a number >= 0.
+        start: The first rank of the sorted non-true logits that is used, an integer >= 0.
+        end: The rank after the last one that is used, an integer above `start` and at most `C - 1`.
+        sample_weight: The weight of each token in the penalty, numbers >= 0 of shape `(...)`, `(..., 1)`, or with 1 in
             place of a length. The returned values are not multiplied by it.
-        from_logits: whether `y_pred` holds logits.
-        ignore_class: the id of a class whose tokens are ignored, or None.
-        axis: the axis of the classes in `y_pred`.
+        from_logits: Whether `y_pred` holds logits.
+        ignore_class: The id of a class whose tokens are ignored, or None.
+        axis: The axis of the classes in `y_pred`.
 
     Returns:
         One value per token, shape `y_pred.shape` without `axis`; 0 for tokens ignored by `ignore_class` or a mask.
 
     Raises:
-        ValueError: as `PRSLoss`.
+        ValueError: As `PRSLoss`.
 
     Example:
 
@@ -93,26 +93,27 @@ class PRSLoss(ClassificationLoss):
     Only the `end` largest logits are found; the vocabulary is not sorted.
 
     Note:
-        - The value of a token depends on the other tokens of its batch. Two batches give another loss than both
-          together. Each replica of `tf.distribute` has a penalty over its own tokens, and the loss is the mean over
-          replicas, as with batch normalization. Under `keras.distribution` on JAX the penalty is over all devices.
-        - Tokens under a Keras mask or of `ignore_class` have no influence. If no token is left, the loss is 0.
-        - The mean of the penalty is at least `lam * N * log N`, its value where all `a_i` are equal. So the loss grows
-          with the number of tokens, and its exponential is not a perplexity. Use a cross-entropy metric beside it.
-        - A token of weight 0 is not in the penalty, and one of weight 2 counts as two tokens. Weights are >= 0 and have
-          as many axes as there are of tokens; `(batch, 1)` is one weight per sequence.
-        - Keras passes sample and class weights to loss objects only. If you give the function `prs_loss` to `compile`,
-          the penalty does not use them.
-        - For a label distribution, the true class is the most likely one.
-        - A constant added to the logits of one token changes the loss, so probabilities whose logits cannot be found
-          are an error.
-        - `lam=0` is Keras's cross-entropy.
+
+    - The value of a token depends on the other tokens of its batch. The loss of two batches is not the loss of both
+      together. Each replica of `tf.distribute` has a penalty over its own tokens, and the loss is the mean over
+      replicas, as with batch normalization. Under `keras.distribution` on JAX the penalty is over all devices.
+    - Tokens under a Keras mask or of `ignore_class` have no influence. If no token is left, the loss is 0.
+    - The mean of the penalty is at least `lam * N * log N`, its value where all `a_i` are equal. So the loss grows
+      with the number of tokens, and its exponential is not a perplexity. Use a cross-entropy metric beside it.
+    - A token of weight 0 is not in the penalty, and one of weight 2 counts as two tokens. Weights are >= 0 and have
+      as many axes as there are of tokens; `(batch, 1)` is one weight per sequence.
+    - Keras passes sample and class weights to loss objects only. If you give the function `prs_loss` to `compile`,
+      the penalty does not use them.
+    - For a label distribution, the true class is the most likely one.
+    - A constant added to the logits of one token changes the loss, so probabilities whose logits cannot be found
+      are an error.
+    - `lam=0` is Keras's cross-entropy.
 
     Args:
-        lam: the strength of the penalty, a number >= 0. The authors use 1e-6 to 1e-3, for sums over the tokens of their
+        lam: The strength of the penalty, a number >= 0. The authors use 1e-6 to 1e-3, for sums over the tokens of their
             batches.
-        start: the first rank that is used, an integer >= 0.
-        end: the rank after the last one that is used, an integer above `start` and at most `C - 1`. The authors use 4
+        start: The first rank that is used, an integer >= 0.
+        end: The rank after the last one that is used, an integer above `start` and at most `C - 1`. The authors use 4
             to 20.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
             `keras_drsl.losses.ClassificationLoss`.
@@ -121,7 +122,7 @@ class PRSLoss(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`, for an `end` above `C - 1`, and for weights of another
+        ValueError: As `keras_drsl.losses.ClassificationLoss`, for an `end` above `C - 1`, and for weights of another
             shape.
 
     Example:

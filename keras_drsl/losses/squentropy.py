@@ -27,11 +27,12 @@ class Squentropy(ClassificationLoss):
     - `w = 1 - y`: for a class id, 0 for the true class and 1 for the others; `n = sum(w) = C - 1`.
 
     Note:
-        - `lam=0` is Keras's cross-entropy.
-        - A constant added to all logits changes the loss, so probabilities whose logits cannot be found are an error.
+
+    - `lam=0` is Keras's cross-entropy.
+    - A constant added to all logits changes the loss, so probabilities whose logits cannot be found are an error.
 
     Args:
-        lam: the strength, a number >= 0. The default of 1 is the paper's.
+        lam: The strength, a number >= 0. The default of 1 is the paper's.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
             `keras_drsl.losses.ClassificationLoss`.
 
@@ -39,7 +40,7 @@ class Squentropy(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`.
 
     Example:
 

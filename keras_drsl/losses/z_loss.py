@@ -29,12 +29,13 @@ class ZLoss(ClassificationLoss):
     - `base`: the cross-entropy, or the value of `loss`.
 
     Note:
-        - `lam=0` is `base` alone.
-        - Probabilities whose logits cannot be found are an error.
+
+    - `lam=0` is `base` alone.
+    - Probabilities whose logits cannot be found are an error.
 
     Args:
-        lam: the strength, a number >= 0. The default of 1e-4 is PaLM's.
-        loss: another loss of this package, such as `keras_drsl.DRSLoss(from_logits=True)`, but not `PRSLoss` or
+        lam: The strength, a number >= 0. The default of 1e-4 is PaLM's.
+        loss: Another loss of this package, such as `keras_drsl.DRSLoss(from_logits=True)`, but not `PRSLoss` or
             `ZLoss`; None for the cross-entropy. Its `from_logits`, `ignore_class`, `axis`, `reduction` and `dtype` hold
             here too, unless they are given below.
         **options: `from_logits`, `ignore_class`, `axis`, `reduction`, `name` and `dtype`, as in
@@ -44,7 +45,7 @@ class ZLoss(ClassificationLoss):
         As `keras_drsl.losses.ClassificationLoss`.
 
     Raises:
-        ValueError: as `keras_drsl.losses.ClassificationLoss`, and for a `loss` of another kind.
+        ValueError: As `keras_drsl.losses.ClassificationLoss`, and for a `loss` of another kind.
 
     Example:
 
@@ -84,6 +85,6 @@ class ZLoss(ClassificationLoss):
         """Make the loss from what `get_config` returned.
 
         Args:
-            config: the arguments.
+            config: The arguments.
         """
         return cls(**{**config, "loss": keras.saving.deserialize_keras_object(config["loss"])})

@@ -29,6 +29,7 @@ def new_check():
     CHECKS.update(before)
 
 
+@pytest.mark.short
 def test_a_sound_model_passes_all_checks():
     # Of two classes: with more, the cross-entropy's attacks are not exact on a linear model, which a check says.
     checks, report = checks_of(linear_model(WEIGHTS[:, :2]), attacks=("apgd_t_margin", "noise"), classes=2)
@@ -70,6 +71,16 @@ def test_a_check_that_raises_an_error_has_failed(new_check):
     assert checks["breaks_down"].status == "fail"
     assert "RuntimeError: no" in checks["breaks_down"].message
     assert report.num_examples == 60
+
+    def fails(context):
+        raise RuntimeError("cannot tell")
+
+    @new_check(suites=["quick"], applies=fails)
+    def cannot_tell(context):
+        raise AssertionError
+
+    checks, _ = checks_of(linear_model(), suite="quick")
+    assert "RuntimeError: cannot tell" in checks["cannot_tell"].message
 
 
 def test_a_random_model_is_seen():

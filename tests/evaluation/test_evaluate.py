@@ -87,6 +87,7 @@ class TestAccuracy:
         assert report.robust_accuracy == exact_robust(x, y, 0.15, norm, weights).mean()
         assert list(report.accuracy) == [f"cleverhans_{name}" for name in ("fgm", "pgd", "bim", "madry", "mim")]
 
+    @pytest.mark.short
     def test_a_clean_error_is_not_robust(self, linear):
         x, y = inputs(40)
         wrong = np.arange(40) < 10
@@ -246,6 +247,7 @@ class TestTheModelIsLeftAsItWas:
         assert self.state(model) == before
         np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
 
+    @pytest.mark.short
     def test_random_counters_are_restored(self):
         model = keras.Sequential([keras.Input((4,)), Random(0.1), linear_model()])
         x, y = inputs(10)

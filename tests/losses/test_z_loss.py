@@ -8,17 +8,16 @@ from tests.backends import values
 from tests.losses.cases import draw
 
 
-def test_it_adds_to_another_loss_and_takes_its_reading_of_the_predictions():
+def test_adds_to_another_loss_with_its_options():
     z, ids, one_hot = draw((3, 4, 5))
-    for inner, loop in ((DRSLoss(0.7, **(o := {"from_logits": True, "axis": 1})), reference.drs_loss),
-                        (Squentropy(0.7, **o), reference.squentropy)):  # fmt: skip
-        loss = ZLoss(0.2, loss=inner, reduction=None)
+    for inner, loop in ((DRSLoss, reference.drs_loss), (Squentropy, reference.squentropy)):
+        loss = ZLoss(0.2, loss=inner(0.7, from_logits=True, axis=1), reduction=None)
         base = lambda y, z, loop=loop: loop(y, z, 0.7)
         expected = reference.each(reference.z_loss, one_hot, z, lam=0.2, base=base)
         np.testing.assert_allclose(values(loss(ids, np.moveaxis(z, -1, 1))), expected, rtol=1e-5)
 
 
-def test_the_loss_it_adds_to_survives_in_the_config():
+def test_config_holds_the_other_loss():
     loss = ZLoss(0.2, loss=DRSLoss(0.7, from_logits=True, ignore_class=3))
     again = keras.losses.deserialize(keras.losses.serialize(loss))
     assert type(again.loss) is DRSLoss
@@ -27,7 +26,7 @@ def test_the_loss_it_adds_to_survives_in_the_config():
     assert again.ignore_class == 3
 
 
-def test_without_strength_it_is_the_loss_it_adds_to_reduction_included():
+def test_lam_0_is_the_other_loss_and_its_reduction():
     z, ids, _ = draw()
     inner = DRSLoss(0.7, from_logits=True, reduction="sum", dtype="float64")
     loss = ZLoss(0.0, loss=inner)
@@ -37,7 +36,7 @@ def test_without_strength_it_is_the_loss_it_adds_to_reduction_included():
 
 
 @pytest.mark.parametrize("inner", ["mse", keras.losses.MeanSquaredError(), ZLoss(), PRSLoss()])
-def test_a_loss_that_it_cannot_add_to_is_named(inner):
+def test_errors_name_a_loss_of_another_kind(inner):
     rule = "`loss` must be a loss of keras_drsl other than PRSLoss and ZLoss, or None. Received: loss="
     with pytest.raises(ValueError, match=rule):
         ZLoss(loss=inner)

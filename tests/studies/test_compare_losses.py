@@ -1,12 +1,15 @@
+import argparse
 import collections
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from studies import compare_losses
+import keras_drsl
+from studies import compare_losses, runner
 from studies.compare_losses import STUDIES
 from tests.backends import BACKEND
 
@@ -15,13 +18,44 @@ RESULTS = Path(__file__).parents[2] / "results"
 on_tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="slower elsewhere, and the same")
 
 
+def fake_run(job, study, data, path, args):
+    """Append a record with verdicts drawn at random, in place of training and evaluation."""
+    print(job)
+    rng = np.random.default_rng(zlib.crc32(repr(job).encode()))
+    in_full = job["seed"] == 0 and job["loss"] in compare_losses.IN_FULL
+    robust, attacked, withstood = np.zeros(16, bool), {}, {}
+    radii = sorted(study["eps"], reverse=True) if job["split"] == "test" else study["eps"][-1:]
+    for eps in radii:
+        left = ~robust | in_full
+        robust = np.where(left, rng.random(16) < 0.5, robust)
+        attacked[f"{eps:g}"] = int(left.sum())
+        withstood[f"{eps:g}"] = "".join("1" if value else "0" for value in robust)
+    record = {
+        **job,
+        "attacks": [*compare_losses.ATTACKS],
+        "robust": {eps: digits.count("1") / 16 for eps, digits in withstood.items()},
+        "attacked": attacked,
+        "after": {f"{study['eps'][-1]:g}": {"apgd_ce": 0.5}},
+        "withstood": withstood,
+        "warnings": {f"{eps:g}": [] for eps in study["eps"]},
+        "clean": 0.9,
+        "under_noise": 0.8,
+        "calibration_error": 0.1,
+        "images": 16,
+        "study": compare_losses.conditions(study),
+    }
+    runner.append_record(path, record)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Run a quick study on digits, and one with redrawn test images; return the folder of both."""
+    """Run a quick study on digits, and one with redrawn images, without training; return the folder of both."""
     pytest.importorskip("scipy")
     folder = tmp_path_factory.mktemp("compare_losses")
-    for dataset in ("digits", "digits_redrawn"):
-        compare_losses.main(["--quick", "--dataset", dataset, "--out", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_losses, "time_steps", lambda rows, *arguments: {})
+        for dataset in ("digits", "digits_redrawn"):
+            compare_losses.main(["--quick", "--dataset", dataset, "--out", str(folder)], run=fake_run)
     return folder
 
 
@@ -92,7 +126,7 @@ def test_a_finished_study_trains_nothing(study, capsys):
     before, table = path.read_text(), path.with_suffix(".md").read_text()
     assert table.count("| Squentropy | lam") >= 2
     capsys.readouterr()
-    compare_losses.main(["--quick", "--dataset", "digits", "--out", str(study)])
+    compare_losses.main(["--quick", "--dataset", "digits", "--out", str(study)], run=fake_run)
     assert "'split'" not in capsys.readouterr().out
     assert path.read_text() == before
     assert path.with_suffix(".md").read_text() == table
@@ -128,8 +162,8 @@ def test_published_runs_are_found_and_tabled_again(dataset, tmp_path, monkeypatc
     shutil.copy(RESULTS / f"compare_losses_{dataset}.md", tmp_path)
     # No data set is needed, as nothing is trained.
     monkeypatch.setattr("keras_drsl.datasets.load", lambda *arguments: ((None, None), (None, None)))
-    monkeypatch.setattr(compare_losses, "run", lambda job, *arguments: pytest.fail(f"trained {job}"))
-    compare_losses.main(["--dataset", dataset, "--out", str(tmp_path)])
+    arguments = ["--dataset", dataset, "--out", str(tmp_path)]
+    compare_losses.main(arguments, run=lambda job, *arguments: pytest.fail(f"trained {job}"))
     before = rows(RESULTS / f"compare_losses_{dataset}.md")
     assert rows(tmp_path / f"compare_losses_{dataset}.md") == before
     assert len(before) > 5
@@ -174,3 +208,32 @@ def test_the_calibration_error_equals_its_definition():
     # |1 - 0.6|.
     p = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.4, 0.6]])
     assert compare_losses.calibration_error(np.log(p), np.array([0, 0, 0, 1])) == pytest.approx(0.4)
+
+
+@on_tensorflow_only
+def test_a_job_is_trained_evaluated_and_recorded(tmp_path):
+    pytest.importorskip("scipy")
+    pytest.importorskip("sklearn")
+    study = compare_losses.quick(STUDIES["digits"])
+    data = tuple((x[:128], y[:128]) for x, y in keras_drsl.datasets.load("digits"))
+    args = argparse.Namespace(dataset="digits", backend=BACKEND, device="cpu", device_name="cpu", quick=True)
+    path = tmp_path / "runs.jsonl"
+    job = compare_losses.make_job("test", ("copies", {"lam": 1.0, "beta": 0.3}, 0.2), 0)
+    compare_losses.run_job(job, study, data, path, args)
+    (record,) = runner.read_records(path)
+    assert runner.find(job, [record]) is record
+    for eps, digits in record["withstood"].items():
+        assert record["robust"][eps] == digits.count("1") / 16
+    assert record["attacked"] == {"0.15": 16, "0.1": 16}
+    assert 0 <= record["calibration_error"] <= 1
+    assert record["study"] == compare_losses.conditions(study)
+
+
+@pytest.mark.slow
+@on_tensorflow_only
+def test_a_quick_study_trains_all_jobs(tmp_path):
+    for dataset in ("digits", "digits_redrawn"):
+        compare_losses.main(["--quick", "--dataset", dataset, "--out", str(tmp_path)])
+    table = (tmp_path / "compare_losses_digits_quick.md").read_text()
+    # The time of a step was measured.
+    assert "| 1.00 (1.00 to 1.00) |" in table

@@ -1,10 +1,14 @@
+import argparse
 import json
 import shutil
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from studies import robust_accuracy
+import keras_drsl
+from studies import recipes, robust_accuracy, runner
 from tests.backends import BACKEND
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -12,12 +16,30 @@ RESULTS = Path(__file__).parents[2] / "results"
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="the study is for TensorFlow and JAX")
 
 
+def fake_run(job, study, data, path, args):
+    """Append a record with verdicts drawn at random, in place of training and evaluation."""
+    print(job)
+    rng = np.random.default_rng(zlib.crc32(repr(job).encode()))
+    withstood = "".join("1" if value < 0.6 else "0" for value in rng.random(32))
+    record = {
+        "clean": 0.9,
+        "robust": withstood.count("1") / 32,
+        "after": {"fgsm_ce": 0.7},
+        "images": 32,
+        "withstood": withstood,
+        "warnings": [],
+        "evaluation": {"max_samples": study["images"]},
+        "recipe": study["recipe"],
+    }
+    runner.append_record(path, job | record)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Run a quick study, and return its folder."""
+    """Run a quick study without training, and return its folder."""
     pytest.importorskip("scipy")
     folder = tmp_path_factory.mktemp("robust_accuracy")
-    robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(folder)])
+    robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(folder)], run=fake_run)
     return folder
 
 
@@ -61,7 +83,7 @@ def test_a_study_killed_while_writing_continues(study, tmp_path, capsys):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:50])
     capsys.readouterr()
-    robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(tmp_path)])
+    robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(tmp_path)], run=fake_run)
     assert capsys.readouterr().out.count("'split'") == 1
     again = path.read_text().splitlines(keepends=True)
     assert again[:-2] == lines[:-1]
@@ -75,8 +97,8 @@ def test_published_runs_are_found_and_tabled_again(dataset, tmp_path, capsys, mo
         shutil.copy(RESULTS / f"robust_accuracy_{dataset}.{ending}", tmp_path)
     # No data set is needed, as nothing is trained.
     monkeypatch.setattr("keras_drsl.datasets.load", lambda *arguments: ((None, None), (None, None)))
-    monkeypatch.setattr(robust_accuracy, "run", lambda job, *arguments: pytest.fail(f"trained {job}"))
-    robust_accuracy.main(["--dataset", dataset, "--backend", BACKEND, "--out", str(tmp_path)])
+    arguments = ["--dataset", dataset, "--backend", BACKEND, "--out", str(tmp_path)]
+    robust_accuracy.main(arguments, run=lambda job, *arguments: pytest.fail(f"trained {job}"))
     before = table(RESULTS / f"robust_accuracy_{dataset}.md")
     assert table(tmp_path / f"robust_accuracy_{dataset}.md") == before
     assert len(before) > 2
@@ -85,3 +107,27 @@ def test_published_runs_are_found_and_tabled_again(dataset, tmp_path, capsys, mo
 def table(path):
     """Return the rows of the tables of a file."""
     return [line for line in path.read_text().splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("method", ["pgd_loss", "trades_attacked"])
+def test_a_job_is_trained_evaluated_and_recorded(method, tmp_path):
+    pytest.importorskip("sklearn")
+    study = robust_accuracy.quick(robust_accuracy.STUDIES["digits"] | {"recipe": recipes.ADVERSARIAL["digits"]})
+    data = tuple((x[:128], y[:128]) for x, y in keras_drsl.datasets.load("digits"))
+    args = argparse.Namespace(dataset="digits", backend=BACKEND, device="cpu", device_name="cpu", quick=True)
+    path = tmp_path / "runs.jsonl"
+    (tmp_path / "models").mkdir()
+    job = robust_accuracy.make_job("test", method, "drs", 0.1, 0)
+    robust_accuracy.run_job(job, study, data, path, args)
+    (record,) = runner.read_records(path)
+    assert runner.find(job, [record]) is record
+    assert record["robust"] == record["withstood"].count("1") / record["images"] <= record["clean"]
+    assert record["images"] == 32
+    assert len(record["history"]["loss"]) == 1
+    assert len(list((tmp_path / "models").iterdir())) == 1  # the model of a test is kept
+
+
+@pytest.mark.slow
+def test_a_quick_study_trains_all_jobs(tmp_path):
+    robust_accuracy.main(["--quick", "--backend", BACKEND, "--out", str(tmp_path)])
+    assert (tmp_path / "robust_accuracy_digits_quick.md").exists()

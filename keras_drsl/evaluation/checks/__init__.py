@@ -2,12 +2,13 @@
 
 # The order of the imports is the order in which checks run.
 from keras_drsl.evaluation.checks import outputs, gradients, search, self_tests, transfer  # noqa: I001
-from keras_drsl.evaluation.checks.registry import CHECKS, Outcome, RegisteredCheck, check, choose, run_check
+from keras_drsl.evaluation.checks.registry import CHECKS, Outcome, RegisteredCheck, applies, check, choose, run_check
 
 __all__ = [
     "CHECKS",
     "Outcome",
     "RegisteredCheck",
+    "applies",
     "check",
     "choose",
     "gradients",

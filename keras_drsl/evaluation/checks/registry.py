@@ -130,6 +130,14 @@ def choose(checks: str | Iterable[Any] | None, suite: str) -> tuple[list[str], b
     return [name for name in CHECKS if name in names], True
 
 
+def applies(name: str, context: EvaluationContext) -> bool:
+    """Return whether a check has something to test. An error counts as yes: `run_check` then reports it."""
+    try:
+        return CHECKS[name].applies(context)
+    except Exception:
+        return True
+
+
 def run_check(name: str, context: EvaluationContext) -> Outcome:
     """Return the outcome of a check. A check that raises an error has failed, and the evaluation continues."""
     entry = CHECKS[name]

@@ -1,0 +1,102 @@
+"""The figures of an evaluation: what a report holds, without its files and its text."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from keras_drsl._typing import Status
+from keras_drsl.evaluation.intervals import wilson
+
+CLEAN = "clean"  # what broke an example that is misclassified without an attack
+
+
+@dataclass(frozen=True)
+class Check:
+    """One piece of evidence for or against an evaluation.
+
+    Attributes:
+        name: The name of the check.
+        status: `"pass"`, `"warn"`, `"fail"`, or `"skipped"` if there was nothing to test.
+        value: The figure that the status was decided by.
+        message: One sentence that says what the figure means.
+    """
+
+    name: str
+    status: Status
+    value: float
+    message: str
+
+
+class EvaluationResults:
+    """The accuracies, the verdict on each example, and the checks of an evaluation.
+
+    Args:
+        settings: The threat model and all other arguments of the evaluation.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`.
+        checks: The outcome of each check.
+        per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
+            `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
+            was needed, None if it withstood them all.
+        provenance: Model, data, versions and device, as recorded.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        attacks: list[dict[str, Any]],
+        checks: list[Check],
+        per_example: dict[str, list[Any]],
+        provenance: dict[str, Any],
+    ) -> None:
+        self.settings = settings
+        self.attacks = attacks
+        self.checks = checks
+        self.per_example = per_example
+        self.provenance = provenance
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples that were evaluated."""
+        return len(self.per_example["broken_by"])
+
+    @property
+    def clean_accuracy(self) -> float:
+        """The share of examples that are classified correctly without an attack, in [0, 1]."""
+        return 1 - self._count_broken_by(CLEAN) / self.num_examples
+
+    @property
+    def robust_accuracy(self) -> float:
+        """The share of examples that withstood everything that ran, in [0, 1]."""
+        return self._count_broken_by(None) / self.num_examples
+
+    @property
+    def confidence_interval(self) -> tuple[float, float]:
+        """The 95 % interval of the robust accuracy over samples of examples, by Wilson's method."""
+        return wilson(self._count_broken_by(None), self.num_examples)
+
+    @property
+    def accuracy(self) -> dict[str, dict[str, float]]:
+        """The accuracies by attack, in the order the attacks ran, each on the examples that withstood those before.
+
+        `cumulative` is the share of all examples that are robust after the attack. `alone` is the share of the examples
+        it was tried on that withstood it; `tried` is their number.
+        """
+        robust = self.num_examples - self._count_broken_by(CLEAN)
+        result = {}
+        for attack in self.attacks:
+            tried, broken = attack.get("tried", robust), self._count_broken_by(attack["name"])
+            robust -= broken
+            result[attack["name"]] = {
+                "cumulative": robust / self.num_examples,
+                "alone": 1 - broken / tried if tried else math.nan,
+                "tried": tried,
+            }
+        return result
+
+    @property
+    def trustworthy(self) -> bool:
+        """False if a check failed."""
+        return all(check.status != "fail" for check in self.checks)
+
+    def _count_broken_by(self, name: str | None) -> int:
+        return self.per_example["broken_by"].count(name)

@@ -1,0 +1,163 @@
+"""The examples run small, in process: each is a script of its own, loaded from its file."""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_drsl
+from tests.backends import on_tensorflow
+from tests.helpers import run_python
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+pytestmark = on_tensorflow
+
+
+def load(name):
+    """Return an example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_stands_alone(path):
+    allowed = {*sys.stdlib_module_names, "keras", "keras_drsl", "numpy", "tensorflow"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.split(".")[0] for name in names} <= allowed
+        assert not any(part.startswith("_") for name in names for part in name.split("."))
+
+
+class TestFit:
+    @pytest.fixture(scope="class")
+    def out(self, tmp_path_factory):
+        """Run the demo small, and return its folder."""
+        pytest.importorskip("cleverhans")
+        folder = tmp_path_factory.mktemp("fit")
+        load("fit").main(["--seeds", "1", "--epochs", "2", "--max-images", "40", "--out", str(folder)])
+        return folder
+
+    def test_it_writes_table_pictures_and_models(self, out):
+        table = (out / "fit_digits.md").read_text()
+        assert table.count("\n| cross-entropy |") == table.count("\n| DRSLoss, lam 0.3 |") == 2
+        assert {path.name for path in out.glob("*.png")} == {"fit_digits.png", "fit_digits_rivals.png"}
+        assert len(list((out / "models").glob("*.keras"))) == 4
+
+    def test_it_records_how_to_repeat_the_run(self, out):
+        record = json.loads((out / "fit_digits.json").read_text())
+        assert record["settings"]["seeds"] == 1
+        assert "--seeds 1" in record["command"]
+        assert "--max-images 40" in record["command"]
+        assert {"keras", "tensorflow", "cleverhans", "numpy"} <= set(record["versions"])
+
+    def test_its_figures_are_consistent(self, out):
+        record = json.loads((out / "fit_digits.json").read_text())
+        for row in record["rows"]:
+            (run,) = row["runs"]
+            assert 0 <= run["worst_case"] <= min(run["fgm"], run["pgd_ce"], run["pgd_margin"]) <= run["clean"]
+            assert 0 <= run["standard"] <= run["clean"]
+            radii, accuracy = zip(*run["curve"], strict=True)
+            assert radii == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+            assert list(accuracy) == sorted(accuracy, reverse=True)
+            assert accuracy[0] == pytest.approx(run["clean"])
+            assert run["rivals"] == sorted(run["rivals"], reverse=True)
+
+    def test_a_saved_model_has_its_loss_in_a_fresh_process(self, out, tmp_path):
+        (path,) = (out / "models").glob("*_drs_noise0_seed0.keras")
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "data.npz", x=rng.random((30, 8, 8, 1)).astype("float32"), y=rng.integers(0, 10, 30))
+        code = """
+        import sys, keras, keras_drsl, numpy as np
+        data = np.load(sys.argv[1])
+        print(float(keras.models.load_model(sys.argv[2]).evaluate(data["x"], data["y"], verbose=0)[0]))
+        """
+        done = run_python(code, tmp_path / "data.npz", path)
+        data = np.load(tmp_path / "data.npz")
+        expected = keras.models.load_model(path).evaluate(data["x"], data["y"], verbose=0)[0]
+        assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-6)
+
+    def test_it_refuses_to_overwrite_results(self, out):
+        before = (out / "fit_digits.json").read_text()
+        with pytest.raises(SystemExit, match="--overwrite"):
+            load("fit").main(["--out", str(out)])
+        assert (out / "fit_digits.json").read_text() == before
+
+    @pytest.mark.parametrize(
+        "arguments", [("--eps", "0"), ("--lam", "-1"), ("--seeds", "0"), ("--noise", "2"), ("--lam", "inf")]
+    )
+    def test_bad_arguments_are_named_before_training(self, arguments, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            load("fit").main([*arguments, "--out", str(tmp_path / "out")])
+        assert f"{arguments[0]} must" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_missing_data_set_is_explained(self, tmp_path):
+        pytest.importorskip("tensorflow_datasets")
+        arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit, match=r"mnist could not be loaded(.|\n)*--data-dir DIR"):
+            load("fit").main(arguments)
+
+
+class TestAdversarialTraining:
+    @pytest.fixture(scope="class")
+    def out(self, tmp_path_factory):
+        """Run the example small, and return its folder."""
+        folder = tmp_path_factory.mktemp("adversarial")
+        small = ["--epochs", "2", "--steps", "2", "--every", "1", "--max-images", "12"]
+        load("adversarial_training").main([*small, "--out", str(folder)])
+        return folder
+
+    def test_it_compares_four_trainings(self, out):
+        rows = json.loads((out / "adversarial_digits.json").read_text())
+        table = (out / "adversarial_digits.md").read_text().splitlines()[4:]
+        assert len(rows) == len(table) == len(list(out.glob("*.keras"))) == 4
+        for row, line in zip(rows, table, strict=True):
+            assert f"| {100 * row['report']['robust_accuracy']:.1f} |" in line
+            expected = {"accuracy", "clean_accuracy", "attack_strength", "val_robust_accuracy"}
+            assert expected <= set(row["history"])
+            assert all(len(values) == 2 for values in row["history"].values())
+        assert (out / "adversarial_digits.png").stat().st_size > 1000
+
+    def test_it_refuses_to_overwrite_results(self, out):
+        with pytest.raises(SystemExit, match="--overwrite"):
+            load("adversarial_training").main(["--out", str(out)])
+
+
+class TestEvaluateRobustness:
+    ARGUMENTS = ("--max-images", "20", "--epochs", "1", "--suite", "quick", "--eps", "0.1")
+
+    @pytest.fixture(scope="class")
+    def out(self, tmp_path_factory):
+        """Run the example small, and return its folder."""
+        folder = tmp_path_factory.mktemp("evaluate")
+        load("evaluate_robustness").main([*self.ARGUMENTS, "--out", str(folder)])
+        return folder
+
+    def test_it_puts_two_reports_side_by_side(self, out):
+        table = (out / "robustness.md").read_text()
+        assert table.startswith("| | cross-entropy | DRSLoss |\n")
+        paths = sorted(out.glob("robustness_*.json"))
+        assert len(paths) == 2
+        for path in paths:
+            report = keras_drsl.RobustnessReport.from_json(path)
+            assert report.num_examples == 20
+            assert f"**{report.robust_accuracy:.1%}**" in table
+        assert (out / "robustness.png").stat().st_size > 1000
+        assert not list(out.glob("*.state"))
+
+    def test_finished_reports_are_not_made_again(self, out, capsys):
+        capsys.readouterr()
+        load("evaluate_robustness").main([*self.ARGUMENTS, "--out", str(out)])
+        printed = capsys.readouterr().out
+        assert printed.count("exists: it is not made again") == 2
+        assert (out / "robustness.md").read_text() in printed

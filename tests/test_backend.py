@@ -1,0 +1,259 @@
+import ast
+import threading
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_drsl
+from keras_drsl import _backend
+from tests.backends import BACKEND, on_jax, values
+from tests.helpers import run_python
+from tests.losses.cases import small_data, small_model
+
+FOLDER = Path(keras_drsl.__file__).parent / "_backend"
+
+
+def public_definitions(module):
+    """Map the public names that a module defines to the arguments of functions, and to None for other names."""
+    names = {}
+    for node in ast.parse((FOLDER / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            names[node.name] = ast.unparse(node.args)
+    return names
+
+
+@pytest.mark.short
+def test_all_backends_define_the_same_functions():
+    tensorflow = public_definitions("tensorflow")
+    assert public_definitions("jax") == tensorflow
+    assert public_definitions("torch") == tensorflow
+    assert set(tensorflow) < set(vars(_backend))
+
+
+def test_no_backend_asks_which_backend_runs():
+    for module in ("tensorflow", "jax", "torch"):
+        assert "config.backend" not in (FOLDER / f"{module}.py").read_text()
+
+
+def test_name_is_that_of_the_running_backend():
+    assert BACKEND == _backend.NAME
+
+
+def test_other_backends_are_an_error():
+    done = run_python("import keras; keras.config.backend = lambda: 'numpy'; import keras_drsl", check=False)
+    assert "needs `KERAS_BACKEND` to be 'tensorflow', 'jax' or 'torch'. Received: KERAS_BACKEND='numpy'" in done.stderr
+
+
+def test_require_tensorflow_names_the_feature():
+    if BACKEND == "tensorflow":
+        _backend.require_tensorflow("cleverhans")
+        return
+    received = f"Received: KERAS_BACKEND={BACKEND}"
+    with pytest.raises(RuntimeError, match=f"cleverhans needs `KERAS_BACKEND=tensorflow`. {received}"):
+        _backend.require_tensorflow("cleverhans")
+
+
+class Subclassed(keras.Model):
+    """Apply a function to logits; the model is not a graph of layers."""
+
+    def __init__(self, logits, function):
+        super().__init__()
+        self.logits = logits
+        self.function = function
+
+    def call(self, x):
+        return self.function(self.logits(x))
+
+
+class Noise(layers.Layer):
+    """Add noise, also at inference. The random numbers change in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + 0.3 * keras.random.normal(ops.shape(x), seed=self.seed)
+
+
+def functional(layer_or_function):
+    def build(logits):
+        x = keras.Input((3,))
+        return keras.Model(x, layer_or_function(logits(x)))
+
+    return build
+
+
+def nested(logits):
+    x = keras.Input((3,))
+    return keras.Model(x, keras.Sequential([keras.Sequential([logits, layers.Softmax()])])(x))
+
+
+# How to end a model that computes logits in a softmax.
+SOFTMAX_MODELS = {
+    "dense": lambda logits: small_model(activation="softmax"),
+    "sequential": lambda logits: keras.Sequential([logits, layers.Softmax()]),
+    "activation": lambda logits: keras.Sequential([logits, layers.Activation("softmax")]),
+    "functional": functional(layers.Softmax()),
+    "functional op": functional(ops.softmax),
+    "nested": nested,
+    "subclassed": lambda logits: Subclassed(logits, layers.Softmax()),
+    "subclassed op": lambda logits: Subclassed(logits, lambda z: ops.softmax(z, axis=1)),
+    "subclassed activation": lambda logits: Subclassed(logits, keras.activations.softmax),
+    "cast": lambda logits: Subclassed(logits, lambda z: ops.cast(ops.cast(ops.softmax(z), "float16"), "float32")),
+}
+
+
+def average(logits):
+    x = keras.Input((3,))
+    return keras.Model(x, (ops.softmax(logits(x)) + ops.softmax(small_model(activation=None)(x))) / 2)
+
+
+OTHER_MODELS = {
+    "logits": lambda logits: logits,
+    "sigmoid": lambda logits: keras.Sequential([logits, layers.Activation("sigmoid")]),
+    "average": average,
+    "scaled": lambda logits: Subclassed(logits, lambda z: ops.softmax(z) * 1.0 + 0.0),
+    "over the batch": lambda logits: Subclassed(logits, lambda z: ops.softmax(z, axis=0)),
+    "guarded": lambda logits: Subclassed(logits, lambda z: ops.maximum(ops.softmax(z), 0.05)),
+    "constant": lambda logits: Subclassed(logits, lambda z: ops.ones((20, 4)) / 4),
+}
+
+
+def inference(model):
+    return lambda x: model(x, training=False)
+
+
+def input_gradient(function, variables, x):
+    """Compute the gradient of a function of the logits with respect to the input, in a compiled program."""
+
+    def program(x):
+        return _backend.value_and_gradient(lambda x: (ops.sum(ops.square(function(x)), axis=-1), ()), x)[2]
+
+    return values(_backend.compile_function(program, variables)(x))
+
+
+@pytest.mark.short
+class TestSoftmaxInput:
+    @pytest.mark.parametrize("name", SOFTMAX_MODELS)
+    def test_returns_the_logits_and_their_gradient(self, name):
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        model = SOFTMAX_MODELS[name](logits)
+        model(x)
+        found = _backend.softmax_input(inference(model))
+        expected = values(logits(x))
+        np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-6)
+        compiled = _backend.compile_function(found, model.variables)
+        np.testing.assert_allclose(values(compiled(x)), expected, rtol=1e-6)
+        grad = input_gradient(inference(logits), logits.variables, x)
+        np.testing.assert_allclose(input_gradient(found, model.variables, x), grad, rtol=1e-5, atol=1e-6)
+        # The model itself is as it was.
+        np.testing.assert_allclose(values(model(x)).sum(axis=1), 1.0, rtol=1e-3)
+
+    @pytest.mark.parametrize("name", OTHER_MODELS)
+    def test_refuses_other_outputs(self, name):
+        x, _ = small_data()
+        model = OTHER_MODELS[name](small_model(activation=None))
+        model(x)
+        found = _backend.softmax_input(inference(model))
+        for function in (found, _backend.compile_function(found, model.variables)):
+            with pytest.raises(LookupError, match="is not a softmax"):
+                function(ops.convert_to_tensor(x))
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+    @pytest.mark.parametrize("dtype", ["float32", None])
+    def test_takes_mixed_precision(self, policy, dtype):
+        x, _ = small_data()
+        logits = small_model(activation=None, dtype=policy)
+        model = keras.Sequential([logits, layers.Activation("softmax", dtype=dtype or policy)])
+        found = _backend.compile_function(_backend.softmax_input(inference(model)), model.variables)
+        got = values(ops.cast(found(x), "float32"))
+        np.testing.assert_allclose(got, values(ops.cast(logits(x), "float32")), rtol=1e-2, atol=1e-2)
+
+    def test_takes_new_weights_in_each_call(self):
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        model = keras.Sequential([logits, layers.Softmax()])
+        compiled = _backend.compile_function(_backend.softmax_input(inference(model)), model.variables)
+        before = values(compiled(x))
+        logits.set_weights([2 * weight for weight in logits.get_weights()])
+        assert np.abs(values(compiled(x)) - before).max() > 0.1
+        np.testing.assert_allclose(values(compiled(x)), values(logits(x)), rtol=1e-6)
+
+    def test_random_numbers_change_in_each_call(self):
+        x, _ = small_data()
+        noise, logits = Noise(), small_model(activation=None)
+        noisy = keras.Sequential([keras.Input((3,)), noise, logits])
+        model = keras.Sequential([noisy, layers.Softmax()])
+        found = _backend.softmax_input(inference(model))
+        results = []
+        for function in (found, inference(noisy)):
+            noise.seed.state.assign([0, 0])
+            twice = _backend.compile_function(lambda x, function=function: (function(x), function(x)), model.variables)
+            results.append([values(output) for output in twice(x)])
+        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+        assert np.abs(results[0][0] - results[0][1]).max() > 0.1
+        # Called eagerly, it changes the random state as the model does.
+        noise.seed.state.assign([0, 0])
+        eager = values(found(ops.convert_to_tensor(x)))
+        np.testing.assert_allclose(eager, results[0][0], rtol=1e-6)
+        assert values(noise.seed.state).any()
+
+    def test_works_in_a_loop_of_steps(self):
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        model = keras.Sequential([logits, layers.Softmax()])
+        results = []
+        for function in (inference(logits), _backend.softmax_input(inference(model))):
+
+            def step(rows, size, function=function):
+                total = lambda x: (ops.sum(ops.square(function(x)), axis=-1), ())
+                return {"x": rows["x"] + size * _backend.value_and_gradient(total, rows["x"])[2]}
+
+            program = _backend.multi_step(step, model.variables)
+            results.append(values(program({"x": x}, np.full(3, 0.1, "float32"))["x"]))
+        np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+
+    def test_threads_do_not_disturb_each_other(self):
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        model = keras.Sequential([logits, layers.Softmax()])
+        tensor = ops.convert_to_tensor(x)
+        expected, probabilities = values(logits(x)), values(model(x))
+        found = _backend.softmax_input(inference(model))
+        calls = [(found, expected), (found, expected), (inference(model), probabilities)]
+        wrong = []
+
+        def run(function, result):
+            for _ in range(20):
+                if not np.allclose(values(function(tensor)), result, atol=1e-5):
+                    wrong.append(function)
+
+        threads = [threading.Thread(target=run, args=call) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    @on_jax
+    @pytest.mark.parametrize("custom_jvp", [False, True])
+    def test_goes_into_functions_that_jax_compiles(self, custom_jvp):
+        import jax
+
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        model = keras.Sequential([logits, layers.Softmax()])
+        inner = jax.jit(lambda x: (x, model(x)))
+        before = jax.config.jax_softmax_custom_jvp
+        jax.config.update("jax_softmax_custom_jvp", custom_jvp)
+        try:
+            for function in (lambda x: jax.jit(inner)(x)[1], jax.checkpoint(inference(model))):
+                got = _backend.softmax_input(function)(x)
+                np.testing.assert_allclose(got, values(logits(x)), rtol=1e-6)
+        finally:
+            jax.config.update("jax_softmax_custom_jvp", before)
