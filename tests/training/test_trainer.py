@@ -259,6 +259,14 @@ class TestFit:
         assert robust.threat == keras_drsl.AdversarialTraining(linear(), threat=threat).threat == threat
         assert keras_drsl.AdversarialTraining(linear()).threat == ThreatModel(8 / 255)
 
+    @pytest.mark.parametrize(
+        ("options", "steps", "step_size"),
+        [({}, 10, 0.05), ({"steps": 2}, 2, 0.2), ({"method": "fgsm"}, 1, 0.25), ({"step_size": 0.01}, 10, 0.01)],
+    )
+    def test_step_size_follows_eps_and_steps(self, options, steps, step_size):
+        robust = keras_drsl.AdversarialTraining(linear(), 0.2, **options)
+        assert (robust.steps, robust.step_size) == (steps, pytest.approx(step_size))
+
 
 class TestSaving:
     def test_saved_model_loads_without_the_package(self, tmp_path):
