@@ -176,6 +176,7 @@ class TestStep:
         upstream = drs_gradient(worst @ SLOPES + BIAS, y, LAM) / len(x)
         np.testing.assert_allclose(kernel, SLOPES - RATE * worst.T @ upstream, atol=1e-5)
 
+    @pytest.mark.short
     def test_trains_softmax_model_random_at_inference(self):
         x, y = data()
         model = keras.Sequential([keras.Input((4,)), Random(0.01), linear(keras.layers.Softmax())])
