@@ -67,7 +67,8 @@ LARGEST = 3  # the radius where the bisection begins, in units of --eps
 DRAWS = 500  # how many samples the bootstrap draws
 
 
-def main(arguments=None):
+def main(arguments=None, measure=None):
+    """Run the study; `measure` replaces the training and evaluation of a model in tests."""
     args = parse_arguments(arguments)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def main(arguments=None):
         models = record["models"]
         images = len(models[0]["radius"])
     else:
-        models, images = train_all(args, stem)
+        models, images = train_all(args, stem, measure or measure_model)
         record = {"command": records.command(MODULE, args), "versions": records.versions(["scipy"]), "models": models}
         stem.with_suffix(".json").write_text(json.dumps(record))
     table = make_table(models, images, args) + f"\nWritten by `{record['command']}`.\n"
@@ -88,7 +89,7 @@ def main(arguments=None):
     print(f"Written: {stem}.md, .json")
 
 
-def train_all(args, stem):
+def train_all(args, stem, measure):
     """Train and measure all models, or continue a study that was stopped."""
     try:
         train, (x, y) = datasets.load(args.dataset, args.data_dir)
@@ -101,7 +102,7 @@ def train_all(args, stem):
     for loss in args.losses:
         for seed in range(args.seeds):
             job = {"loss": loss, "seed": seed}
-            measured = runs.run(settings | job, lambda job=job: measure_model(**job, train=train, x=x, y=y, args=args))
+            measured = runs.run(settings | job, lambda job=job: measure(**job, train=train, x=x, y=y, args=args))
             models.append(job | measured)
     runs.end()
     return models, len(x)

@@ -48,6 +48,7 @@ def test_logs_equal_an_evaluation_of_the_weights(robust):
     assert len(set(history["val_softmax_diversity"])) == 3
 
 
+@pytest.mark.short
 def test_the_accuracy_equals_the_closed_form():
     x, y = inputs()
     history = train(linear_model(), [keras_drsl.RobustnessMonitor(x, y, eps=EPS)], rate=0.0)

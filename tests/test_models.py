@@ -114,6 +114,7 @@ class Guarded(keras.Model):
 
 
 @pytest.mark.parametrize("build", [average_op, ensemble, Guarded])
+@pytest.mark.short
 def test_false_logits_are_not_taken(build):
     x, _ = inputs(20)
     model = build()
@@ -129,6 +130,7 @@ def test_false_logits_are_not_taken(build):
         *(Subclassed, Computed, Wrapped),
     ],
 )
+@pytest.mark.short
 def test_logits_are_found_behind_a_softmax(build):
     x, _ = inputs(20)
     model = build()
@@ -173,6 +175,7 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
     assert fingerprint(model) != before
 
 
+@pytest.mark.short
 def test_adversarial_training_has_the_logits_of_its_model():
     x, _ = inputs(20)
     model = keras_drsl.AdversarialTraining(softmax_layer(), 0.1)

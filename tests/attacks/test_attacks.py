@@ -55,6 +55,7 @@ def test_results_are_valid_and_no_better_than_exact(linear, make, norm):
 
 @both_norms
 @pytest.mark.parametrize("family", [PGD, APGD])
+@pytest.mark.short
 def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
     x, y = inputs(100)
     # Within a thousandth either answer is right for float32.
@@ -67,6 +68,7 @@ def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
 
 
 @both_norms
+@pytest.mark.short
 def test_square_is_nearly_exact_on_a_linear_model(linear, norm):
     x, y = inputs(100)
     expected = exact_robust(x, y, 0.15, norm)

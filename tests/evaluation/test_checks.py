@@ -29,6 +29,7 @@ def new_check():
     CHECKS.update(before)
 
 
+@pytest.mark.short
 def test_a_sound_model_passes_all_checks():
     # Of two classes: with more, the cross-entropy's attacks are not exact on a linear model, which a check says.
     checks, report = checks_of(linear_model(WEIGHTS[:, :2]), attacks=("apgd_t_margin", "noise"), classes=2)

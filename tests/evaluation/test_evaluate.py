@@ -87,6 +87,7 @@ class TestAccuracy:
         assert report.robust_accuracy == exact_robust(x, y, 0.15, norm, weights).mean()
         assert list(report.accuracy) == [f"cleverhans_{name}" for name in ("fgm", "pgd", "bim", "madry", "mim")]
 
+    @pytest.mark.short
     def test_a_clean_error_is_not_robust(self, linear):
         x, y = inputs(40)
         wrong = np.arange(40) < 10

@@ -303,7 +303,6 @@ class TestMasks:
 
 
 class TestInKeras:
-    @pytest.mark.short
     def test_fit_with_a_softmax_is_the_same_in_every_mode(self):
         x, y = small_data(18)
         results = []

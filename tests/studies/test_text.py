@@ -1,10 +1,14 @@
 import json
 
+import numpy as np
+import pytest
+
 from studies import text
 from tests.backends import on_tensorflow
 
 
 @on_tensorflow
+@pytest.mark.slow
 def test_each_loss_restrains_its_own_variance(tmp_path, capsys):
     text.main(["--epochs", "2", "--steps", "3", "--eps", "3", "--max-windows", "200", "--out", str(tmp_path)])
     assert (tmp_path / "text.md").read_text() in capsys.readouterr().out
@@ -19,3 +23,12 @@ def test_each_loss_restrains_its_own_variance(tmp_path, capsys):
     assert drs["variance of wrong words"] < plain["variance of wrong words"]
     between = "variance of their top 4 between places"
     assert prs[between] < plain[between]
+
+
+def test_test_windows_occur_in_no_training_topic():
+    (x_train, y_train), (x_test, y_test), size = text.read_text()
+    assert size == text.VOCABULARY
+    assert x_train.shape[1:] == y_train.shape[1:] == x_test.shape[1:] == (text.TIME,)
+    assert np.array_equal(x_test[:, 1:], y_test[:, :-1])
+    train = {tuple(window) for window in np.concatenate([x_train, y_train[:, -1:]], axis=1).tolist()}
+    assert not train & {tuple(window) for window in np.concatenate([x_test, y_test[:, -1:]], axis=1).tolist()}

@@ -38,6 +38,7 @@ def fixed_start(name):
 # In L-inf, one large step ends in the worst corner. In L2 the attack turns to the worst point step by step, so one
 # step from a random start does not reach it.
 @pytest.mark.parametrize(("method", "norm"), [("pgd", "inf"), ("fgsm", "inf"), ("pgd", 2)])
+@pytest.mark.short
 def test_learns_from_worst_inputs_of_linear_model(method, norm):
     x, y = data()
     steps = {"steps": 8, "step_size": 10 * EPS} if norm == 2 else {"step_size": 2 * EPS}
