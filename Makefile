@@ -19,8 +19,8 @@ test: .venv/test
 SHORT_TESTS := -m 'short and not slow' tests
 
 test-short: .venv-jax/test .venv-torch/test
-	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(SHORT_TESTS)
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(SHORT_TESTS)
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
 
 # Everything that is not about TensorFlow, on all backends.
 BACKEND_TESTS := tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
@@ -44,7 +44,7 @@ test-oldest: .venv-oldest/test
 
 .venv-jax/test .venv-torch/test .venv-oldest/test: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable . pytest hypothesis scikit-learn $(PACKAGES)
+	$(@D)/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis scikit-learn $(PACKAGES)
 	touch $@
 .venv-jax/test: PACKAGES = jax
 .venv-torch/test: PACKAGES = '$(TORCH)'

@@ -94,10 +94,10 @@ def work(args):
         sys.exit(f"--batch-size must be a multiple of the {workers} workers. Received: --batch-size {args.batch_size}")
 
     print(f"worker {index} waits for all {workers} of TF_CONFIG, no longer than {args.time_limit:g} s", flush=True)
-    # A worker waits in native code for others that are missing, and no exception reaches it there.
-    faulthandler.dump_traceback_later(args.time_limit, exit=True)
     import tensorflow as tf
 
+    # A worker waits in native code for others that are missing, and no exception reaches it there.
+    faulthandler.dump_traceback_later(args.time_limit, exit=True)
     # The strategy must be created before anything else of TensorFlow runs.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 

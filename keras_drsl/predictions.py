@@ -165,7 +165,9 @@ def cast_keeping_attributes(y_pred: Tensor, dtype: str) -> Tensor:
 
 
 def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple[Tensor, bool]:
-    """Return the logits of a softmax output where they can be found, as Keras's own losses do, else `y_pred` itself.
+    """Return the logits behind a softmax output. Where they cannot be found, return `y_pred` itself.
+
+    Keras's own losses look for them in the same way.
 
     Args:
         y_pred: Probabilities or logits, with the classes at `axis`.

@@ -1,6 +1,6 @@
-"""What an attacker may do: move an input within a ball and within the valid range.
+"""The threat model: an attacker may move an input within a ball and within the valid range.
 
-`ThreatModel` holds the four numbers that say so, and is the one home of their units. Compiled programs take the numbers
+`ThreatModel` holds its four numbers, and is the one place that defines their units. Compiled programs take the numbers
 as tensors (`ThreatModel.bounds`), so that one program serves every radius; the functions below work on these.
 """
 
@@ -19,7 +19,7 @@ NORMS: tuple[Norm, ...] = ("inf", 2)
 
 
 class Bounds(NamedTuple):
-    """The numbers of a threat model as compiled programs take them, float32 scalars.
+    """Hold the numbers of a threat model as compiled programs take them, float32 scalars.
 
     Attributes:
         eps: The radius of the ball.
@@ -34,11 +34,11 @@ class Bounds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ThreatModel:
-    """Which perturbed inputs an attack may return.
+    """Define which perturbed inputs an attack may return.
 
     Use it where several calls share one threat model: attacks, `evaluate_robustness`, `robustness_curve`,
-    `RobustnessMonitor` and `AdversarialTraining` take it as `threat=`. Each of them takes `eps`, `norm`, `clip_min` and
-    `clip_max` in its place.
+    `RobustnessMonitor` and `AdversarialTraining` take it as `threat=`. They also take its four numbers as arguments
+    of their own.
 
     Formula: `||x_adv - x|| <= eps` in the norm, and `clip_min <= x_adv <= clip_max` for every value.
 
@@ -105,15 +105,15 @@ class ThreatModel:
         """Return the threat model that a function's arguments describe.
 
         Args:
-            eps: As in the class, or None if it is not given. So are the next three.
-            norm: As in the class.
-            clip_min: As in the class.
-            clip_max: As in the class.
-            threat: A threat model in place of the four.
+            eps: As in the class, or None.
+            norm: As in the class, or None for the default.
+            clip_min: As in the class, or None for the default.
+            clip_max: As in the class, or None for the default.
+            threat: A threat model in place of the four, or None.
 
         Raises:
-            ValueError: If an argument is out of its range, if `threat` and one of the four are both given, or if
-                neither `threat` nor `eps` is.
+            ValueError: If an argument is out of its range, if `threat` is given together with one of the four, or if
+                both `threat` and `eps` are None.
         """
         arguments = {"eps": eps, "norm": norm, "clip_min": clip_min, "clip_max": clip_max}
         given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
@@ -201,8 +201,13 @@ class ThreatModel:
         return allowed
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the nearest point of the ball around `x`, clipped to the valid range; both of shape `(batch, ...)`."""
-        return project(x_adv, x, self.bounds, self.norm)
+        """Return the nearest point of the ball around `x`, clipped to the valid range.
+
+        Args:
+            x_adv: Tensors or arrays of shape `(batch, ...)`.
+            x: The centres of the balls, of the same shape, within the range.
+        """
+        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.bounds, self.norm)
 
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""

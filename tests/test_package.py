@@ -62,7 +62,7 @@ def test_the_wheel_runs_from_outside_the_tree(wheel, tmp_path):
     history = model.fit(np.random.rand(32, 8), np.arange(32) % 3, verbose=0)
     print(sorted(history.history), keras_drsl.__file__)
     """
-    done = run_python(code, env=os.environ | {"PYTHONPATH": str(site)})
+    done = run_python(code, env={"PYTHONPATH": str(site)}, cwd=tmp_path)
     expected = f"['loss', 'softmax_diversity'] {site / 'keras_drsl' / '__init__.py'}"
     assert done.stdout.splitlines()[-1] == expected
 

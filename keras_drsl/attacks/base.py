@@ -62,7 +62,7 @@ class Attack:
     Attributes:
         needs_gradient: Whether the attack follows gradients of the model. Attacks without gradients run last in an
             evaluation, and are evidence of gradient masking where they break what the others could not.
-        restarts: How many searches each example goes through.
+        restarts: The number of searches per example.
 
     Args:
         eps: The radius of the ball around each input, > 0, in units of the input.
@@ -162,7 +162,7 @@ class Attack:
         return hash(repr(self))
 
     def num_runs(self, num_classes: int) -> int:
-        """Return how many searches an example that withstands them all goes through."""
+        """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts
 
     def run(self, classifier: Classifier, batch: Batch) -> Array:
@@ -173,7 +173,7 @@ class Attack:
             batch: The rows to attack.
 
         Returns:
-            The best point found for each row, of the shape of `batch.x`.
+            The best point of each row, an array of the shape of `batch.x`.
         """
         raise NotImplementedError
 

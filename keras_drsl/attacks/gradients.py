@@ -19,7 +19,7 @@ class GradientAttack(Attack):
     Args:
         eps: The radius of the ball, > 0, in units of the input.
         loss: `"ce"`, `"margin"` or `"dlr"`; see `keras_drsl.attacks.objectives`.
-        targeted: Whether to aim at target classes, the one of the largest logit first.
+        targeted: Whether to aim at each target class in turn, beginning with the one of the largest logit.
         targets: How many target classes, >= 1; all non-true classes if there are fewer.
         steps: How many steps, >= 1.
         restarts: How many starts (per target), >= 1.
@@ -55,7 +55,7 @@ class GradientAttack(Attack):
         return f"{self._family}_t_{self.loss}" if self.targeted else f"{self._family}_{self.loss}"
 
     def num_runs(self, num_classes: int) -> int:
-        """Return how many searches an example that withstands them all goes through."""
+        """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts * (min(self.targets, num_classes - 1) if self.targeted else 1)
 
 

@@ -31,8 +31,8 @@ class PGD(GradientAttack):
         eps: The radius of the ball, > 0, in units of the input.
         loss: `"ce"`, `"margin"` or `"dlr"`; see `keras_drsl.attacks.objectives`. With fewer than four classes, `"dlr"`
             is the margin.
-        targeted: Whether to aim at each non-true class in turn, the one of the largest logit first. Otherwise the
-            attack moves away from the true class.
+        targeted: Whether to aim at each non-true class in turn, beginning with the one of the largest logit. If False,
+            the attack moves away from the true class.
         targets: How many target classes, >= 1; all non-true classes if there are fewer.
         steps: How many steps, >= 1.
         step_size: The size of a step, > 0; by default `2.5 * eps / steps`, at most `eps`.

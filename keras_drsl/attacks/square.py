@@ -175,7 +175,7 @@ def bump(height: int, width: int) -> Array:
 
 
 def bumps(height: int, width: int, length: int) -> dict[str, Array]:
-    """Return a bump and, where it fits, its transpose, each flat and padded to a length."""
+    """Return a bump and its transpose, flattened and padded. A bump that is not square stands for its transpose."""
     upright = bump(height, width)
     tables = {"upright": upright, "lying": upright.T if height == width else upright}
     return {name: np.pad(table.ravel(), (0, length - table.size)).astype("float32") for name, table in tables.items()}

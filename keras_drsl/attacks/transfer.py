@@ -60,7 +60,7 @@ class Transfer(Attack):
         return f"Transfer(source={self.source.logits_fn!r}, attack={self.attack!r})"
 
     def num_runs(self, num_classes: int) -> int:
-        """Return how many searches an example that withstands them all goes through."""
+        """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.attack.num_runs(num_classes)
 
     def run(self, classifier: Classifier, batch: Batch) -> Array:

@@ -1,4 +1,4 @@
-"""What a check can look at: the model, the examples, and what the attacks have found so far."""
+"""The context of a check: the model, the examples, and the findings of the attacks so far."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,24 +16,24 @@ MAX_EXAMPLES = 200  # how many examples a check looks at
 
 
 class Audit(NamedTuple):
-    """A record of the perturbations that attacks returned.
+    """Record the perturbations that attacks returned.
 
     Attributes:
         largest: The size of the largest finite perturbation.
-        outside: How many were outside the threat model, NaN included.
+        outside: The number of perturbed inputs outside the threat model. Inputs with NaN count as outside.
     """
 
     largest: float = 0.0
     outside: int = 0
 
     def add(self, other: "Audit") -> "Audit":
-        """Return the record of both."""
+        """Return the combined record of both."""
         return Audit(max(self.largest, other.largest), self.outside + other.outside)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationContext:
-    """What a check of `keras_drsl.evaluation.check` receives. It cannot be changed.
+    """Hold everything that a check receives. It cannot be changed.
 
     Attributes:
         model: The model under evaluation, `model.model`, and its logits, `model.classifier`.
@@ -92,7 +92,7 @@ class EvaluationContext:
         return self.select(np.array([name is None for name in self.broken_by]))
 
     def make_attack(self, family: Callable[..., Attack], *, eps: float | None = None, **options: Any) -> Attack:
-        """Make an attack with the seed and the threat model of the evaluation, or another `eps`."""
+        """Make an attack with the seed and threat model of the evaluation; `eps` replaces that of the threat model."""
         threat = self.threat if eps is None else self.threat.replace(eps=eps)
         return family(threat=threat, **{"seed": self.seed} | options)
 

@@ -51,7 +51,7 @@ class RobustnessCurve:
 
     @property
     def confidence_intervals(self) -> list[tuple[float, float]]:
-        """The 95 % interval of each accuracy over samples of examples, by Wilson's method."""
+        """The 95 % confidence interval of each accuracy, by Wilson's method."""
         count = len(self.breaking_eps)
         return [wilson(round(share * count), count) for share in self.accuracy]
 

@@ -36,7 +36,7 @@ def evaluate_robustness(
     state_path: str | os.PathLike[str] | None = None,
     verbose: int = 1,
 ) -> RobustnessReport:
-    """Measure how robust a classifier is: the worst case of several attacks, with checks of whether to believe it.
+    """Measure how robust a classifier is: the worst case of several attacks, with checks that test the result.
 
     Use `suite="standard"` for a number to publish or to decide by, and `"quick"` to watch a model during development.
 

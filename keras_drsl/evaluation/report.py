@@ -13,9 +13,9 @@ from keras_drsl.evaluation.results import Check, EvaluationResults
 
 
 class RobustnessReport(EvaluationResults):
-    """The result of `evaluate_robustness`: accuracies, attack by attack, and checks of whether to believe them.
+    """The result of `evaluate_robustness`: accuracies by attack, and checks that show whether to believe them.
 
-    Print it for a summary with the failed checks first. All that a format of your own needs is public: write it as a
+    Print it for a summary with the failed checks first. All attributes are public: a report format of your own is a
     function of a report.
 
     Args:

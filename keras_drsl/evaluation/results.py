@@ -71,7 +71,7 @@ class EvaluationResults:
 
     @property
     def confidence_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the robust accuracy over samples of examples, by Wilson's method."""
+        """The 95 % confidence interval of the robust accuracy, by Wilson's method."""
         return wilson(self._count_broken_by(None), self.num_examples)
 
     @property

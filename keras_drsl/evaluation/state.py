@@ -13,7 +13,7 @@ EARLIER_FORMATS = {"keras-drsl evaluation 1": "0.1.0"}
 
 
 class State:
-    """What an evaluation has found so far.
+    """Keep the progress of an evaluation, in a file or in memory.
 
     Args:
         path: The file to keep it in, or None to keep it in memory only.
@@ -50,7 +50,7 @@ class State:
         self.save()
 
     def save(self) -> None:
-        """Replace the file by one with everything that is known now."""
+        """Write everything that is known now to the file."""
         if self._path is not None:
             content = {"format": FORMAT, "identity": self._identity}
             content |= {name: getattr(self, name) for name in self.FIELDS}

@@ -15,8 +15,8 @@ from keras_drsl.predictions import LossInputs
 class Squentropy(ClassificationLoss):
     """Compute cross-entropy plus the mean square of the non-true logits.
 
-    Use it to compare with `keras_drsl.DRSLoss`, to which it is the most similar. It moves the non-true logits towards
-    0, and not towards their own mean.
+    Use it to compare with `keras_drsl.DRSLoss`. Of all losses here it is the most similar: it moves the non-true logits
+    towards 0, and `DRSLoss` moves them towards their own mean.
 
     Shapes: as `keras_drsl.losses.ClassificationLoss`.
 

@@ -129,7 +129,7 @@ def mart_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor
 def consistency_penalty(log_p: Tensor, log_q: Tensor, y: Tensor, beta: float) -> Tensor:
     """Compute the penalty of the method `"consistency"`, shape `(batch,)`.
 
-    Formula: `beta * (d - d')^2` with `d = log p_y - mean_{k != y} log p_k` and `d'` the same of `log p'`.
+    Formula: `beta * (d - d')^2`, with `d = log p_y - mean_{k != y} log p_k`, and `d'` computed from `log p'` likewise.
 
     Args:
         log_p: The log-probabilities of the first copy, shape `(batch, C)`.

@@ -247,7 +247,6 @@ class TestTheModelIsLeftAsItWas:
         assert self.state(model) == before
         np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
 
-    @pytest.mark.short
     def test_random_counters_are_restored(self):
         model = keras.Sequential([keras.Input((4,)), Random(0.1), linear_model()])
         x, y = inputs(10)

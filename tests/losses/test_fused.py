@@ -193,7 +193,7 @@ def test_forward_mode_equals_the_gradient():
     np.testing.assert_allclose(grad, np.sum(gradient(lambda z: loss(ids, z), z) * vector), rtol=1e-4)
 
 
-def test_is_used_for_class_ids_and_logits_of_many_classes():
+def test_is_used_for_ids_and_logits_of_many_classes():
     z, ids = draw((7, fused.MIN_CLASSES))
     y = reference.one_hot(ids, fused.MIN_CLASSES).astype("float32")
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)

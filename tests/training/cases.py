@@ -35,7 +35,10 @@ def smooth():
 
 def wrap(model, *, loss=None, optimizer=None, graph=True, compiled=None, **options):
     """Return a compiled `AdversarialTraining`; without `graph`, one that runs eagerly where the backend can."""
-    robust = keras_drsl.AdversarialTraining(model, **({} if "threat" in options else {"eps": EPS}) | options)
+    if "threat" not in options:
+        options.setdefault("eps", EPS)
+    # JAX unrolls the steps on a processor, and compiles few of them faster.
+    robust = keras_drsl.AdversarialTraining(model, **{"steps": 3} | options)
     robust.compile(
         optimizer=keras.optimizers.SGD(RATE) if optimizer is None else optimizer,
         loss=keras_drsl.DRSLoss(LAM, from_logits=True) if loss is None else loss,

@@ -183,7 +183,9 @@ class TestData:
             train(linear(), {"a": x, "b": x}, y)
 
 
-@pytest.mark.parametrize(("made_by_keras", "epoch"), [(False, 1), (False, 2), (True, 2)])
+@pytest.mark.parametrize(
+    ("made_by_keras", "epoch"), [(False, 1), pytest.param(False, 2, marks=pytest.mark.short), (True, 2)]
+)
 def test_nan_restores_weights_of_epoch_start(made_by_keras, epoch):
     class Rate(keras.optimizers.schedules.LearningRateSchedule):
         """NaN for the second batch of an epoch: its update makes the weights NaN, and the loss of the third batch."""

@@ -176,6 +176,7 @@ class TestStep:
         upstream = drs_gradient(worst @ SLOPES + BIAS, y, LAM) / len(x)
         np.testing.assert_allclose(kernel, SLOPES - RATE * worst.T @ upstream, atol=1e-5)
 
+    @pytest.mark.short
     def test_trains_softmax_model_random_at_inference(self):
         x, y = data()
         model = keras.Sequential([keras.Input((4,)), Random(0.01), linear(keras.layers.Softmax())])
@@ -258,6 +259,14 @@ class TestFit:
         robust = keras_drsl.AdversarialTraining(linear(), 0.2, norm=2, clip_min=-1.0)
         assert robust.threat == keras_drsl.AdversarialTraining(linear(), threat=threat).threat == threat
         assert keras_drsl.AdversarialTraining(linear()).threat == ThreatModel(8 / 255)
+
+    @pytest.mark.parametrize(
+        ("options", "steps", "step_size"),
+        [({}, 10, 0.05), ({"steps": 2}, 2, 0.2), ({"method": "fgsm"}, 1, 0.25), ({"step_size": 0.01}, 10, 0.01)],
+    )
+    def test_step_size_follows_eps_and_steps(self, options, steps, step_size):
+        robust = keras_drsl.AdversarialTraining(linear(), 0.2, **options)
+        assert (robust.steps, robust.step_size) == (steps, pytest.approx(step_size))
 
 
 class TestSaving:

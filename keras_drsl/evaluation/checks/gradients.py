@@ -66,7 +66,7 @@ def many_steps_beat_one(context: EvaluationContext) -> Outcome:
 
 @check(suites=["standard"])
 def losses_agree(context: EvaluationContext) -> Outcome:
-    """Check that attacks on different losses find the same."""
+    """Check that attacks on different losses break about equally many images."""
     context = context.correct
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE

@@ -26,7 +26,7 @@ def clean_accuracy(context: EvaluationContext) -> Outcome:
 
 @check(suites=None, stage="before")
 def outputs(context: EvaluationContext) -> Outcome:
-    """Check that the attacks follow logits, and those of the model itself."""
+    """Check that the attacks follow logits, and that these give the predictions of the model."""
     kind, logits = context.model.outputs, context.logits
     if kind == "probabilities":
         message = "no logits were found behind the probabilities of the model; their logarithms are less exact near 1"

@@ -11,7 +11,7 @@ from keras_drsl.evaluation.suites import SUITES
 
 
 class Outcome(NamedTuple):
-    """What a check returns.
+    """Hold the result of a check.
 
     Attributes:
         status: `"pass"`, `"warn"`, `"fail"`, or `"skipped"` if there was nothing to test.
@@ -37,7 +37,7 @@ CheckFunction = Callable[[EvaluationContext], Outcome]
 
 
 class RegisteredCheck(NamedTuple):
-    """A check with the conditions under which it runs.
+    """Hold a check with the conditions under which it runs.
 
     Attributes:
         name: Its name in reports.
