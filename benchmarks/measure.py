@@ -43,7 +43,7 @@ def parse_arguments(doc, arguments=None, *, data_dir=False, more=None):
     try:
         args.device_name = _device_name(args)
     except (ImportError, RuntimeError, IndexError, AssertionError) as error:
-        parser.error(f"--backend {args.backend} --device {args.device} is not at hand: {error}")
+        parser.error(f"--backend {args.backend} --device {args.device} is not available: {error}")
     return args
 
 

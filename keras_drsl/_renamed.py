@@ -1,7 +1,7 @@
 """The one table of renamed values, keys and import paths.
 
 Old reports and the records of studies are read through it. An old argument value or import path is refused with an
-error that names the new one. `CHANGELOG.md` has the same table in prose.
+error that names the new one. `CHANGELOG.md` lists all renamed names.
 """
 
 import sys
@@ -38,6 +38,12 @@ RENAMED: dict[str, dict[str, str]] = {
         "keras_drsl.evaluation.files": "keras_drsl._files",
         "keras_drsl.evaluation.find_logits": "keras_drsl.models.find_logits",
         "keras_drsl.evaluation.head": "keras_drsl.models.logits",
+        "keras_drsl.training.divergence": "keras_drsl.training.kl_divergence",
+        "keras_drsl.training.lead_penalty": "keras_drsl.training.consistency_penalty",
+        **{
+            f"keras_drsl.training.{name}": "keras_drsl.training.AttackedBatch"
+            for name in ("CLEAN", "ADVERSARIAL", "RIGHT", "RISE")
+        },
     },
 }
 

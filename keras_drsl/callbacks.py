@@ -44,8 +44,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
         eps: The radius of the ball, > 0, in units of the input.
         suite: `"quick"`, `"cleverhans"` or `"standard"`, as in `evaluate_robustness`.
         max_samples: How many examples to evaluate, the first ones; None for all.
-        every: Evaluate after every so many epochs, >= 1, and after the first and the last. The values are carried
-            through the epochs between, which count for the `patience` of other callbacks.
+        every: Evaluate after every so many epochs, >= 1, and after the first and the last. Epochs in
+            between repeat the last values. Callbacks with `patience` count these epochs too.
         prefix: The beginning of the names in the logs.
         norm: `"inf"` (the default) or 2.
         clip_min: The smallest valid input value, 0 by default.

@@ -14,7 +14,7 @@ from keras_drsl.threat import Bounds, project, steepest_ascent
 
 
 class APGD(GradientAttack):
-    """Take gradient steps with momentum, and halve the step size from the best point where progress ends.
+    """Take gradient steps with momentum. When progress stops, return to the best point and halve the step size.
 
     Use it for numbers to publish, with several losses. It has no step size that could be chosen badly.
 

@@ -1,6 +1,7 @@
 """The base class of attacks: checks, restarts, and the choice of the worst point found."""
 
 import inspect
+import json
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
@@ -51,8 +52,8 @@ class Batch(NamedTuple):
 class Attack:
     """The base of all attacks: a search for a misclassified point near each input.
 
-    Derive from it to write an attack: implement `run`, and call the attack as any other. A constructor argument is kept
-    under its own name, so that `settings` and `repr` find it.
+    Derive from it to write an attack: implement `run`, and call the attack as any other. Store a constructor argument
+    under its own name, so that `settings` and `repr` find it. Give `eps` the default None, so that `threat=` works.
 
     Note:
 
@@ -61,7 +62,7 @@ class Attack:
 
     Attributes:
         needs_gradient: Whether the attack follows gradients of the model. Attacks without gradients run last in an
-            evaluation, and are evidence of gradient masking where they break what the others could not.
+            evaluation. If they break examples that the gradient attacks did not, the model masks its gradients.
         restarts: The number of searches per example.
 
     Args:
@@ -159,7 +160,7 @@ class Attack:
         return type(self) is type(other) and self.settings == getattr(other, "settings", None)
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash((type(self), json.dumps(self.settings, sort_keys=True, default=repr)))
 
     def num_runs(self, num_classes: int) -> int:
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
@@ -201,9 +202,9 @@ class Attack:
                 one input then share a batch, which is faster.
 
         Returns:
-            Inputs of the same shape, float32, within the threat model. Of the points that the attack kept, the one with
-            the largest margin of another class over the true class. A search stops at a misclassified point. Inputs
-            that are misclassified without an attack are returned unchanged.
+            Inputs of the same shape, float32, within the threat model: for each example, the point with the largest
+            margin of another class over the true class, among the results of its restarts. A search stops at a
+            misclassified point. Inputs that are misclassified without an attack are returned unchanged.
 
         Raises:
             ValueError: If inputs lie outside the clip range, labels do not match or are no classes, or the function

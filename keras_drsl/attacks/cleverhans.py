@@ -174,7 +174,10 @@ class ProjectedGradientDescent(IterativeAttack):
 
 
 class MadryEtAl(ProjectedGradientDescent):
-    """`ProjectedGradientDescent` on the cross-entropy by its other name in cleverhans, with starts in the ball."""
+    """Run `ProjectedGradientDescent` on the cross-entropy by cleverhans's function `madry_et_al`.
+
+    The random starts lie in the ball of radius `eps`.
+    """
 
     _function, _short_name = "madry_et_al", "madry"
     _losses: ClassVar[tuple[str, ...]] = ("ce",)

@@ -17,7 +17,8 @@ class Transfer(Attack):
 
     Note:
 
-    - The search goes on where the second model is misled, and includes inputs that it misclassifies without an attack.
+    - The search does not stop when the second model misclassifies a point. Inputs that the second model misclassifies
+      without an attack are attacked too.
 
     Args:
         source: The second model, a `keras.Model` or a function of logits.

@@ -1,6 +1,6 @@
 """How robust a model is, and evidence for or against the answer."""
 
-from keras_drsl.evaluation.checks import Outcome, check
+from keras_drsl.evaluation.checks import Outcome, check, grade
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
 from keras_drsl.evaluation.evaluate import evaluate_robustness
@@ -15,5 +15,6 @@ __all__ = [
     "RobustnessReport",
     "check",
     "evaluate_robustness",
+    "grade",
     "robustness_curve",
 ]

@@ -1,8 +1,10 @@
 """Robust accuracy against the radius of the attack."""
 
 import json
+import math
+import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +17,7 @@ from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import Check
+from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.random_state import check_model, preserve_random_state
 from keras_drsl.plotting import new_figure, norm_label
 from keras_drsl.threat import ThreatModel
@@ -122,7 +125,6 @@ class RobustnessCurve:
         if self.settings["suite"] == "quick":
             doubt = ", an upper bound" + doubt
         axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
-        axes.grid(alpha=0.3)
         if label is not None or others:
             figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=150)
@@ -186,6 +188,9 @@ def robustness_curve(
     """
     check_model("model", model)
     threats = _threats(eps, norm, clip_min, clip_max, threat)
+    # Each radius makes its own evaluator, so a generator must not be used up by the first one.
+    attacks = list(attacks) if isinstance(attacks, Iterator) else attacks
+    checks = list(checks) if isinstance(checks, Iterator) else checks
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples}
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
@@ -201,7 +206,7 @@ def robustness_curve(
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
         examples = examples._replace(y=labels)
-        breaking[outputs.argmax(axis=1) != labels] = 0.0
+        breaking[is_misclassified(outputs, labels)] = 0.0
         for radius, evaluator in evaluators.items():
             robust = np.isinf(breaking)
             if radius == 0 or not robust.any():
@@ -224,15 +229,14 @@ def _threats(
         raise ValueError(f"`eps` must hold several radii. Received: eps={eps!r}")
     radii = list(eps)
     if threat is None:
-        # The range is checked without a radius first; the smallest positive float fits any range.
-        smallest = 1e-6 * ((1.0 if clip_max is None else clip_max) - (0.0 if clip_min is None else clip_min))
-        threat = ThreatModel.from_arguments(max(smallest, 1e-30), norm, clip_min, clip_max)
+        # The smallest positive number fits any range, so an error is about the range.
+        threat = ThreatModel.from_arguments(math.ulp(0.0), norm, clip_min, clip_max)
     else:
         threat = ThreatModel.from_arguments(None, norm, clip_min, clip_max, threat)
     base = threat.replace(eps=1e-6 * threat.span)
     threats = {}
     for radius in radii:
-        known = base if isinstance(radius, int | float) and radius == 0 else base.replace(eps=radius)
+        known = base if isinstance(radius, numbers.Real) and radius == 0 else base.replace(eps=radius)
         threats[0.0 if known is base else known.eps] = known
     if not radii or list(threats) != sorted(threats) or len(threats) != len(radii):
         raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={radii}")

@@ -230,7 +230,7 @@ class _Run:
                 outcome = run_check(name, context)
                 key = f"check:{name}"
                 for index in np.flatnonzero(np.isin(context.ids, list(outcome.broken))):
-                    state.broken_by[index] = key
+                    state.broken_by[index] = state.broken_by[index] or key
                 state.checks[name] = {
                     "name": name,
                     "status": outcome.status,

@@ -70,6 +70,8 @@ def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:
     worst: dict[str, Check] = {}
     for report in reports:
         for check in report.checks:
+            if check.name == "shards":  # is made anew for the reports that are merged
+                continue
             known = worst.get(check.name)
             if known is None or SEVERITY.index(check.status) > SEVERITY.index(known.status):
                 message = f"{check.message} (the worst of {len(reports)} shards)"

@@ -75,7 +75,7 @@ class State:
         different = [key for key in self._identity if identity.get(key) != self._identity[key]]
         if different or len(known["broken_by"]) != len(self.broken_by):
             raise ValueError(
-                f"`state_path` must hold the state of this evaluation, but it holds one of another "
+                "`state_path` must hold the state of this evaluation, but it holds that of another one. Different: "
                 f"{', '.join(different) or 'number of examples'}. {received}"
             )
         vars(self).update(known)

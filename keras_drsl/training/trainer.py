@@ -298,8 +298,8 @@ class AdversarialTraining(keras.Model):
         x = self._prepare(x, y)
         if epochs <= self.warmup_epochs:
             warnings.warn(
-                f"`epochs={epochs}` ends before `warmup_epochs={self.warmup_epochs}` do: no epoch attacks with the "
-                "full `eps`.",
+                "`epochs` must be larger than `warmup_epochs` to reach the full `eps`. "
+                f"Received: epochs={epochs}, warmup_epochs={self.warmup_epochs}",
                 stacklevel=2,
             )
         own: list[keras.callbacks.Callback] = [

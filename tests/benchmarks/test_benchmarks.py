@@ -30,7 +30,7 @@ def test_a_missing_device_is_named():
     if done.returncode == 0:
         pytest.skip("a GPU is there")
     assert done.returncode == 2
-    assert f"--backend {BACKEND} --device gpu is not at hand" in done.stderr
+    assert f"--backend {BACKEND} --device gpu is not available" in done.stderr
 
 
 def test_benchmarks_and_studies_leave_sys_path_alone():

@@ -195,3 +195,25 @@ def test_a_check_has_a_stage_and_a_name_of_its_own(new_check):
         @new_check()
         def noise(context):
             raise AssertionError
+
+
+def test_an_unknown_status_is_a_failed_check(new_check):
+    @new_check()
+    def odd_status(context):
+        return Outcome("excellent", 1.0, "a status that reports do not know")
+
+    checks, report = checks_of(linear_model(), suite="quick", checks=[odd_status])
+    assert checks["odd_status"].status == "fail"
+    assert "`status` must be" in checks["odd_status"].message
+    assert not report.trustworthy
+
+
+def test_a_check_leaves_what_was_broken_before_to_its_attack(new_check):
+    @new_check()
+    def breaks_all(context):
+        return Outcome("pass", 1.0, "all examples broken", context.ids)
+
+    before = checks_of(linear_model(), suite="quick", checks=[])[1]
+    after = checks_of(linear_model(), suite="quick", checks=[breaks_all])[1]
+    for old, new in zip(before.per_example["broken_by"], after.per_example["broken_by"], strict=True):
+        assert new == (old or "check:breaks_all")

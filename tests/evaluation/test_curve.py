@@ -63,3 +63,12 @@ def test_an_untrustworthy_curve_says_so():
     assert not curve.trustworthy
     assert not curve.to_dict()["trustworthy"]
     assert str(curve).startswith("NOT TRUSTWORTHY")
+
+
+def test_attacks_may_come_from_a_generator():
+    x, y = inputs(20)
+    names = ["fgsm_ce", "apgd_t_margin"]
+    options = {"eps": [0.05, 0.1], "suite": "quick", "verbose": 0}
+    listed = robustness_curve(linear_model(), x, y, attacks=names, **options)
+    drawn = robustness_curve(linear_model(), x, y, attacks=(name for name in names), **options)
+    assert drawn.to_dict() == listed.to_dict()

@@ -303,7 +303,7 @@ class TestState:
             attacks = [Transfer(linear_model(WEIGHTS[:, ::-1] * scale), PGD(0.1, steps=2))]
             options = {"eps": 0.1, "attacks": attacks, "state_path": tmp_path / "state", "suite": "quick"}
             if fails:
-                with pytest.raises(ValueError, match="another attacks"):
+                with pytest.raises(ValueError, match="Different: attacks"):
                     evaluate_robustness(linear, x, y, **options, **QUIET)
             else:
                 evaluate_robustness(linear, x, y, **options, **QUIET)

@@ -47,7 +47,7 @@ class TestWarmup:
         assert robust.current_eps == pytest.approx(EPS)
 
     def test_longer_than_training_warns(self):
-        with pytest.warns(UserWarning, match="`epochs=2` ends before `warmup_epochs=2` do"):
+        with pytest.warns(UserWarning, match="Received: epochs=2, warmup_epochs=2"):
             train(linear(), *data(), epochs=2, warmup_epochs=2, graph=False)
 
 

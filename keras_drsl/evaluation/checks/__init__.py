@@ -2,7 +2,16 @@
 
 # The order of the imports is the order in which checks run.
 from keras_drsl.evaluation.checks import outputs, gradients, search, self_tests, transfer  # noqa: I001
-from keras_drsl.evaluation.checks.registry import CHECKS, Outcome, RegisteredCheck, applies, check, choose, run_check
+from keras_drsl.evaluation.checks.registry import (
+    CHECKS,
+    Outcome,
+    RegisteredCheck,
+    applies,
+    check,
+    choose,
+    grade,
+    run_check,
+)
 
 __all__ = [
     "CHECKS",
@@ -11,6 +20,7 @@ __all__ = [
     "applies",
     "check",
     "choose",
+    "grade",
     "gradients",
     "outputs",
     "run_check",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from keras_drsl import _validation
 from keras_drsl._typing import Status
@@ -17,7 +17,8 @@ class Outcome(NamedTuple):
         status: `"pass"`, `"warn"`, `"fail"`, or `"skipped"` if there was nothing to test.
         value: The figure that the status was decided by, NaN if there is none.
         message: One sentence that says what the figure means.
-        broken: The `ids` of examples that the check misclassified within the threat model. They count as broken.
+        broken: The `ids` of examples that the check misclassified within the threat model. Those that nothing had
+            broken before count as broken by the check.
     """
 
     status: Status
@@ -121,13 +122,20 @@ def choose(checks: str | Iterable[Any] | None, suite: str) -> tuple[list[str], b
     names = []
     for item in [checks] if isinstance(checks, str) or callable(checks) else checks:
         name = getattr(item, "__name__", item)
-        if name not in CHECKS:
+        if name not in CHECKS or (callable(item) and CHECKS[name].function is not item):
             raise ValueError(
                 f"`checks` must be a suite ({', '.join(SUITES)}) or hold checks or names of {', '.join(CHECKS)}. "
                 f"Received: {item!r}"
             )
         names.append(name)
     return [name for name in CHECKS if name in names], True
+
+
+def _checked(outcome: Outcome) -> Outcome:
+    """Return an outcome with plain Python values, as reports and states store it, or raise `ValueError`."""
+    _validation.check_choice("status", outcome.status, get_args(Status))
+    broken = [int(example) for example in outcome.broken]
+    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken)
 
 
 def applies(name: str, context: EvaluationContext) -> bool:
@@ -144,6 +152,6 @@ def run_check(name: str, context: EvaluationContext) -> Outcome:
     try:
         if not entry.applies(context):
             return Outcome("skipped", math.nan, "the check does not apply to this evaluation")
-        return Outcome(*entry.function(context))
+        return _checked(Outcome(*entry.function(context)))
     except Exception as error:
         return Outcome("fail", math.nan, f"the check itself failed: {type(error).__name__}: {error}")

@@ -34,7 +34,10 @@ def undefended(context: EvaluationContext) -> Outcome:
         message = "clean accuracy of the undefended model; too low for the check"
         return Outcome("warn", float(correct.mean()), message)
     left = context.select(correct).accuracy_under(context.make_attack(APGD, loss="margin"), model)
-    message = "robust accuracy of the undefended model on its correct images; well above 0, eps is too small to tell"
+    message = (
+        "robust accuracy of the undefended model on its correct images; if it is well above 0, eps is too small for "
+        "this check"
+    )
     return Outcome("pass" if left <= 0.05 else "warn", left, message)
 
 
