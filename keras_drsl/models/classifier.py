@@ -59,7 +59,11 @@ class Classifier:
         return ops.cast(logits, "float32")
 
     def compile(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-        """Compile `function(classifier, *tensors, **static)` to a function of the tensors."""
+        """Compile `function(classifier, *tensors, **static)` to a function of the tensors.
+
+        The program is kept for the same function and static values, which must be hashable. So pass a function of the
+        module: a lambda or a nested function is another one in each call, and is compiled anew.
+        """
         key = (function, *sorted(static.items()))
         if key not in self._programs:
             self._programs[key] = _backend.compile_function(partial(function, self, **static), self.variables)
