@@ -153,6 +153,8 @@ def evaluate(model, x, y, eps):
 
 def build_model(shape, noise):
     """Return two convolutions and two dense layers; small images are pooled only once."""
+    # Each layer draws a seed when it is made: the noise comes first, as in the published runs.
+    inputs = [keras.Input(shape), *([layers.GaussianNoise(noise)] if noise else [])]
     pools = (2, 2) if shape[0] > 16 else (1, 2)
     convolutions = [
         layer
@@ -160,7 +162,6 @@ def build_model(shape, noise):
         for layer in (layers.Conv2D(filters, 3, padding="same", activation="relu"), layers.MaxPooling2D(pool))
     ]
     head = [layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10, name="logits"), layers.Softmax()]
-    inputs = [keras.Input(shape), *([layers.GaussianNoise(noise)] if noise else [])]
     return keras.Sequential([*inputs, *convolutions, *head])
 
 
