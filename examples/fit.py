@@ -2,12 +2,12 @@
 
 It shows that changing the loss in `model.compile` makes a classifier harder to attack, that noise on the inputs during
 training does too, and that the two effects add up. The models are attacked by three attacks of cleverhans. Beside their
-worst case, the table has the robust accuracy by `keras_drsl.evaluate_robustness`, whose attacks are stronger.
+worst case, the table has the robust accuracy by `keras_drsl.evaluate_robustness`, whose attack is stronger.
 
 Expected: one row per model. At `--eps`, the worst case is clearly higher for DRSLoss, at the same clean accuracy and
 training time. Weak attacks show a larger gap than strong ones: believe the worst case.
 
-On two cores: about four minutes for scikit-learn's digits (1,797 images, no download). MNIST and CIFAR-10 are loaded by
+On two cores: about five minutes for scikit-learn's digits (1,797 images, no download). MNIST and CIFAR-10 are loaded by
 tensorflow-datasets and take longer.
 
     python examples/fit.py
