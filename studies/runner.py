@@ -6,7 +6,6 @@ with the jobs that have no record yet.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,11 +83,11 @@ def read_records(path: Path) -> list[Record]:
 
 def _rename(record: Record) -> Record:
     """Replace the names that a record of an earlier version uses."""
-    from keras_drsl._renamed import RENAMED  # not before a script has chosen its backend
+    from keras_drsl._renamed import new_name  # not before a script has chosen its backend
 
     def new(warning: str) -> str:
         name, _, status = warning.partition(" ")
-        return f"{RENAMED['check'].get(name, name)} {status}"
+        return f"{new_name('check', name)} {status}"
 
     warnings = record.get("warnings")
     if isinstance(warnings, list):
@@ -136,9 +135,9 @@ class PartialRuns:
             self.path.unlink()
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(kept) + "\n" for kept in self._kept))
-        os.replace(temporary, self.path)
+        from keras_drsl import _files  # not before a script has chosen its backend
+
+        _files.write(self.path, "".join(json.dumps(kept) + "\n" for kept in self._kept))
 
 
 def spread_percent(shares: Sequence[float]) -> str:

@@ -133,4 +133,4 @@ def breaks(model: LogitsModel, x_adv: Array, x: Array, y: Array, threat: ThreatM
     allowed = threat.contains(x_adv, x)
     sizes = threat.size(x_adv.astype("float64") - x)
     audit = Audit(float(sizes[np.isfinite(sizes)].max(initial=0.0)), int((~allowed).sum()))
-    return allowed & model.misclassifies(x_adv, y), audit
+    return allowed & model.misclassifies(x_adv, y, len(x_adv)), audit

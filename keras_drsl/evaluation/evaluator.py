@@ -21,6 +21,7 @@ from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import make_attacks
+from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.logits import LogitsModel, find_logits
 from keras_drsl.models.random_state import check_model
@@ -55,12 +56,11 @@ class Evaluator:
         by_name = make_attacks(suite, attacks, threat, attack_seed)
         # Attacks without gradients come last: the images that they break withstood the others.
         self.attacks = dict(sorted(by_name.items(), key=lambda item: not item[1].needs_gradient))
-        self.checks, listed = choose(checks, suite)
-        self._listed = listed
+        self.checks, self._listed = choose(checks, suite)
         self.settings: dict[str, Any] = {
             **threat.to_dict(),
             "suite": suite if attacks is None else "custom",
-            "checks": self.checks if listed else checks or suite,
+            "checks": self.checks if self._listed else checks or suite,
             "seed": attack_seed,
             "batch_size": _validation.check_integer("batch_size", batch_size, at_least=1),
             "max_samples": max_samples,
@@ -121,7 +121,7 @@ class Evaluator:
         settings = self.settings | {"outputs": model.outputs}
         provenance = _provenance(model, undefended, examples)
         state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
-        wrong = (outputs.argmax(axis=1) != examples.y).tolist()
+        wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
         context = EvaluationContext(
             model=model,

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from keras_drsl._typing import Status
-from keras_drsl.evaluation.results import Check, EvaluationResults
-
-SEVERITY: tuple[Status, ...] = ("skipped", "pass", "warn", "fail")
+from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 
 
 def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:
             if check.name == "shards":  # is made anew for the reports that are merged
                 continue
             known = worst.get(check.name)
-            if known is None or SEVERITY.index(check.status) > SEVERITY.index(known.status):
+            if known is None or BY_SEVERITY.index(check.status) < BY_SEVERITY.index(known.status):
                 message = f"{check.message} (the worst of {len(reports)} shards)"
                 worst[check.name] = Check(check.name, check.status, check.value, message)
     return list(worst.values())

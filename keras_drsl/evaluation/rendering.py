@@ -4,11 +4,10 @@ import math
 import os
 import textwrap
 
-from keras_drsl.evaluation.results import Check, EvaluationResults
+from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 from keras_drsl.plotting import new_figure, norm_label
 
 WIDTH = 80
-BY_SEVERITY = ("fail", "warn", "pass", "skipped")
 LOSS_LABELS = {"ce": "cross-entropy", "margin": "margin", "dlr": "logit ratio"}
 
 

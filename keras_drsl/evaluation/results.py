@@ -8,6 +8,7 @@ from keras_drsl._typing import Status
 from keras_drsl.evaluation.intervals import wilson
 
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
+BY_SEVERITY: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")  # the outcomes of checks, the worst first
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ class LogitsModel(NamedTuple):
     model: Classifier
     outputs: Literal["logits", "softmax", "probabilities"]
 
-    def misclassifies(self, x: Array, y: Array) -> Array:
-        """Return which inputs the model itself misclassifies, shape `(batch,)`."""
-        return is_misclassified(self.model.logits(x), y)
+    def misclassifies(self, x: Array, y: Array, batch_size: int) -> Array:
+        """Return which inputs the model itself misclassifies, `batch_size` at a time, shape `(count,)`."""
+        return is_misclassified(self.model.logits_in_batches(x, batch_size), y)
 
 
 def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -> LogitsModel:

@@ -29,7 +29,7 @@ def undefended(context: EvaluationContext) -> Outcome:
     """Check that the attack breaks a model without a defense."""
     model = context.undefended
     assert model is not None
-    correct = ~model.misclassifies(context.x, context.y)
+    correct = ~model.misclassifies(context.x, context.y, context.batch_size)
     if correct.mean() < 0.5:
         message = "clean accuracy of the undefended model; too low for the check"
         return Outcome("warn", float(correct.mean()), message)
