@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-NO_FIGURE = ("out", "data_dir", "overwrite")  # arguments that change no figure
+NO_FIGURE = ("out", "data_dir", "overwrite", "redraw")  # arguments that change no figure
 
 
 def command(module: str, args: argparse.Namespace, *, leave_out: Sequence[str] = ()) -> str:

@@ -9,9 +9,11 @@ from tests.backends import BACKEND
 from tests.helpers import run_module
 
 ROOT = Path(__file__).parents[2]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("step_overhead", "linear_head")]
+BENCHMARKS = ["loss_speed", "attack_speed", *SLOW]
 
 
-@pytest.mark.parametrize("name", ["loss_speed", "step_overhead", "linear_head", "attack_speed"])
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_runs_and_writes_its_record(name, tmp_path):
     if BACKEND == "torch" and name == "linear_head":
         pytest.skip("linear_drs_loss is for TensorFlow and JAX")

@@ -24,6 +24,7 @@ def bars(axes):
     return [*zip(labels, [bar.get_width() for bar in axes.patches], strict=True)]
 
 
+@pytest.mark.slow
 def test_main_draws_opaque_pictures(tmp_path):
     figures.main(["--results", str(RESULTS), "--out", str(tmp_path)])
     assert {path.stem for path in tmp_path.iterdir()} == {*figures.FIGURES, "report_waterfall"}
