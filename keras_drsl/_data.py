@@ -27,6 +27,13 @@ def digest(*arrays: Array) -> str:
     return sha.hexdigest()
 
 
+def content_keys(x: Array) -> Array:
+    """Return one number per input that depends on its values only, uint64, shape `(count,)`."""
+    rows = np.ascontiguousarray(x, dtype="float32") + np.float32(0)  # turns -0.0 into 0.0
+    keys = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
+    return np.frombuffer(b"".join(keys), dtype="<u8").astype("uint64")
+
+
 def class_ids(y: Any, count: int, num_classes: int) -> Array:
     """Return labels of any form as class ids `(count,)`, int32.
 
@@ -62,13 +69,15 @@ class Examples(NamedTuple):
         x: Float32, shape `(count, ...)`.
         y: Labels as they were given, with `count` rows.
         ids: The position of each example in the whole data set, int64, shape `(count,)`.
-        digest: The SHA-256 of the data set that these are a shard of.
+        digest: The SHA-256 of the examples that these are a shard of.
+        whole: The inputs and labels of the whole data set.
     """
 
     x: Array
     y: Array
     ids: Array
     digest: str
+    whole: tuple[Array, Array]
 
     def select(self, mask: Array) -> "Examples":
         """Return the examples where a mask of shape `(count,)` is True."""
@@ -76,12 +85,16 @@ class Examples(NamedTuple):
 
 
 def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None) -> Examples:
-    """Return the first `max_samples` examples, and of these every n-th one for a shard `(i, n)`.
+    """Return `max_samples` examples in proportion to the classes, and of these the ones of a shard `(i, n)`.
+
+    The choice depends on the values of the inputs only, not on their order. A shard has the examples at the positions
+    i, i + n, i + 2 n, ... of the data set.
 
     Args:
         x: Inputs, or a data set of batches `(inputs, labels)`.
         y: Labels of an array of inputs, or None for a data set.
-        max_samples: How many examples to read; None for all.
+        max_samples: How many examples to choose; None for all. Of a data set that does not know its length, the first
+            ones are read.
         shard: `(i, n)`, or None for all examples.
 
     Raises:
@@ -92,7 +105,7 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
         if y is None:
             raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
-        x, y = to_array(x)[:max_samples], to_array(y)[:max_samples]
+        x, y = to_array(x), to_array(y)
     else:
         if y is not None:
             raise ValueError(
@@ -108,10 +121,58 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
         raise ValueError(f"`x_or_dataset` must hold inputs of shape (count, ...). Received: shape {x.shape}")
     if not np.issubdtype(x.dtype, np.number):
         raise ValueError(f"`x_or_dataset` must hold numbers. Received: dtype {x.dtype}")
-    ids = np.arange(len(x))[slice(None) if shard is None else slice(shard[0], None, shard[1])]
+    x = x.astype("float32", copy=False)
+    chosen = _choose(x, y, max_samples)
+    ids = chosen if shard is None else chosen[chosen % shard[1] == shard[0]]
     if len(ids) == 0:
-        raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(x)} examples")
-    return Examples(x[ids].astype("float32"), y[ids], ids, digest(x, y))
+        raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(chosen)} examples")
+    return Examples(x[ids], y[ids], ids, digest(x[chosen], y[chosen]), (x, y))
+
+
+def _choose(x: Array, y: Array, count: int | None) -> Array:
+    """Return the positions of `count` examples, each class in proportion, rising; all examples for None."""
+    if count is None or count >= len(x):
+        return np.arange(len(x))
+    labels = y.argmax(axis=1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(len(y), -1)[:, 0]
+    keys = content_keys(x)
+    classes, sizes = np.unique(labels, return_counts=True)
+    shares = count * sizes / len(x)
+    counts = np.floor(shares).astype(int)
+    # The examples that rounding has left go to the classes with the largest fractions.
+    counts[np.argsort(counts - shares, kind="stable")[: count - counts.sum()]] += 1
+    chosen = []
+    for class_id, size in zip(classes, counts, strict=True):
+        members = np.flatnonzero(labels == class_id)
+        chosen.append(members[np.argsort(keys[members], kind="stable")[:size]])
+    return np.sort(np.concatenate(chosen))
+
+
+def read_pool(pool: Any) -> tuple[Array, Array | None]:
+    """Return the inputs and labels of the argument `x_pool`. The labels are None for inputs alone.
+
+    Args:
+        pool: Inputs, a pair `(inputs, labels)`, or a data set of batches of such pairs.
+
+    Raises:
+        ValueError: If it holds none of these, or no example.
+    """
+    if isinstance(pool, tuple) and len(pool) == 2:
+        x, y = map(to_array, pool)
+    elif isinstance(pool, np.ndarray | list) or ops.is_tensor(pool):
+        x, y = to_array(pool), None
+    elif isinstance(pool, keras.utils.PyDataset | Iterable):
+        x, y = _read_dataset(pool, None)
+    else:
+        raise ValueError(
+            f"`x_pool` must hold inputs, a pair (inputs, labels) or batches of pairs. Received: {type(pool).__name__}"
+        )
+    if x.ndim < 2 or len(x) == 0 or not np.issubdtype(x.dtype, np.number):
+        raise ValueError(
+            f"`x_pool` must hold at least one input, of shape (count, ...). Received: shape {x.shape}, dtype {x.dtype}"
+        )
+    if y is not None and len(x) != len(y):
+        raise ValueError(f"`x_pool` must hold one label for each input. Received: {len(x)} inputs, {len(y)} labels")
+    return x.astype("float32", copy=False), y
 
 
 def first_batch(x: Any, y: Any) -> tuple[Any, tuple[Array, Array]]:
@@ -166,7 +227,8 @@ def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
     inputs: list[Array] = []
     labels: list[Array] = []
     count = 0
-    for batch in _batches(dataset, max_samples):
+    batches, is_sized = _batches(dataset, max_samples)
+    for batch in batches:
         if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
             raise ValueError(
                 "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
@@ -181,21 +243,25 @@ def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
         inputs.append(x)
         labels.append(y)
         count += len(x)
-        if max_samples is not None and count >= max_samples:
+        if not is_sized and max_samples is not None and count >= max_samples:
             break
     if count == 0:
         raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
-    return np.concatenate(inputs)[:max_samples], np.concatenate(labels)[:max_samples]
+    end = None if is_sized else max_samples
+    return np.concatenate(inputs)[:end], np.concatenate(labels)[:end]
 
 
-def _batches(dataset: Any, max_samples: int | None) -> Iterator[Any]:
+def _batches(dataset: Any, max_samples: int | None) -> tuple[Iterable[Any], bool]:
+    """Return the batches of a data set, and whether their number is known."""
     if isinstance(dataset, keras.utils.PyDataset):
-        endless = dataset.num_batches is None
+        endless, is_sized = dataset.num_batches is None, dataset.num_batches is not None
         positions = itertools.count() if endless else range(dataset.num_batches)
         batches: Iterable[Any] = (dataset[position] for position in positions)
     elif isinstance(dataset, Iterable):
-        # TensorFlow reports a cardinality of -1 for an infinite data set.
-        endless = hasattr(dataset, "cardinality") and int(dataset.cardinality()) == -1
+        # TensorFlow reports a cardinality of -1 for an infinite data set, and of -2 for an unknown one.
+        cardinality = int(dataset.cardinality()) if hasattr(dataset, "cardinality") else None
+        endless = cardinality == -1
+        is_sized = hasattr(dataset, "__len__") if cardinality is None else cardinality >= 0
         batches = dataset
     else:
         raise ValueError(
@@ -204,4 +270,4 @@ def _batches(dataset: Any, max_samples: int | None) -> Iterator[Any]:
         )
     if endless and max_samples is None:
         raise ValueError("`max_samples` must be given for a data set without end. Received: max_samples=None")
-    yield from batches
+    return batches, is_sized

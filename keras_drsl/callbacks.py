@@ -43,7 +43,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         y: Their labels, in any form that `evaluate_robustness` takes.
         eps: The radius of the ball, > 0, in units of the input.
         suite: `"quick"`, `"cleverhans"` or `"standard"`, as in `evaluate_robustness`.
-        max_samples: How many examples to evaluate, the first ones; None for all.
+        max_samples: How many examples to evaluate, as in `evaluate_robustness`; None for all.
         every: Evaluate after every so many epochs, >= 1, and after the first and the last. Epochs in
             between repeat the last values. Callbacks with `patience` count these epochs too.
         prefix: The beginning of the names in the logs.
@@ -125,7 +125,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
         if not np.isfinite(logits).all():
             self.report = None
             return {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
-        self.report = self._evaluator.evaluate(self._logits_model, self._examples)
+        pool = self._evaluator.make_pool(self._logits_model, self._examples)
+        self.report = self._evaluator.evaluate(self._logits_model, self._examples, pool=pool)
         diversity = softmax_diversity(self._labels, logits, from_logits=True)
         return {
             "robust_accuracy": self.report.robust_accuracy,

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--clip-min", type=float, default=0.0, help="the smallest valid input value")
     evaluate.add_argument("--clip-max", type=float, default=1.0, help="the largest valid input value")
-    evaluate.add_argument("--max-samples", type=int, help="how many images, the first ones; by default all")
+    evaluate.add_argument("--max-samples", type=int, help="how many images, each class in proportion; by default all")
     evaluate.add_argument("--batch-size", type=int, default=256, help="images attacked together, by default 256")
     evaluate.add_argument("--seed", type=int, default=0, help="of all randomness, by default 0")
     evaluate.add_argument(

@@ -212,7 +212,7 @@ def run_job(job, study, data, path, args):
             highest = max(before.get("val_robust_accuracy", [-1.0]))
             keep = {"monitor": "val_robust_accuracy", "mode": "max", "save_best_only": True}
             callbacks += [
-                keras_drsl.RobustnessMonitor(*validation, eps=recipe["eps"], max_samples=500),
+                keras_drsl.RobustnessMonitor(*(values[:500] for values in validation), eps=recipe["eps"]),
                 keras.callbacks.ModelCheckpoint(best, initial_value_threshold=highest, **keep),
             ]
         backup = keras.callbacks.BackupAndRestore(str(model_path.with_suffix(".backup")))
@@ -230,10 +230,10 @@ def run_job(job, study, data, path, args):
     is_test = job["split"] == "test"
     images = test if is_test else validation
     how = {"suite": "standard"} if is_test and not args.quick else {"attacks": study["attacks"], "suite": "quick"}
+    how |= {"eps": recipe["eps"], "max_samples": study["images"], "x_pool": images}
     began = time.perf_counter()
-    report = keras_drsl.evaluate_robustness(
-        model, *images, eps=recipe["eps"], max_samples=study["images"], state_path=state_path, verbose=0, **how
-    )
+    first = (values[: study["images"]] for values in images)
+    report = keras_drsl.evaluate_robustness(model, *first, state_path=state_path, verbose=0, **how)
     record = job | {
         "clean": report.clean_accuracy,
         "robust": report.robust_accuracy,

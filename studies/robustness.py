@@ -81,9 +81,11 @@ def evaluate(model, x, y, eps, path, args):
         return report
     print(f"\n{path.stem}")
     state = path.with_suffix(".state")
+    first = slice(args.max_images)
     report = keras_drsl.evaluate_robustness(
-        model, x, y, eps=eps, suite=args.suite, max_samples=args.max_images, state_path=state
-    )
+        model, x[first], y[first], x_pool=(x, y), eps=eps, suite=args.suite, max_samples=args.max_images,
+        state_path=state,
+    )  # fmt: skip
     report.provenance |= {"command": records.command(MODULE, args), "commit": records.commit()}
     report.to_json(path)
     state.unlink()

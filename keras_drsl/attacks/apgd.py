@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Batch
-from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient, target_class
+from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
 from keras_drsl.attacks.loop import run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, project, steepest_ascent
@@ -72,11 +72,11 @@ class APGD(GradientAttack):
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search by adaptive gradient steps; see the base class for arguments and result."""
         count = len(batch.x)
-        start = (batch.x + self.threat.sample(batch.generators(self), batch.x.shape[1:])).astype("float32")
+        target, start = self._targets_and_starts(batch)
         rows = {
             "x": batch.x,
             "y": batch.y,
-            "target": target_class(batch, self.restarts),
+            "target": target,
             "x_adv": start,
             "x_old": start,
             "gradient": np.zeros_like(start),

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from keras_drsl import _validation
-from keras_drsl._data import class_ids, to_array
+from keras_drsl._data import class_ids, content_keys, to_array
 from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl.attacks.pool import Pool
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
 from keras_drsl.threat import ThreatModel
 
@@ -23,11 +24,12 @@ class Batch(NamedTuple):
     Attributes:
         x: Inputs, float32, shape `(batch, ...)`.
         y: Class ids, int32, shape `(batch,)`.
-        ids: Integers that tell the examples of a data set apart, shape `(batch,)`.
+        ids: Integers that the random numbers of an example depend on, shape `(batch,)`.
         logits: The logits of the clean inputs, shape `(batch, C)`.
         restart: Which of the `Attack.num_runs` runs each row is for, shape `(batch,)`.
         example_index: Equal integers for the rows of one example, shape `(batch,)`.
         stop_when_broken: Whether a search may end for an example as soon as it is misclassified.
+        pool: Images of all classes that a search may start from, or None.
     """
 
     x: Array
@@ -37,16 +39,17 @@ class Batch(NamedTuple):
     restart: Array
     example_index: Array
     stop_when_broken: bool = True
+    pool: Pool | None = None
 
     def generators(self, attack: "Attack") -> list[np.random.Generator]:
         """Return one source of random numbers per row.
 
         It depends on the seed and the name of the attack, the restart and the id of the example only, so an example
-        gets equal numbers in any batch and on any backend.
+        gets equal numbers in any batch and on any backend. The generator is counter-based (Philox).
         """
         name = zlib.crc32(attack.name.encode())
         keys = zip(self.restart.tolist(), self.ids.tolist(), strict=True)
-        return [np.random.default_rng((attack.seed, name, *key)) for key in keys]
+        return [np.random.Generator(np.random.Philox((attack.seed, name, *key))) for key in keys]
 
 
 class Attack:
@@ -166,6 +169,10 @@ class Attack:
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts
 
+    def num_pool_runs(self, num_classes: int) -> int:
+        """Return how many searches follow those of `num_runs` where a call has a pool of images to start from."""
+        return 0
+
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search for a misclassified point near each row.
 
@@ -187,6 +194,7 @@ class Attack:
         *,
         ids: Any = None,
         batch_size: int | None = None,
+        pool: Pool | None = None,
     ) -> Array:
         """Attack a batch.
 
@@ -196,10 +204,12 @@ class Attack:
                 `keras_drsl.models.Classifier` of it.
             x: Inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
             y: The true labels: class ids `(batch,)` or `(batch, 1)`, or one-hot `(batch, C)`.
-            ids: Integers that tell the examples apart, by default their position in the batch. Equal ids get equal
-                random numbers.
+            ids: Integers >= 0. Equal ids get equal random numbers. By default they are computed from the values of
+                each input, so that the order of the inputs does not matter.
             batch_size: How many rows to work on at once, if more than there are inputs. Several restarts or targets of
                 one input then share a batch, which is faster.
+            pool: Images of all classes. A targeted attack on the margin then starts once more for each target, at the
+                nearest image of that class; see `keras_drsl.attacks.Pool`.
 
         Returns:
             Inputs of the same shape, float32, within the threat model: for each example, the point with the largest
@@ -222,8 +232,9 @@ class Attack:
                 "sum to 1. Give the model before its softmax: keras_drsl.models.find_logits(model, x).classifier."
             )
         y = class_ids(y, len(x), logits.shape[1])
-        ids = np.arange(len(x)) if ids is None else np.asarray(ids)
-        return self._run_all(classifier, x, y, ids, logits, max(batch_size or len(x), len(x)))
+        ids = content_keys(x) if ids is None else np.asarray(ids)
+        rows = Batch(x, y, ids, logits, np.zeros(len(x), int), np.arange(len(x)), pool=pool)
+        return self._run_all(classifier, rows, max(batch_size or len(x), len(x)))
 
     def _classifier_of(self, logits_fn: Callable[[Tensor], Tensor] | Classifier) -> Classifier:
         """Return the classifier of the last call if the function is the same, to reuse its programs."""
@@ -232,18 +243,22 @@ class Attack:
             last = self._classifier = Classifier.of(logits_fn)
         return last
 
-    def _run_all(self, classifier: Classifier, x: Array, y: Array, ids: Array, logits: Array, batch_size: int) -> Array:
+    def _run_all(self, classifier: Classifier, all_rows: Batch, batch_size: int) -> Array:
         """Run every restart on the examples that no earlier one has broken."""
+        x, y, ids, logits = all_rows[:4]
         x_adv: Array = x.copy()
         reached = margins(logits, y)
         robust = np.flatnonzero(~is_misclassified(logits, y))
-        run, num_runs = 0, self.num_runs(logits.shape[1])
+        num_classes = logits.shape[1]
+        run, num_runs = 0, self.num_runs(num_classes)
+        if all_rows.pool is not None:
+            num_runs += self.num_pool_runs(num_classes)
         while run < num_runs and len(robust):
             # Where few examples are left, several restarts fill the batch.
             count = min(batch_size // len(robust), num_runs - run)
             rows = np.tile(robust, count)
             restart = np.repeat(np.arange(run, run + count), len(robust))
-            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows)
+            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows, pool=all_rows.pool)
             found = self.run(classifier, batch)
             outputs = classifier.logits(found)
             margin, broken = margins(outputs, batch.y), is_misclassified(outputs, batch.y)

@@ -58,18 +58,37 @@ class GradientAttack(Attack):
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts * (min(self.targets, num_classes - 1) if self.targeted else 1)
 
+    def num_pool_runs(self, num_classes: int) -> int:
+        """Return one search per target class for a targeted attack on the margin, otherwise 0."""
+        return min(self.targets, num_classes - 1) if self.targeted and self.loss == "margin" else 0
 
-def target_class(batch: Batch, restarts: int) -> Array:
-    """Return the target class of each row, the one of the largest logit first, shape `(batch,)`.
+    def _targets_and_starts(self, batch: Batch, *, random_start: bool = True) -> tuple[Array, Array]:
+        """Return the target class of each row and the point where its search starts."""
+        num_runs = self.num_runs(batch.logits.shape[1])
+        from_pool = batch.restart >= num_runs
+        rank = np.where(from_pool, batch.restart - num_runs, batch.restart // self.restarts)
+        target = target_class(batch, rank)
+        start = batch.x.copy()
+        if random_start:
+            start += self.threat.sample(batch.generators(self), start.shape[1:])
+        if batch.pool is not None and from_pool.any():
+            images, found = batch.pool.nearest(batch.x[from_pool], target[from_pool])
+            rows = np.flatnonzero(from_pool)[found]
+            start[rows] = ops.convert_to_numpy(self.threat.project(images[found], batch.x[rows]))
+        return target, start
+
+
+def target_class(batch: Batch, rank: Array) -> Array:
+    """Return the target class of each row, shape `(batch,)`.
 
     Args:
         batch: The rows to attack.
-        restarts: How many restarts each target gets.
+        rank: Which target of each row, shape `(batch,)`; 0 for the non-true class of the largest logit.
     """
     others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
     order = np.argsort(-others, axis=1, kind="stable")
     # Untargeted attacks ignore the target and may have more restarts than there are classes.
-    rank = np.minimum(batch.restart // restarts, order.shape[1] - 1)
+    rank = np.minimum(rank, order.shape[1] - 1)
     return np.take_along_axis(order, rank[:, None], axis=1)[:, 0].astype("int32")
 
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Batch
-from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient, target_class
+from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
 from keras_drsl.attacks.loop import run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, ThreatModel, project, steepest_ascent
@@ -83,14 +83,12 @@ class PGD(GradientAttack):
 
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search by gradient steps; see the base class for arguments and result."""
-        start = batch.x
-        if self.random_start:
-            start = start + self.threat.sample(batch.generators(self), start.shape[1:])
+        target, start = self._targets_and_starts(batch, random_start=self.random_start)
         rows = {
             "x": batch.x,
             "y": batch.y,
-            "target": target_class(batch, self.restarts),
-            "x_adv": start.astype("float32"),
+            "target": target,
+            "x_adv": start,
             "velocity": np.zeros_like(batch.x),
             "best": batch.x,
             "best_loss": np.full(len(batch.x), -np.inf, "float32"),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_drsl._data import content_keys
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack
 from keras_drsl.models.classifier import is_misclassified
@@ -75,20 +76,22 @@ class EvaluationContext:
         return self.threat.largest_eps(self.x.shape[1:])
 
     def select(self, mask: Array) -> "EvaluationContext":
-        """Return the context of the first 200 of the examples where a mask is True."""
-        kept = np.flatnonzero(mask)[:MAX_EXAMPLES]
+        """Return the context of at most 200 of the examples where a mask is True, the same ones in any order."""
+        kept = np.flatnonzero(mask)
+        if len(kept) > MAX_EXAMPLES:
+            kept = np.sort(kept[np.argsort(content_keys(self.x[kept]), kind="stable")[:MAX_EXAMPLES]])
         broken_by = tuple(self.broken_by[index] for index in kept)
         arrays = {name: getattr(self, name)[kept] for name in ("x", "y", "ids", "logits")}
         return dataclasses.replace(self, **arrays, broken_by=broken_by)
 
     @property
     def correct(self) -> "EvaluationContext":
-        """The first 200 examples that are classified correctly without an attack."""
+        """At most 200 examples that are classified correctly without an attack."""
         return self.select(~is_misclassified(self.logits, self.y))
 
     @property
     def robust(self) -> "EvaluationContext":
-        """The first 200 examples that withstood everything so far."""
+        """At most 200 examples that withstood everything so far."""
         return self.select(np.array([name is None for name in self.broken_by]))
 
     def make_attack(self, family: Callable[..., Attack], *, eps: float | None = None, **options: Any) -> Attack:
@@ -108,7 +111,7 @@ class EvaluationContext:
         for start in range(0, len(self.x), self.batch_size):
             part = slice(start, start + self.batch_size)
             x, y = self.x[part], self.y[part]
-            x_adv = attack(model.classifier, x, y, ids=self.ids[part], batch_size=self.batch_size)
+            x_adv = attack(model.classifier, x, y, batch_size=self.batch_size)
             parts.append(~breaks(model, x_adv, x, y, attack.threat)[0])
         return np.concatenate(parts)
 

@@ -146,6 +146,7 @@ def robustness_curve(
     from_logits: bool | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
+    x_pool: Any = None,
     seed: int = 0,
     verbose: int = 1,
 ) -> RobustnessCurve:
@@ -168,7 +169,8 @@ def robustness_curve(
         checks: As in `evaluate_robustness`.
         from_logits: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
-        max_samples: How many examples to evaluate, the first ones; None for all.
+        max_samples: As in `evaluate_robustness`.
+        x_pool: As in `evaluate_robustness`.
         seed: The seed of all randomness, >= 0.
         verbose: 0 for no output, 1 for one line per radius.
 
@@ -207,11 +209,12 @@ def robustness_curve(
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
         examples = examples._replace(y=labels)
         breaking[is_misclassified(outputs, labels)] = 0.0
+        pool = first.make_pool(logits_model, examples, x_pool)
         for radius, evaluator in evaluators.items():
             robust = np.isinf(breaking)
             if radius == 0 or not robust.any():
                 continue
-            report = evaluator.evaluate(logits_model, examples.select(robust))
+            report = evaluator.evaluate(logits_model, examples.select(robust), pool=pool)
             broken = [name is not None for name in report.per_example["broken_by"]]
             breaking[np.flatnonzero(robust)[broken]] = radius
             found[radius] = report.checks

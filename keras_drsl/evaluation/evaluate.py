@@ -31,6 +31,7 @@ def evaluate_robustness(
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
+    x_pool: Any = None,
     undefended: keras.Model | None = None,
     seed: int = 0,
     state_path: str | os.PathLike[str] | None = None,
@@ -50,7 +51,8 @@ def evaluate_robustness(
     - `"cleverhans"`: the attacks of that library that work on Keras 3 (TensorFlow only): FGM, PGD, BIM, Madry, MIM.
     - `"standard"`: APGD on the cross-entropy; targeted APGD on the difference-of-logits ratio and on the margin (nine
       target classes, 100 steps each); Square with 5,000 queries. Losses like `DRSLoss` make the first two attacks look
-      weaker than they are. The attack on the margin is not fooled.
+      weaker than they are. The attack on the margin is not fooled. It starts twice for each target class: at a random
+      point, and at the nearest image of that class.
 
     Note:
 
@@ -75,9 +77,12 @@ def evaluate_robustness(
             those of the suite.
         from_logits: Whether the outputs are logits; None to find out.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
-        max_samples: How many examples to evaluate, the first ones; None for all.
-        shard: `(i, n)` to evaluate only every n-th of them, from the i-th on (0 <= i < n); see
+        max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
+            depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
+        shard: `(i, n)` to evaluate only those at the positions i, i + n, i + 2 n, ... of the data set (0 <= i < n); see
             `RobustnessReport.merge`.
+        x_pool: Where the attacks look for images of a target class to start at: inputs, a pair `(inputs, labels)`, or a
+            data set of batches of such pairs. By default the whole data set, also with `max_samples` and `shard`.
         undefended: A second model of the same inputs and classes, trained without a defense, for two more checks.
         seed: The seed of all randomness, >= 0. Equal seeds give equal reports.
         state_path: A file to keep progress in. After a kill, the same call continues from it.
@@ -117,4 +122,5 @@ def evaluate_robustness(
     with preserve_random_state(model, undefended):
         found = evaluator.find_logits(model, examples, from_logits)
         second = None if undefended is None else evaluator.find_undefended(undefended, found, examples)
-        return evaluator.evaluate(found, examples, undefended=second, state_path=state_path, verbose=verbose)
+        pool = evaluator.make_pool(found, examples, x_pool)
+        return evaluator.evaluate(found, examples, pool=pool, undefended=second, state_path=state_path, verbose=verbose)

@@ -12,9 +12,9 @@ import keras
 import numpy as np
 
 from keras_drsl import _backend, _validation
-from keras_drsl._data import Examples, class_ids, digest
+from keras_drsl._data import Examples, class_ids, digest, read_pool
 from keras_drsl._typing import Array
-from keras_drsl.attacks import Attack
+from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
 from keras_drsl.evaluation.report import RobustnessReport
@@ -63,13 +63,15 @@ class Evaluator:
             "checks": self.checks if self._listed else checks or suite,
             "seed": attack_seed,
             "batch_size": _validation.check_integer("batch_size", batch_size, at_least=1),
-            "max_samples": max_samples,
+            "max_samples": None
+            if max_samples is None
+            else _validation.check_integer("max_samples", max_samples, at_least=1),
             "shard": None if shard is None else list(_check_shard(shard)),
         }
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
-        self.threat.validate("x_or_dataset", examples.x)
+        self.threat.validate("x_or_dataset", examples.whole[0])
         return examples
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
@@ -91,11 +93,35 @@ class Evaluator:
             )
         return second
 
+    def make_pool(self, model: LogitsModel, examples: Examples, x_pool: Any = None) -> Pool | None:
+        """Return the images that searches may start from, or None if no attack uses them.
+
+        Args:
+            model: The model and its logits.
+            examples: The examples; their whole data set is the pool.
+            x_pool: Another pool, as `evaluate_robustness` takes it, or None.
+
+        Raises:
+            ValueError: If the pool does not fit the examples.
+        """
+        x, y = examples.whole if x_pool is None else read_pool(x_pool)
+        if x_pool is not None:
+            if x.shape[1:] != examples.x.shape[1:]:
+                raise ValueError(
+                    f"`x_pool` must hold inputs of shape {examples.x.shape[1:]}. Received: shape {x.shape[1:]}"
+                )
+            self.threat.validate("x_pool", x)
+        num_classes = model.classifier.logits(x[:1]).shape[1]
+        if not any(attack.num_pool_runs(num_classes) for attack in self.attacks.values()):
+            return None
+        return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"])
+
     def evaluate(
         self,
         model: LogitsModel,
         examples: Examples,
         *,
+        pool: Pool | None = None,
         undefended: LogitsModel | None = None,
         state_path: str | os.PathLike[str] | None = None,
         verbose: int = 0,
@@ -105,6 +131,7 @@ class Evaluator:
         Args:
             model: The model and its logits.
             examples: The examples, checked.
+            pool: The images that searches may start from, or None.
             undefended: The undefended model and its logits, or None.
             state_path: A file to keep progress in, or None.
             verbose: 0 for no output, 1 for progress bars.
@@ -119,7 +146,7 @@ class Evaluator:
         if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}
-        provenance = _provenance(model, undefended, examples)
+        provenance = _provenance(model, undefended, examples, pool)
         state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
         wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
@@ -137,7 +164,7 @@ class Evaluator:
             undefended=undefended,
             audit=Audit(**state.audit),
         )
-        run = _Run(context, state, verbose)
+        run = _Run(context, state, pool, verbose)
         names = [name for name in self.checks if self._listed or applies(name, context)]
         run.run_checks([name for name in names if CHECKS[name].stage == "before"])
         for name, attack in self.attacks.items():
@@ -149,7 +176,7 @@ class Evaluator:
         """Return what must be equal for an evaluation to continue from a state."""
         return {
             "settings": settings,
-            **{key: provenance[key] for key in ("model", "undefended", "data", "backend")},
+            **{key: provenance[key] for key in ("model", "undefended", "data", "pool", "backend")},
             "predictions": digest(outputs.argmax(axis=1)),
             "attacks": {name: attack.settings for name, attack in self.attacks.items()},
             "version": provenance["versions"]["keras-drsl"],
@@ -185,9 +212,10 @@ class Evaluator:
 class _Run:
     """Attacks and checks at work on the examples of one evaluation, from where its state says."""
 
-    def __init__(self, context: EvaluationContext, state: State, verbose: int) -> None:
+    def __init__(self, context: EvaluationContext, state: State, pool: Pool | None, verbose: int) -> None:
         self._context = context
         self._state = state
+        self._pool = pool
         self._verbose = verbose
 
     def run_attack(self, name: str, attack: Attack) -> None:
@@ -205,7 +233,7 @@ class _Run:
             began = time.perf_counter()
             rows = robust[start : start + context.batch_size]
             x, y = context.x[rows], context.y[rows]
-            x_adv = attack(context.model.classifier, x, y, ids=context.ids[rows], batch_size=context.batch_size)
+            x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
             broken, audit = breaks(context.model, x_adv, x, y, context.threat)
             for index in rows[broken]:
                 state.broken_by[index] = name
@@ -257,8 +285,13 @@ def _check_shard(shard: Any) -> tuple[int, int]:
     return shard[0], shard[1]
 
 
-def _provenance(model: LogitsModel, undefended: LogitsModel | None, examples: Examples) -> dict[str, Any]:
+def _provenance(
+    model: LogitsModel, undefended: LogitsModel | None, examples: Examples, pool: Pool | None
+) -> dict[str, Any]:
     """Return model, data, versions and device, for a reader who wants to repeat the evaluation."""
+    pool_facts = None
+    if pool is not None:
+        pool_facts = {"digest": pool.digest, "num_images": pool.num_images, "empty_classes": pool.empty_classes}
     versions = {"python": platform.python_version()}
     for package in ("keras-drsl", "keras", _backend.NAME, "numpy"):
         try:
@@ -269,6 +302,7 @@ def _provenance(model: LogitsModel, undefended: LogitsModel | None, examples: Ex
         "model": fingerprint(model.model.logits_fn),
         "undefended": None if undefended is None else fingerprint(undefended.model.logits_fn),
         "data": examples.digest,
+        "pool": pool_facts,
         "versions": versions,
         "backend": _backend.NAME,
         "device": _backend.device_name(),

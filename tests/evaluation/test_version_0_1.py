@@ -49,10 +49,17 @@ def test_a_report_loads_and_is_written_as_format_2(before, tmp_path):
     assert again.to_dict() == before.to_dict()
 
 
+def verdicts(report):
+    return [by if by in (None, "clean") else "broken" for by in report.per_example["broken_by"]]
+
+
 @on_tensorflow
 def test_each_verdict_is_the_same(model, images, before):
     report = keras_drsl.evaluate_robustness(model, *images, eps=0.12, verbose=0)
-    assert report.per_example == before.per_example
+    for name in ("index", "label"):
+        assert report.per_example[name] == before.per_example[name]
+    # Random starts are drawn otherwise since then, so another attack may be the first to break an example.
+    assert verdicts(report) == verdicts(before)
     assert [attack["settings"] for attack in report.attacks] == [attack["settings"] for attack in before.attacks]
     for key in ("model", "data"):
         assert report.provenance[key] == before.provenance[key]
