@@ -167,7 +167,7 @@ class ThreatModel:
         if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
             raise ValueError(
                 f"`{name}` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
-                f"Received: values from {x.min():g} to {x.max():g}"
+                f"Received: values from {x.min():g} to {x.max():g}.{_hint(x)}"
             )
         largest = self.largest_eps(x.shape[1:])
         if self.eps > largest:
@@ -220,6 +220,16 @@ class ThreatModel:
                 radius = self.eps * generator.uniform() ** (1 / point.size)
                 points.append(point * radius / np.sqrt((point**2).sum()))
         return np.asarray(points, dtype="float32").reshape(-1, *shape)
+
+
+def _hint(x: Array) -> str:
+    """Return, as a sentence, which arguments images of a usual range need; empty for another range."""
+    low, high = x.min(), x.max()
+    if -1 <= low < 0 and high <= 1:
+        return " Images in [-1, 1] need clip_min=-1; the usual 8/255 of [0, 1] is eps=16/255 there."
+    if low >= 0 and 1 < high <= 255:
+        return " Images in [0, 255] need clip_max=255; the usual 8/255 of [0, 1] is eps=8 there."
+    return ""
 
 
 def _check_norm(norm: Any) -> Any:

@@ -118,3 +118,16 @@ def test_inputs_that_do_not_fit_are_named():
             ValueError, match=r"`images` must lie in \[clip_min, clip_max\] = \[0, 1\]. Received: values"
         ):
             ThreatModel(0.1).validate("images", bad)
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ([0, 200], r" Images in \[0, 255\] need clip_max=255; the usual 8/255 of \[0, 1\] is eps=8 there."),
+        ([-1, 1], r" Images in \[-1, 1\] need clip_min=-1; the usual 8/255 of \[0, 1\] is eps=16/255 there."),
+        ([-300, 300], "to 300.$"),
+    ],
+)
+def test_inputs_out_of_range_are_told_the_usual_eps(values, hint):
+    with pytest.raises(ValueError, match=hint):
+        ThreatModel(8 / 255).validate("x", np.array([values], "float32"))

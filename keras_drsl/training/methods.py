@@ -172,7 +172,7 @@ class Method:
         loss_fn: The function that the attack increases. None for no attack: the attacked inputs then equal the clean
             ones.
         start_near_input: Whether the attack starts close to the input: it adds normal noise of standard deviation
-            0.001, whatever `eps` is. Otherwise it starts at a random point of the ball.
+            `0.001 * (clip_max - clip_min)`, whatever `eps` is. Otherwise it starts at a random point of the ball.
         single_step: Whether the attack takes a single step, of `1.25 * eps` by default.
         penalty: The function that is added to the loss, or None.
         random_copies: Whether two random points of the ball replace the clean and the attacked input. They are drawn

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_drsl
+from keras_drsl._data import content_keys
 from keras_drsl.attacks import APGD, FGSM, PGD, Noise, Square, Transfer
 from keras_drsl.attacks.apgd import checkpoints
 from keras_drsl.attacks.square import bump, tiling, window_shape
@@ -92,6 +93,18 @@ def test_equal_seeds_give_equal_results_in_any_order(linear, make):
     if make is not FGSM:
         assert np.abs(make(0.02, seed=1)(linear, x, y) - whole).max() > 0
         assert np.abs(make(0.02)(linear, x, y, ids=np.arange(len(x))) - whole).max() > 0
+
+
+# B5
+@both_norms
+@every_attack
+def test_an_attack_scales_with_the_input_range(linear, make, norm):
+    x, y = inputs(30)
+    expected = make(0.1, norm=norm)(linear, x, y)
+    # A power of two changes no rounding.
+    in_pixels = Classifier(lambda pixels: linear(pixels / 256))
+    scaled = make(25.6, norm=norm, clip_max=256)(in_pixels, 256 * x, y, ids=content_keys(x))
+    np.testing.assert_allclose(scaled / 256, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])

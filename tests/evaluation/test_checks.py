@@ -1,5 +1,7 @@
 """Each check warns of what it is there for, and is silent about a model without fault."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from keras_drsl.evaluation import Outcome, check
 from keras_drsl.evaluation.checks import CHECKS
 from keras_drsl.evaluation.checks.self_tests import breakable_model
 from tests.layers import Quantised, Random
-from tests.linear import WEIGHTS, inputs, linear_model
+from tests.linear import WEIGHTS, distance, inputs, linear_model
 
 
 def checks_of(model, *, eps=0.15, attacks=("apgd_t_margin",), classes=3, **options):
@@ -217,3 +219,68 @@ def test_a_check_leaves_what_was_broken_before_to_its_attack(new_check):
     after = checks_of(linear_model(), suite="quick", checks=[breaks_all])[1]
     for old, new in zip(before.per_example["broken_by"], after.per_example["broken_by"], strict=True):
         assert new == (old or "check:breaks_all")
+
+
+class TestUnits:
+    """D, B: eps in other units than the inputs makes any model look robust."""
+
+    def evaluate(self, eps, **options):
+        x, y = inputs(60)
+        pixels = keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255), linear_model()])
+        options = {"clip_max": 255, "attacks": ["pgd_margin"], "checks": ["units"], "verbose": 0} | options
+        (units,) = evaluate_robustness(pixels, 255 * x, y, eps=eps, **options).checks
+        return units
+
+    def test_eps_of_another_range_is_seen(self):
+        units = self.evaluate(8 / 255)
+        assert units.status == "warn"
+        assert units.value == pytest.approx(8 / 255)
+        assert "eps 0.03137 of 0..255 is below half a grey level" in units.message
+
+    def test_eps_that_breaks_nothing_at_twice_is_seen(self):
+        x, y = inputs(60)
+        model = linear_model()
+        far = distance(x, y, "inf") > 0.05
+        options = {"attacks": ["pgd_margin"], "checks": ["units"], "verbose": 0}
+        (units,) = evaluate_robustness(model, x[far], y[far], eps=0.01, **options).checks
+        assert units.status == "warn"
+        assert "no image falls at eps 0.01 of 0..1 or at twice that" in units.message
+        between = np.flatnonzero(distance(x, y, "inf") > 0.03)
+        assert (distance(x[between], y[between], "inf") < 0.058).any()
+        (units,) = evaluate_robustness(model, x[between], y[between], eps=0.03, **options).checks
+        assert units.status == "pass"
+        assert "some images fall at twice that" in units.message
+
+    def test_eps_that_breaks_images_passes(self):
+        units = self.evaluate(0.15 * 255)
+        assert units.status == "pass"
+        assert units.value == pytest.approx(0.15 * 255)
+
+
+class TestUnbounded:
+    """The strongest of two losses decides, and the classes that it leaves are named."""
+
+    def test_classes_that_are_left_are_named(self):
+        checks, report = checks_of(keras.Sequential([keras.Input((4,)), Quantised(), linear_model()]))
+        y = inputs(60)[1][[by != "clean" for by in report.per_example["broken_by"]]]
+        named = re.findall(r"(\d) \((\d+) of (\d+)\)", checks["unbounded"].message)
+        assert named
+        assert all(int(count) == np.sum(y == int(class_id)) for class_id, _, count in named)
+        left = sum(int(number) for _, number, _ in named)
+        assert checks["unbounded"].value == pytest.approx(left / len(y))
+
+    def test_a_flat_margin_is_no_failure_where_dlr_leads_out(self):
+        def logits(x):
+            level = ops.mean(x, axis=-1)
+            rival = 3 * ops.cast(level < 0.02, "float32")
+            # The ratio rises as the last logits fall. The difference of the first two is flat except for a jump.
+            return ops.stack([ops.ones_like(level), rival, level - 1, level - 1], axis=-1)
+
+        x = np.random.default_rng(0).uniform(0.4, 0.6, (10, 8)).astype("float32")
+        data = keras.Input((8,))
+        model = keras.Model(data, keras.layers.Lambda(logits)(data))
+        report = evaluate_robustness(
+            model, x, np.zeros(10, int), eps=0.1, attacks=["noise"], checks=["unbounded"], verbose=0
+        )
+        assert report.checks[0].status == "pass"
+        assert report.checks[0].value == 0

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_drsl
 from keras_drsl import DRSLoss
+from keras_drsl.models import Classifier
 from keras_drsl.training import METHODS, Method, cross_entropy, inner_attack
+from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds
 from tests import reference
 from tests.backends import BACKEND
 from tests.training.cases import (
@@ -212,3 +215,30 @@ def test_loss_fn_receives_the_clean_batch():
 def test_method_that_learns_from_nothing_known_fails(learns_from):
     with pytest.raises(ValueError, match="`learns_from` must be .*Received: learns_from="):
         METHODS["pgd"].replace(learns_from=learns_from)
+
+
+# B5
+@pytest.mark.parametrize("name", METHODS)
+def test_the_search_of_a_method_scales_with_the_range(name):
+    x, y = data()
+    model = Classifier(linear())
+    in_pixels = Classifier(lambda pixels: model(pixels / 256))
+    batches = []
+    for scale, classifier in ((1, model), (256, in_pixels)):
+        threat = keras_drsl.ThreatModel(EPS * scale, clip_max=scale)
+        attack = InnerAttack(METHODS[name], threat, steps=2, step_size=0.02 * scale, seeds=ReplicaSeeds(0))
+        batch = attack(classifier, scale * x, y, keras.Variable(1.0))
+        batches.append([keras.ops.convert_to_numpy(values) / scale for values in (batch.clean, batch.adversarial)])
+    np.testing.assert_allclose(batches[1], batches[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("span", [1, 255])
+def test_a_start_near_the_input_moves_half_precision(span):
+    x, y = data()
+    threat = keras_drsl.ThreatModel(0.03 * span, clip_max=span)
+    method = METHODS["trades"].replace(loss_fn=lambda logits, batch: keras.ops.sum(0 * logits, axis=-1))
+    attack = InnerAttack(method, threat, steps=1, step_size=0.01 * span, seeds=ReplicaSeeds(0))
+    pixels = np.repeat(span * x, 16, axis=1).astype("float32")
+    start = attack(Classifier(lambda z: z[:, :3]), pixels, y, keras.Variable(1.0)).adversarial
+    moved = keras.ops.cast(start, "bfloat16") != keras.ops.cast(pixels, "bfloat16")
+    assert keras.ops.convert_to_numpy(keras.ops.any(moved, axis=1)).all()

@@ -1,7 +1,7 @@
 """Checks: what a careful reader would try before believing a robust accuracy. One theme per file."""
 
 # The order of the imports is the order in which checks run.
-from keras_drsl.evaluation.checks import outputs, gradients, search, self_tests, transfer  # noqa: I001
+from keras_drsl.evaluation.checks import outputs, gradients, search, self_tests, transfer, units  # noqa: I001
 from keras_drsl.evaluation.checks.registry import (
     CHECKS,
     Outcome,
@@ -27,4 +27,5 @@ __all__ = [
     "search",
     "self_tests",
     "transfer",
+    "units",
 ]

@@ -100,9 +100,19 @@ def unbounded(context: EvaluationContext) -> Outcome:
     context = context.correct
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE
-    # The strongest kind of the suite: PGD alone fails on models that the suite breaks.
-    attack = context.make_attack(APGD, eps=context.largest_eps, loss="margin", targeted=True, targets=3)
-    left = context.accuracy_under(attack)
+    # The strongest kinds of the suite: far from the data, either loss can be flat where the other one is not.
+    withstood = np.ones(len(context.x), bool)
+    for loss in ("margin", "dlr"):
+        attack = context.make_attack(APGD, eps=context.largest_eps, loss=loss, targeted=True, targets=3)
+        withstood[withstood] = context.select(withstood).withstood(attack)
+    left = float(withstood.mean())
     status = grade(left, warn_above=0.0, fail_above=0.02)
     message = "accuracy when any valid input is allowed; above 0, the attack cannot follow the gradient"
+    if left:
+        classes, counts = np.unique(context.y[withstood], return_counts=True)
+        listed = ", ".join(
+            f"{class_id} ({count} of {(context.y == class_id).sum()})"
+            for class_id, count in zip(classes, counts, strict=True)
+        )
+        message += f". Classes of the images that are left: {listed}"
     return Outcome(status, left, message)
