@@ -1,11 +1,20 @@
 """Files that are either complete or absent."""
 
+import contextlib
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_new(name: str, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Check that a file can be written without losing another.
+    """Check that a file can be written without losing another, and delete what a killed process left beside it.
 
     Args:
         name: The name of the argument that holds the path, for the error.
@@ -21,9 +30,10 @@ def check_new(name: str, path: str | os.PathLike[str], *, overwrite: bool = Fals
             f"`{name}` must be a path where nothing exists. Received: {name}={str(path)!r}, which exists "
             "(`overwrite` replaces a file)"
         )
-    probe = _temporary(path)
     try:
-        probe.touch()
+        _delete_leftovers(_real(path))
+        probe = _temporary(_real(path))
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise ValueError(
@@ -32,17 +42,60 @@ def check_new(name: str, path: str | os.PathLike[str], *, overwrite: bool = Fals
     return path
 
 
-def write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a whole file. If that fails, the file that was there stays."""
-    path = Path(path)
+@contextlib.contextmanager
+def replace(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Provide a binary file that takes the place of `path` at the end. If that fails, the file that was there stays.
+
+    Where `path` is a link, the file that it leads to is replaced.
+    """
+    path = _real(Path(path))
     temporary = _temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "xb") as file:
+            _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole file. If that fails, the file that was there stays."""
+    with replace(path) as file:
+        file.write(text.encode())
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed or its process ends, and return whether that was possible."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # locked by another process, or on a file system without locks
+            return False
+    return True
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete the temporary files of `path` that no living process writes."""
+    pattern = f".{path.name}."
+    for entry in os.listdir(path.parent):
+        token = entry.removeprefix(pattern).removesuffix(".tmp")
+        if entry != f"{pattern}{token}.tmp" or len(token) != 8:
+            continue
+        # Another process may have deleted it meanwhile. On Windows, a file that is open cannot be deleted.
+        with contextlib.suppress(OSError):
+            with open(path.parent / entry, "r+b") as file:
+                dead = _lock(file)
+            if dead:
+                (path.parent / entry).unlink()

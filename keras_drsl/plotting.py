@@ -3,8 +3,11 @@
 Matplotlib is optional. It is imported when a figure is made.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
+from keras_drsl import _files
 from keras_drsl._typing import Norm
 
 # Colours that readers with colour blindness can tell apart, after Okabe and Ito. Brown, red, purple and grey complete
@@ -64,3 +67,9 @@ def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1, row
         drawn.grid(alpha=0.25)
         drawn.set_axisbelow(True)
     return figure, axes
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file, whose ending names the kind of figure. If that fails, a file that was there stays."""
+    with _files.replace(path) as file:
+        figure.savefig(file, dpi=150, format=Path(path).suffix[1:].lower() or None)

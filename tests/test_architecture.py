@@ -13,8 +13,10 @@ MAY_IMPORT = {
     "_validation": set(),
     "_renamed": set(),
     "_files": set(),
+    "_escape": set(),
+    "__main__": set(),
     "_backend": {"_typing"},
-    "plotting": {"_typing"},
+    "plotting": {"_files", "_typing"},
     "datasets": {"_typing", "_validation"},
     "spread": {"_typing"},
     "predictions": {"_backend", "_typing", "_validation", "spread"},
@@ -28,11 +30,11 @@ MAY_IMPORT = {
         *("_backend", "_data", "_renamed", "_typing", "_validation", "attacks", "models", "predictions", "threat"),
     },
     "evaluation": {
-        *("_backend", "_data", "_files", "_renamed", "_typing", "_validation", "attacks", "models", "plotting"),
-        "threat",
+        *("_backend", "_data", "_escape", "_files", "_renamed", "_typing", "_validation", "attacks", "models"),
+        *("plotting", "threat"),
     },
     "callbacks": {"_data", "_typing", "_validation", "evaluation", "metrics", "models", "threat", "training"},
-    "cli": {"", "_files", "_typing", "datasets", "evaluation", "plotting", "threat"},
+    "cli": {"_escape", "_files", "_typing", "datasets", "evaluation", "plotting", "threat"},
 }
 
 

@@ -16,10 +16,10 @@ from keras_drsl._typing import Norm
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.report_format import to_json_values
-from keras_drsl.evaluation.results import Check
+from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.random_state import check_model, preserve_random_state
-from keras_drsl.plotting import new_figure, norm_label
+from keras_drsl.plotting import new_figure, norm_label, save_figure
 from keras_drsl.threat import ThreatModel
 
 
@@ -62,6 +62,8 @@ class RobustnessCurve:
         lines = (
             [] if self.trustworthy else ["NOT TRUSTWORTHY: a check failed. The accuracies are upper bounds at best."]
         )
+        if self.settings["suite"] in UPPER_BOUND:
+            lines.append(f"Each accuracy is an upper bound, of suite {self.settings['suite']}.")
         count = len(self.breaking_eps)
         lines.append(f"{'eps':>10}{'robust':>9}   95 % interval, {count} examples, norm {self.settings['norm']}")
         for eps, share, (low, high) in zip(self.eps, self.accuracy, self.confidence_intervals, strict=True):
@@ -81,15 +83,16 @@ class RobustnessCurve:
         values: dict[str, Any] = to_json_values(content)
         return values
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
         """Write everything to a file.
 
         Args:
             path: The file.
-            overwrite: Whether to replace a file that exists.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
-            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
         """
         _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
 
@@ -99,7 +102,7 @@ class RobustnessCurve:
         *,
         label: str | None = None,
         others: Mapping[str, "RobustnessCurve"] | None = None,
-        overwrite: bool = False,
+        overwrite: bool = True,
     ) -> None:
         """Draw the curve with its 95 % intervals.
 
@@ -107,10 +110,11 @@ class RobustnessCurve:
             path: The file of the figure. Its ending names the kind of figure, such as `.png`.
             label: The name of the curve in the legend.
             others: More curves to draw beside it, by label.
-            overwrite: Whether to replace a file that exists.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
-            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
         path = _files.check_new("path", path, overwrite=overwrite)
@@ -122,12 +126,12 @@ class RobustnessCurve:
             axes.fill_between(curve.eps, bounds[:, 0], bounds[:, 1], color=line.get_color(), alpha=0.2)
         axes.set(xlabel=f"eps ({norm_label(self.settings['norm'])})", ylabel="robust accuracy (%)", ylim=(0, 101))
         doubt = "" if all(curve.trustworthy for _, curve in curves) else ", NOT TRUSTWORTHY: a check failed"
-        if self.settings["suite"] == "quick":
+        if self.settings["suite"] in UPPER_BOUND:
             doubt = ", an upper bound" + doubt
         axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
         if label is not None or others:
             figure.legend(loc="outside lower center", ncols=2)
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
 
 
 def robustness_curve(

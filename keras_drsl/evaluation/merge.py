@@ -1,8 +1,15 @@
-"""The results of shards, joined."""
+"""The results of shards, joined.
 
+Every rule here is associative and commutative, so that merging in any order and in several levels gives equal reports.
+"""
+
+import itertools
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from keras_drsl.evaluation.report_format import missing_shards, shards_of
 from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 
 
@@ -23,67 +30,95 @@ def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
     rows.sort(key=lambda row: row["index"])
     if len({row["index"] for row in rows}) < len(rows):
         raise ValueError("`reports` must be of different examples. Received: two that share some")
-    shards = [shard for report in reports for shard in report.settings.get("shards", [report.settings["shard"]])]
-    checks = _merge_checks(reports)
-    count = shards[0] and shards[0][1]
-    missing = [f"{index}/{count}" for index in range(count or 0) if [index, count] not in shards]
-    if missing:
-        message = f"shards are missing, {', '.join(missing)}: this report is on the others"
-        checks.append(Check("shards", "warn", len(missing), message))
-    settings = _without_shard(first.settings) | {"shards": shards}
-    per_example = {name: [row[name] for row in rows] for name in first.per_example}
+    shards = [shard for report in reports for shard in shards_of(report)]
+    if len(set(shards)) < len(shards):
+        raise ValueError("`reports` must be of different shards. Received: two of one shard")
+    shards.sort(key=lambda shard: shard or ())
     return {
-        "settings": settings,
+        "settings": _without_shard(first.settings) | {"shards": [shard and [*shard] for shard in shards]},
         "attacks": _merge_attacks(reports),
-        "checks": checks,
-        "per_example": per_example,
-        "provenance": first.provenance,
+        "checks": _merge_checks(reports) + _missing_shards_check(shards),
+        "per_example": {name: [row[name] for row in rows] for name in first.per_example},
+        "provenance": _merge_facts([report.provenance for report in reports]),
     }
 
 
 def _check_one_evaluation(reports: Sequence[EvaluationResults]) -> None:
     first = reports[0]
     for other in reports[1:]:
-        for key in ("model", "undefended", "data"):
+        for key in ("model", "undefended", "data", "pool"):
             if first.provenance.get(key) != other.provenance.get(key):
                 raise ValueError(f"`reports` must be of one evaluation. Received: two of different {key}")
         if _common(first) != _common(other):
             raise ValueError("`reports` must be of one evaluation. Received: two of different settings or attacks")
 
 
-def _merge_attacks(reports: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
-    """Add up the times and numbers of each attack. A check is among the attacks only where it broke an example."""
-    attacks: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for attack in report.attacks:
-            known = attacks.setdefault(attack["name"], attack | {"seconds": 0.0, "tried": 0})
-            known["seconds"] += attack["seconds"]
-            known["tried"] += report.accuracy[attack["name"]]["tried"]
-    return sorted(attacks.values(), key=lambda attack: attack["name"].startswith("check:"))
-
-
-def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:
-    """Return the worst outcome of each check."""
-    worst: dict[str, Check] = {}
-    for report in reports:
-        for check in report.checks:
-            if check.name == "shards":  # is made anew for the reports that are merged
-                continue
-            known = worst.get(check.name)
-            if known is None or BY_SEVERITY.index(check.status) < BY_SEVERITY.index(known.status):
-                message = f"{check.message} (the worst of {len(reports)} shards)"
-                worst[check.name] = Check(check.name, check.status, check.value, message)
-    return list(worst.values())
+def _common(report: EvaluationResults) -> tuple[Any, ...]:
+    """Return what the reports of all shards of one evaluation have in common."""
+    attacks = [
+        (attack["name"], attack["settings"]) for attack in report.attacks if not attack["name"].startswith("check:")
+    ]
+    counts = {shard and shard[1] for shard in shards_of(report)}
+    return _without_shard(report.settings), attacks, counts, list(report.per_example)
 
 
 def _without_shard(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("shard", "shards")}
 
 
-def _common(report: EvaluationResults) -> tuple[Any, ...]:
-    """Return what the reports of all shards of one evaluation have in common."""
-    shard = report.settings.get("shard")
-    attacks = [
-        (attack["name"], attack["settings"]) for attack in report.attacks if not attack["name"].startswith("check:")
-    ]
-    return _without_shard(report.settings), attacks, shard and shard[1]
+def _merge_attacks(reports: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
+    """Add up the times and numbers of each attack. A check is among the attacks only where it broke an example."""
+    attacks: dict[str, dict[str, Any]] = {}
+    microseconds: dict[str, int] = {}
+    tried: dict[str, int] = {}
+    for report in reports:
+        for attack in report.attacks:
+            name = attack["name"]
+            attacks.setdefault(name, attack)
+            # As integers, because a sum of floats depends on their order.
+            microseconds[name] = microseconds.get(name, 0) + round(1e6 * attack["seconds"])
+            tried[name] = tried.get(name, 0) + int(report.accuracy[name]["tried"])
+    # All reports have the same attacks in the same order. Only checks may differ, and have an order of their own.
+    names = sorted(attacks, key=lambda name: (name.startswith("check:"), name if name.startswith("check:") else ""))
+    return [attacks[name] | {"seconds": microseconds[name] / 1e6, "tried": tried[name]} for name in names]
+
+
+def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:
+    """Return the worst outcome of each check, by name. Of equally bad ones it is that of the largest figure."""
+
+    def badness(check: Check) -> tuple[Any, ...]:
+        figure = (True, 0.0) if math.isnan(check.value) else (False, -check.value)
+        return BY_SEVERITY.index(check.status), figure, check.message
+
+    by_name: dict[str, list[Check]] = {}
+    for report in reports:
+        for check in report.checks:
+            if check.name != "shards":  # is made again for the reports that are merged
+                by_name.setdefault(check.name, []).append(check)
+    return [min(by_name[name], key=badness) for name in sorted(by_name)]
+
+
+def _missing_shards_check(shards: list[tuple[int, int] | None]) -> list[Check]:
+    """Return a warning if shards are missing, which names the first ones."""
+    count, missing = missing_shards(shards)
+    if not count:
+        return []
+    total = count + len(shards)
+    named = [f"{index}/{total}" for index in itertools.islice(missing, 10)]
+    rest = f" and {count - len(named)} more" if count > len(named) else ""
+    message = f"shards are missing, {', '.join(named)}{rest}: this report is on the others"
+    return [Check("shards", "warn", float(count), message)]
+
+
+def _merge_facts(facts: Sequence[Any]) -> Any:
+    """Return what several reports record of one thing: the value on which all agree, or a list of the different ones.
+
+    Dictionaries are merged by key.
+    """
+    if any(isinstance(fact, dict) for fact in facts):
+        dicts = [fact for fact in facts if isinstance(fact, dict)]
+        keys = sorted({key for fact in dicts for key in fact})
+        return {key: _merge_facts([fact[key] for fact in dicts if key in fact]) for key in keys}
+    different = {json.dumps(part) for fact in facts for part in (fact if isinstance(fact, list) else [fact])}
+    values = [json.loads(text) for text in sorted(different)]
+    return values[0] if len(values) == 1 else values

@@ -4,97 +4,160 @@ import math
 import os
 import textwrap
 
-from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
-from keras_drsl.plotting import new_figure, norm_label
+from keras_drsl import _escape
+from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check, EvaluationResults
+from keras_drsl.plotting import new_figure, norm_label, save_figure
 
 WIDTH = 80
 LOSS_LABELS = {"ce": "cross-entropy", "margin": "margin", "dlr": "logit ratio"}
+OUTCOMES = {"fail": "failed", "warn": "with a warning", "skipped": "skipped"}
+# What to do about a check that warns or fails.
+ADVICE = {
+    "clean_accuracy": "Check labels, input range and preprocessing before anything else.",
+    "outputs": "Give the model that returns logits, without a softmax or sigmoid.",
+    "deterministic": "Give a model that answers the same inputs alike, such as an average of several passes.",
+    "gradients": "Remove what stops the gradient, and rely on attacks without gradients until then.",
+    "logit_scale": "Believe attacks on the margin only.",
+    "perturbations": "Repair the attack: it must stay within eps and the valid range.",
+    "many_steps_beat_one": "Suspect masked gradients. Attack with more steps, restarts and Square.",
+    "losses_agree": "Compare models by the worst case only.",
+    "larger_eps": "Suspect masked gradients. Attack with other losses and with Square.",
+    "unbounded": "Suspect masked gradients. Attack with other losses and with Square.",
+    "converged": "Attack with more steps.",
+    "restarts": "Attack with more restarts.",
+    "noise": "Suspect masked gradients: a random point should not beat an attack.",
+    "black_box": "Suspect masked gradients. Do not trust the attacks with gradients.",
+    "attack_self_test": "Suspect the attacks or the backend. Do not use the numbers.",
+    "undefended": "Check the attacks: they fail on a model without a defense.",
+    "transfer": "Suspect masked gradients. Add a `Transfer` attack.",
+    "shards": "Merge the reports of all shards.",
+}
 
 
-def to_text(report: EvaluationResults) -> str:
-    """Return the report as text of 80 columns, with the message of each check that did not pass."""
-    lines = [] if report.trustworthy else ["NOT TRUSTWORTHY: a check failed. The robust accuracy is an upper bound."]
+def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
+    """Return the report as text of 80 columns, with figure and message of the checks that did not pass, or of all."""
     low, high = report.confidence_interval
-    settings = report.settings
-    lines += [
-        f"robust accuracy  {report.robust_accuracy:7.1%}   95 % interval {low:.1%} to {high:.1%}",
-        f"clean accuracy   {report.clean_accuracy:7.1%}   {report.num_examples} examples, norm {settings['norm']}, "
-        f"eps {settings['eps']:.4g}, suite {settings['suite']}",
+    bound = "upper bound; " if report.settings["suite"] in UPPER_BOUND else ""
+    lines = [
+        *([] if report.trustworthy else ["NOT TRUSTWORTHY: a check failed. The robust accuracy is an upper bound."]),
+        f"robust accuracy  {report.robust_accuracy:7.1%}   {bound}95 % interval {low:.1%} to {high:.1%}",
+        f"clean accuracy   {report.clean_accuracy:7.1%}   {report.num_examples} examples",
+        *_wrap(f"attacked with    {_threat(report)}", indent=17),
+        *_shards_line(report),
         "",
         f"{'attack':<24}{'tried on':>10}{'withstood':>11}{'robust after':>14}{'seconds':>10}",
     ]
     for attack in report.attacks:
-        accuracy = report.accuracy[attack["name"]]
+        accuracy, name = report.accuracy[attack["name"]], _escape.for_terminal(attack["name"])
+        if len(name) > 24:
+            lines += _wrap(name)
+            name = ""
         lines.append(
-            f"{attack['name']:<24}{accuracy['tried']:>10}{_percent(accuracy['alone']):>11}"
+            f"{name:<24}{accuracy['tried']:>10}{_percent(accuracy['alone']):>11}"
             f"{accuracy['cumulative']:>14.1%}{attack['seconds']:>10.1f}"
         )
-    return "\n".join([*lines, *_check_lines(report)])
+    return "\n".join([*lines, *_check_lines(report, verbose)])
 
 
-def _check_lines(report: EvaluationResults) -> list[str]:
-    """Return lines on the checks: those that warn or fail with figure and message, and the names of the others."""
-    lines = [""] if report.checks else []
-    for status in BY_SEVERITY:
-        checks = [check for check in report.checks if check.status == status]
-        if status in ("fail", "warn"):
-            for check in checks:
-                lines.append(f"{status.upper()}: {check.name} = {check.value:.4g}")
-                lines += textwrap.wrap(check.message, WIDTH, initial_indent="    ", subsequent_indent="    ")
-        elif checks:
-            names = f"{'passed' if status == 'pass' else status}: {', '.join(check.name for check in checks)}"
-            lines += textwrap.wrap(names, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
-    return lines
+def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
+    """Return the checks that warn or fail, with advice, and the number of those that passed or all of them."""
+    if not report.checks:
+        return ["", "no check ran"]
+    lines, rest = [""], []
+    for check in _by_severity(report):
+        name, message = _escape.for_terminal(check.name), _escape.for_terminal(check.message)
+        is_bad = check.status in ("fail", "warn")
+        figure = "" if math.isnan(check.value) else f" = {check.value:.4g}"
+        title = f"{check.status.upper() if is_bad else check.status}: {name}{figure}"
+        described = [*_wrap(title), *_wrap(f"    {message}")]
+        if is_bad:
+            lines += described + _wrap(f"    {ADVICE.get(check.name, '')}")
+        elif verbose:
+            rest += described
+    statuses: list[str] = [check.status for check in report.checks]
+    others = ", ".join(f"{statuses.count(status)} {word}" for status, word in OUTCOMES.items() if status in statuses)
+    return [*lines, f"{statuses.count('pass')} of {len(statuses)} checks passed{others and f' ({others})'}", *rest]
+
+
+def _threat(report: EvaluationResults) -> str:
+    """Return norm, radius, range and suite, escaped for a terminal."""
+    settings = report.settings
+    limits = f" of {settings['clip_min']:g}..{settings['clip_max']:g}" if "clip_min" in settings else ""
+    suite = _escape.for_terminal(settings["suite"])
+    return f"norm {settings['norm']}, eps {settings['eps']:.4g}{limits}, suite {suite}"
+
+
+def _shards_line(report: EvaluationResults) -> list[str]:
+    shards = [shard for shard in report.settings.get("shards", []) if shard is not None]
+    if not shards:
+        return []
+    return [f"merged from      {len(shards)} of {shards[0][1]} shards: each check has its worst outcome"]
+
+
+def _wrap(text: str, indent: int = 4) -> list[str]:
+    start = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.lstrip(), WIDTH, initial_indent=start, subsequent_indent=" " * indent, break_on_hyphens=False
+    )
 
 
 def to_markdown(report: EvaluationResults) -> str:
     """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
     low, high = report.confidence_interval
+    bound = ", an upper bound" if report.settings["suite"] in UPPER_BOUND else ""
     lines = [
-        f"Robust accuracy **{report.robust_accuracy:.1%}** (95 % interval {low:.1%} to {high:.1%}), clean "
-        f"{report.clean_accuracy:.1%}, on {report.num_examples} examples, norm {report.settings['norm']}, "
-        f"eps {report.settings['eps']:.4g}{'' if report.trustworthy else ' - **not trustworthy: a check failed**'}",
+        f"Robust accuracy **{report.robust_accuracy:.1%}**{bound} (95 % interval {low:.1%} to {high:.1%}), clean "
+        f"{report.clean_accuracy:.1%}, on {report.num_examples} examples, {_escape.for_markdown(_threat(report))}"
+        f"{'' if report.trustworthy else ' - **not trustworthy: a check failed**'}",
         "",
         "| attack | tried on | withstood | robust after it | seconds |",
         "|---|---|---|---|---|",
     ]
     for attack in report.attacks:
         accuracy = report.accuracy[attack["name"]]
-        cells = [attack["name"], str(accuracy["tried"]), _percent(accuracy["alone"]), f"{accuracy['cumulative']:.1%}"]
-        lines.append(f"| {' | '.join(cells)} | {attack['seconds']:.1f} |")
+        cells = [
+            _escape.for_markdown(attack["name"]),
+            str(accuracy["tried"]),
+            _percent(accuracy["alone"]),
+            f"{accuracy['cumulative']:.1%}",
+            f"{attack['seconds']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if report.checks:
         lines += ["", "| check | outcome | figure | message |", "|---|---|---|---|"]
-        lines += [
-            f"| {check.name} | {check.status} | {check.value:.4g} | {check.message} |" for check in _by_severity(report)
-        ]
+    for check in _by_severity(report):
+        name, message = _escape.for_markdown(check.name), _escape.for_markdown(check.message)
+        lines.append(f"| {name} | {check.status} | {check.value:.4g} | {message} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
-    steps = {"no attack": report.clean_accuracy} | {
-        f"after {attack_label(name)}": accuracy["cumulative"] for name, accuracy in report.accuracy.items()
-    }
-    left = [100 * share for share in steps.values()]
+    labels = ["no attack", *(f"after {_escape.for_figure(attack_label(name))}" for name in report.accuracy)]
+    shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
+    left = [100 * share for share in shares]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]
-    figure, axes = new_figure(height=1.4 + 0.45 * len(steps))
-    axes.barh(list(steps), left, color="#0072B2", label="still correct")
-    axes.barh(list(steps), taken, left=left, color="#0072B2", alpha=0.25, label="misled by this attack")
-    for index, (share, loss) in enumerate(zip(left, taken, strict=True)):
+    figure, axes = new_figure(height=1.4 + 0.45 * len(labels))
+    rows = range(len(labels))  # two attacks may have one label
+    axes.barh(rows, left, color="#0072B2", label="still correct")
+    axes.barh(rows, taken, left=left, color="#0072B2", alpha=0.25, label="misled by this attack")
+    axes.set_yticks(rows, labels)
+    for row, share, loss in zip(rows, left, taken, strict=True):
         # Beyond both bars, so that no edge crosses the number.
-        axes.annotate(f"{share:.1f}", (share + loss, index), (5, 0), textcoords="offset points", va="center")
+        axes.annotate(f"{share:.1f}", (share + loss, row), (5, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="accuracy (%)", xlim=(0, 115), xticks=range(0, 101, 20))
     settings = report.settings
-    doubt = "" if report.trustworthy else "\nNOT TRUSTWORTHY: a check failed"
+    doubt = "\nan upper bound" if settings["suite"] in UPPER_BOUND else ""
+    doubt += "" if report.trustworthy else "\nNOT TRUSTWORTHY: a check failed"
     axes.set_title(
-        f"suite {settings['suite']}, {norm_label(settings['norm'])}, eps {settings['eps']:.4g}, "
+        f"suite {_escape.for_figure(settings['suite'])}, {norm_label(settings['norm'])}, eps {settings['eps']:.4g}, "
         f"{report.num_examples} examples{doubt}",
         fontsize=10,
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def attack_label(name: str) -> str:

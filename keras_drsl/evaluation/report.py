@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from keras_drsl import _files
+from keras_drsl import _escape, _files
 from keras_drsl.evaluation import rendering
 from keras_drsl.evaluation.merge import merge_results
-from keras_drsl.evaluation.report_format import FORMAT, read_content, to_json_values
-from keras_drsl.evaluation.results import Check, EvaluationResults
+from keras_drsl.evaluation.report_format import read_results, to_content
+from keras_drsl.evaluation.results import EvaluationResults
 
 
 class RobustnessReport(EvaluationResults):
@@ -30,31 +30,18 @@ class RobustnessReport(EvaluationResults):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""
-        content = {
-            "format": FORMAT,
-            "clean_accuracy": self.clean_accuracy,
-            "robust_accuracy": self.robust_accuracy,
-            "confidence_interval": list(self.confidence_interval),
-            "num_examples": self.num_examples,
-            "trustworthy": self.trustworthy,
-            "settings": self.settings,
-            "attacks": [attack | self.accuracy[attack["name"]] for attack in self.attacks],
-            "checks": [vars(check) for check in self.checks],
-            "provenance": self.provenance,
-            "per_example": self.per_example,
-        }
-        values: dict[str, Any] = to_json_values(content)
-        return values
+        return to_content(self)
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write everything to a file.
+    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """Write everything to a file. If that fails, a file that was there stays as it is.
 
         Args:
             path: The file.
-            overwrite: Whether to replace a file that exists.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
-            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
         """
         _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
 
@@ -66,19 +53,17 @@ class RobustnessReport(EvaluationResults):
             path: The file.
 
         Raises:
-            ValueError: If the file holds no report.
+            ValueError: If the file holds no report, or one that breaks a rule or contradicts itself: another type, an
+                attack twice, lists of different lengths, an example outside its shard, an accuracy that does not follow
+                from the examples.
         """
         try:
             with open(path, encoding="utf-8") as file:
-                content = read_content(json.load(file))
-            checks = [Check(**check) for check in content["checks"]]
-            report = cls(content["settings"], content["attacks"], checks, content["per_example"], content["provenance"])
-            if report.num_examples < 1 or len({len(values) for values in report.per_example.values()}) != 1:
-                raise ValueError("lists of different lengths")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                report = cls(**vars(read_results(file.read())))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"`path` must be a file written by `RobustnessReport.to_json`. Received: path={str(path)!r} "
-                f"({type(error).__name__}: {error})"
+                f"({_escape.error_line(error)})"
             ) from error
         return report
 
@@ -86,22 +71,35 @@ class RobustnessReport(EvaluationResults):
     def merge(cls, reports: Sequence["RobustnessReport"]) -> "RobustnessReport":
         """Join the reports of disjoint shards of one data set.
 
-        Each check has its worst outcome of all shards. A check `shards` warns if a shard is missing.
+        Merged reports can be merged again, and the result does not depend on order and levels. Each check has its worst
+        outcome of all shards. A check `shards` warns if a shard is missing. Times are added up, to a microsecond. Where
+        the shards ran on different versions or devices, `provenance` lists all of them.
 
         Args:
             reports: The reports, in any order.
 
         Raises:
-            ValueError: If they are reports of different models, data, settings or attacks, or share an example.
+            ValueError: If they are reports of different models, data, settings or attacks, or share an example or a
+                shard.
         """
         return cls(**merge_results(reports))
+
+    def to_text(self, *, verbose: bool = False) -> str:
+        """Return the report as text of 80 columns: verdict, accuracies, and the checks that did not pass.
+
+        `print(report)` shows this text.
+
+        Args:
+            verbose: Whether to show the figure and the message of every check.
+        """
+        return rendering.to_text(self, verbose=verbose)
 
     def to_markdown(self) -> str:
         """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
         return rendering.to_markdown(self)
 
     def __str__(self) -> str:
-        return rendering.to_text(self)
+        return self.to_text()
 
     def __repr__(self) -> str:
         return (
@@ -109,15 +107,16 @@ class RobustnessReport(EvaluationResults):
             f"{self.settings['eps']:.4g}, {self.num_examples} examples>"
         )
 
-    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
         """Draw the accuracy without an attack and after each attack.
 
         Args:
             path: The file of the figure. Its ending names the kind of figure, such as `.png`.
-            overwrite: Whether to replace a file that exists.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
-            ValueError: If the file exists and `overwrite` is not set, or cannot be written.
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
         rendering.plot(self, _files.check_new("path", path, overwrite=overwrite))

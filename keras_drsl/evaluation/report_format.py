@@ -1,12 +1,84 @@
-"""The JSON of a report, of this format and of earlier ones."""
+"""The JSON of a report, of this format and of earlier ones: how it is written, read and validated."""
 
+import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from keras_drsl._renamed import RENAMED, new_name
+from keras_drsl.evaluation import schema
+from keras_drsl.evaluation.results import BY_SEVERITY, CLEAN, Check, EvaluationResults
+from keras_drsl.evaluation.schema import Rule
 
 FORMAT = 2
 DERIVED = ("cumulative", "alone")  # what a report computes from the rest
+
+
+def _is_shard(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
+    return is_pair and 0 <= value[0] < value[1]
+
+
+POSITION = schema.integer(at_least=0)
+COUNT = schema.integer(at_least=1)
+SHARD = schema.optional(Rule("[i, n] with 0 <= i < n", _is_shard))
+REPORT = {
+    "format": Rule(str(FORMAT), lambda value: type(value) is int and value == FORMAT),
+    "clean_accuracy": schema.SHARE,
+    "robust_accuracy": schema.SHARE,
+    "confidence_interval": schema.list_of(schema.SHARE),
+    "num_examples": COUNT,
+    "trustworthy": schema.BOOL,
+    "settings": schema.DICT,
+    "attacks": schema.list_of(schema.DICT),
+    "checks": schema.list_of(schema.DICT),
+    "provenance": schema.DICT,
+    "per_example": schema.dict_of(schema.LIST),
+}
+SETTINGS = {
+    "eps": Rule("a positive number", lambda value: schema.is_number(value) and value > 0),
+    "norm": Rule('"inf" or 2', lambda value: value == "inf" or (type(value) is int and value == 2)),
+    "suite": schema.NAME,
+    "clip_min": schema.NUMBER,
+    "clip_max": schema.NUMBER,
+    "checks": Rule(
+        "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)
+    ),
+    "seed": POSITION,
+    "batch_size": COUNT,
+    "max_samples": schema.optional(COUNT),
+    "outputs": schema.TEXT,
+    "shard": SHARD,
+    "shards": schema.list_of(SHARD),
+}
+REQUIRED_SETTINGS = ("eps", "norm", "suite")
+ATTACK = {
+    "name": Rule(
+        f"a text that is neither empty nor {CLEAN!r}", lambda value: schema.NAME.obeys(value) and value != CLEAN
+    ),
+    "settings": schema.DICT,
+    "seconds": schema.SECONDS,
+    "tried": POSITION,
+    "cumulative": schema.SHARE,
+    "alone": schema.optional(schema.SHARE),
+}
+CHECK = {
+    "name": schema.NAME,
+    "status": Rule(f"one of {', '.join(BY_SEVERITY)}", lambda value: value in BY_SEVERITY),
+    "value": schema.optional(schema.NUMBER),
+    "message": schema.TEXT,
+}
+PROVENANCE = {
+    "model": schema.TEXT,
+    "undefended": schema.optional(schema.TEXT),
+    "data": schema.TEXT,
+    "versions": schema.DICT,
+}
+PER_EXAMPLE = {
+    "index": schema.list_of(POSITION),
+    "label": schema.list_of(POSITION),
+    "broken_by": schema.list_of(schema.optional(schema.NAME)),
+}
 
 
 def to_json_values(value: Any) -> Any:
@@ -18,19 +90,183 @@ def to_json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_content(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a report of any format, as a report holds it.
+def to_content(results: EvaluationResults) -> dict[str, Any]:
+    """Return everything that a report holds and what follows from it, as JSON takes it."""
+    content = {
+        "format": FORMAT,
+        "clean_accuracy": results.clean_accuracy,
+        "robust_accuracy": results.robust_accuracy,
+        "confidence_interval": list(results.confidence_interval),
+        "num_examples": results.num_examples,
+        "trustworthy": results.trustworthy,
+        "settings": results.settings,
+        "attacks": [
+            {key: value for key, value in attack.items() if key != "tried"} | accuracy
+            for attack, accuracy in zip(results.attacks, results.accuracy.values(), strict=True)
+        ],
+        "checks": [vars(check) for check in results.checks],
+        "provenance": results.provenance,
+        "per_example": results.per_example,
+    }
+    values: dict[str, Any] = to_json_values(content)
+    return values
+
+
+def read_results(text: str) -> EvaluationResults:
+    """Return the results in the JSON of a report of any format.
 
     Raises:
-        ValueError: If the format is unknown.
+        ValueError: If the text is no report, breaks a rule, or contradicts itself.
     """
-    if content["format"] == 1:
-        content = _from_format_1(content)
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}")
-    checks = [check | {"value": math.nan if check["value"] is None else check["value"]} for check in content["checks"]]
-    attacks = [{key: attack[key] for key in attack if key not in DERIVED} for attack in content["attacks"]]
-    return content | {"checks": checks, "attacks": attacks}
+    content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    schema.check_value("report", content, schema.DICT)
+    if type(content.get("format")) is int and content["format"] == 1:
+        try:
+            content = _from_format_1(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no report of format 1: {type(error).__name__}: {error!r}") from error
+    _check_structure(content)
+    results = EvaluationResults(
+        content["settings"],
+        [{key: attack[key] for key in attack if key not in DERIVED} for attack in content["attacks"]],
+        [
+            Check(**check | {"value": math.nan if check["value"] is None else float(check["value"])})
+            for check in content["checks"]
+        ],
+        content["per_example"],
+        content["provenance"],
+    )
+    _check_robust_counts(results)
+    _check_of_shards(results)
+    _check_equal("report", to_content(results), content)
+    return results
+
+
+def shards_of(results: EvaluationResults) -> list[tuple[int, int] | None]:
+    """Return the shards that results were merged from, or the only one; None stands for the whole data set."""
+    shards = results.settings.get("shards", [results.settings.get("shard")])
+    return [None if shard is None else (shard[0], shard[1]) for shard in shards]
+
+
+def missing_shards(shards: list[tuple[int, int] | None]) -> tuple[int, Iterator[int]]:
+    """Return how many shards are missing, and which, of shards of one data set."""
+    present = {shard[0] for shard in shards if shard is not None}
+    count = next((shard[1] for shard in shards if shard is not None), 0)
+    return count - len(present), (index for index in range(count) if index not in present)
+
+
+def _check_structure(content: Any) -> None:
+    """Check every field by itself, and what fields say about each other, except for the accuracies."""
+    schema.check_fields("report", content, REPORT)
+    settings, names = content["settings"], [attack.get("name") for attack in content["attacks"]]
+    schema.check_fields(
+        "settings", settings, SETTINGS, may_lack=set(SETTINGS) - set(REQUIRED_SETTINGS), may_hold_more=True
+    )
+    schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
+    schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_hold_more=True)
+    for position, attack in enumerate(content["attacks"]):
+        schema.check_fields(f"attacks[{position}]", attack, ATTACK)
+    for position, check in enumerate(content["checks"]):
+        schema.check_fields(f"checks[{position}]", check, CHECK)
+    _check_unique("attacks", names)
+    _check_unique("checks", [check["name"] for check in content["checks"]])
+    _check_examples(content["per_example"], {None, CLEAN, *names})
+    _check_threat(settings)
+    _check_shards(settings, content["per_example"]["index"])
+
+
+def _check_unique(where: str, names: list[Any]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`{where}` must have different names. Received: {twice!r} twice")
+
+
+def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None]) -> None:
+    lengths = {name: len(values) for name, values in per_example.items()}
+    if len(set(lengths.values())) != 1 or not lengths["index"]:
+        raise ValueError(f"`per_example` must hold lists of one length of 1 or more. Received: lengths {lengths}")
+    if len(set(per_example["index"])) < lengths["index"]:
+        raise ValueError("`per_example.index` must hold each position once. Received: one twice")
+    unknown = set(per_example["broken_by"]) - sources
+    if unknown:
+        raise ValueError(f"`per_example.broken_by` must hold names of `attacks`. Received: {min(unknown)!r}")
+
+
+def _check_threat(settings: dict[str, Any]) -> None:
+    low, high = settings.get("clip_min", -math.inf), settings.get("clip_max", math.inf)
+    if not low < high or (settings["norm"] == "inf" and settings["eps"] > high - low):
+        raise ValueError(
+            "`settings.clip_min` must be below `clip_max`, and `eps` within that range. Received: "
+            f"eps={settings['eps']!r:.20}, clip_min={low!r:.20}, clip_max={high!r:.20}"
+        )
+
+
+def _check_shards(settings: dict[str, Any], index: list[int]) -> None:
+    """Check that the shards are different ones of one data set, and that each example lies in one of them."""
+    if ("shard" in settings) == ("shards" in settings) or settings.get("shards") == []:
+        raise ValueError("`settings` must hold either `shard` or `shards`. Received: both or none")
+    shards = settings.get("shards", [settings.get("shard")])
+    pairs = {None if shard is None else tuple(shard) for shard in shards}
+    counts = {None if shard is None else shard[1] for shard in shards}
+    if len(pairs) < len(shards) or len(counts) > 1:
+        raise ValueError("`settings.shards` must hold different shards of one data set. Received: others")
+    max_samples = settings.get("max_samples")
+    if max_samples is not None:
+        # These examples may be spread over the data set: their positions do not show their shard.
+        if len(index) > max_samples:
+            raise ValueError(f"`per_example` must hold at most `max_samples` examples. Received: {len(index)}")
+    elif None not in pairs:
+        outside = [position for position in index if (position % shards[0][1], shards[0][1]) not in pairs]
+        if outside:
+            raise ValueError(f"`per_example.index` must lie in the shards. Received: {outside[0]!r:.20}")
+
+
+def _check_robust_counts(results: EvaluationResults) -> None:
+    """Check how many examples each attack was tried on."""
+    robust = results.num_examples - results.per_example["broken_by"].count(CLEAN)
+    limit = robust
+    checks = {f"check:{check.name}" for check in results.checks}
+    for attack in results.attacks:
+        name, broken = attack["name"], results.per_example["broken_by"].count(attack["name"])
+        # A check attacks some of the examples that are left. It may run before the attacks.
+        least, most = (broken, limit) if name.startswith("check:") else (robust, robust)
+        if name.startswith("check:") and name not in checks:
+            raise ValueError(f"`attacks` must name checks of the report. Received: {name!r}")
+        if not least <= attack["tried"] <= most:
+            raise ValueError(f"`attacks` must have {name!r} tried on {least} to {most}. Received: {attack['tried']}")
+        robust -= broken
+
+
+def _check_of_shards(results: EvaluationResults) -> None:
+    """Check that a merged report, and no other, says which shards are missing."""
+    count = missing_shards(shards_of(results))[0] if "shards" in results.settings else 0
+    if [check.value for check in results.checks if check.name == "shards"] != [count] * bool(count):
+        raise ValueError("`checks` must hold `shards` if shards are missing, with their number. Received: another")
+
+
+def _check_equal(where: str, expected: Any, received: Any) -> None:
+    """Raise `ValueError` where a report says something else than what follows from its examples."""
+    if isinstance(expected, dict) and isinstance(received, dict) and expected.keys() == received.keys():
+        for key in expected:
+            _check_equal(f"{where}.{key}", expected[key], received[key])
+    elif isinstance(expected, list) and isinstance(received, list) and len(expected) == len(received):
+        for position, pair in enumerate(zip(expected, received, strict=True)):
+            _check_equal(f"{where}[{position}]", *pair)
+    elif schema.is_number(expected) and schema.is_number(received):
+        # Another version or processor may round differently.
+        if not (expected == received or math.isclose(expected, received, rel_tol=1e-9, abs_tol=1e-12)):
+            raise ValueError(f"`{where}` must be {expected}, as the examples say. Received: {received}")
+    elif expected != received or type(expected) is not type(received):
+        raise ValueError(f"`{where}` must be {expected!r:.60}, as the examples say. Received: {received!r:.60}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_unique("keys", [key for key, _ in pairs])
+    return dict(pairs)
 
 
 def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:

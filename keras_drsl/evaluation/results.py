@@ -10,6 +10,8 @@ from keras_drsl.evaluation.intervals import wilson
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
 BY_SEVERITY: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")  # the outcomes of checks, the worst first
 
+UPPER_BOUND = ("quick", "cleverhans")  # suites of few or weak attacks: stronger ones may break more
+
 
 @dataclass(frozen=True)
 class Check:

@@ -1,23 +1,50 @@
 """The progress of an evaluation, saved so that a killed one continues where it was."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from keras_drsl import _files
+from keras_drsl.evaluation import schema
+from keras_drsl.evaluation.results import BY_SEVERITY, Check
 
 FORMAT = "keras-drsl evaluation 2"
 # The formats of earlier versions, with the last version that reads each.
 EARLIER_FORMATS = {"keras-drsl evaluation 1": "0.1.0"}
 
 
+def _is_outcome(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in dataclasses.fields(Check)}
+        and value["status"] in BY_SEVERITY
+        and isinstance(value["value"], float)  # NaN included
+        and isinstance(value["name"], str)
+        and isinstance(value["message"], str)
+    )
+
+
+FIELDS = {
+    "broken_by": schema.list_of(schema.optional(schema.NAME)),
+    "done": schema.dict_of(schema.integer(at_least=0)),
+    "seconds": schema.dict_of(schema.SECONDS),
+    "audit": schema.dict_of(schema.NOT_NEGATIVE),
+    "checks": schema.dict_of(schema.Rule("the outcome of a check", _is_outcome)),
+}
+
+
 class State:
     """Keep the progress of an evaluation, in a file or in memory.
 
+    The file has two lines of JSON: the format with the SHA-256 of the second line, and the content.
+
     Args:
         path: The file to keep it in, or None to keep it in memory only.
-        identity: What must be equal for an evaluation to continue from a file.
+        identity: What must be equal for an evaluation to continue from a file, the order of attacks included.
         count: The number of examples.
 
     Attributes:
@@ -28,10 +55,8 @@ class State:
         checks: By check, its outcome.
 
     Raises:
-        ValueError: If the file holds another evaluation or none, or cannot be written.
+        ValueError: If the file is damaged, holds another evaluation or none, or cannot be written.
     """
-
-    FIELDS = ("broken_by", "done", "seconds", "audit", "checks")
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any], count: int) -> None:
         self._path = path
@@ -43,39 +68,79 @@ class State:
         self.checks: dict[str, dict[str, Any]] = {}
         if path is None:
             return
-        if Path(path).exists():
+        exists = Path(path).exists()
+        if exists:
             self._load(Path(path))
-        else:
-            _files.check_new("state_path", path)
-        self.save()
+        _files.check_new("state_path", path, overwrite=exists)
+        try:
+            self._write(path)
+        except OSError as error:
+            raise ValueError(
+                f"`state_path` must be a path that can be written. Received: state_path={str(path)!r} ({error})"
+            ) from error
 
     def save(self) -> None:
-        """Write everything that is known now to the file."""
+        """Write everything that is known now to the file.
+
+        If that fails, as on a full disk, the file keeps what it held, and a warning says so.
+        """
         if self._path is not None:
-            content = {"format": FORMAT, "identity": self._identity}
-            content |= {name: getattr(self, name) for name in self.FIELDS}
-            _files.write(self._path, json.dumps(content))
+            try:
+                self._write(self._path)
+            except OSError as error:
+                warnings.warn(
+                    f"The state could not be written, and {str(self._path)!r} keeps its earlier progress: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _write(self, path: str | os.PathLike[str]) -> None:
+        content = {"identity": self._identity} | {name: getattr(self, name) for name in FIELDS}
+        body = json.dumps(content).encode()
+        _files.write(path, (_header(body) + body + b"\n").decode())
 
     def _load(self, path: Path) -> None:
+        content = read_state(path)
         received = f"Received: state_path={str(path)!r}"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] in EARLIER_FORMATS:
-                version = EARLIER_FORMATS[content["format"]]
-                raise ValueError(f"written by an earlier version; keras-drsl {version} is the last that reads it")
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']!r}")
-            known = {name: content[name] for name in self.FIELDS}
-            identity = content["identity"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`state_path` must hold the state of an evaluation, or be a path where nothing exists. {received} "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        different = [key for key in self._identity if identity.get(key) != self._identity[key]]
-        if different or len(known["broken_by"]) != len(self.broken_by):
+        identity = content.pop("identity")
+        # As text, so that another order of attacks is another evaluation.
+        different = [key for key in self._identity if json.dumps(identity.get(key)) != json.dumps(self._identity[key])]
+        if different or len(content["broken_by"]) != len(self.broken_by):
             raise ValueError(
                 "`state_path` must hold the state of this evaluation, but it holds that of another one. Different: "
                 f"{', '.join(different) or 'number of examples'}. {received}"
             )
-        vars(self).update(known)
+        vars(self).update(content)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the identity and the progress that a file holds.
+
+    Raises:
+        ValueError: If the file is damaged or holds no state.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        _, _, rest = raw.partition(b"\n")
+        body = rest.removesuffix(b"\n")
+        if raw != _header(body) + body + b"\n":
+            _refuse_earlier_formats(raw)
+            raise ValueError("the file is damaged or no state: its checksum does not match")
+        content: dict[str, Any] = json.loads(body)
+        schema.check_fields("state", content, {"identity": schema.DICT} | FIELDS)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            "`state_path` must hold the state of an evaluation, or be a path where nothing exists. "
+            f"Received: state_path={str(path)!r} ({error})"
+        ) from error
+    return content
+
+
+def _header(body: bytes) -> bytes:
+    return json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"
+
+
+def _refuse_earlier_formats(raw: bytes) -> None:
+    for name, version in EARLIER_FORMATS.items():
+        if raw.startswith(json.dumps({"format": name})[:-1].encode()):
+            raise ValueError(f"written by an earlier version; keras-drsl {version} is the last that reads it")
