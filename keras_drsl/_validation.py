@@ -32,6 +32,12 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     return value
 
 
+def check_name(name: str, value: Any, choices: Collection[str]) -> str:
+    """Return the name among `choices` that `value` is but for upper and lower case, or raise `ValueError`."""
+    result: str = check_choice(name, value.lower() if isinstance(value, str) else value, choices)
+    return result
+
+
 def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
     """Return `value` as an int, or raise `ValueError` unless it is an integer in its range."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)

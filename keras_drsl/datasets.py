@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_drsl import _validation
+from keras_drsl import _escape, _validation
 from keras_drsl._typing import Array
 
 NAMES = ("digits", "mnist", "cifar10")
@@ -32,7 +32,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tup
     >>> x_test.shape
     (360, 8, 8, 1)
     """
-    _validation.check_choice("name", name, NAMES)
+    name = _validation.check_name("name", name, NAMES)
     package = "scikit-learn" if name == "digits" else "tensorflow-datasets importlib_resources"
     try:
         if name == "digits":
@@ -67,17 +67,39 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:
     Args:
         path: The npz file.
 
+    Returns:
+        Inputs, numbers of shape `(count, ...)`, and labels, numbers of shape `(count,)` or `(count, ...)`.
+
     Raises:
-        ValueError: If the file holds no such arrays.
+        ValueError: If the file is damaged, holds no such arrays or both pairs, or if the arrays do not hold finite
+            numbers or have different lengths.
     """
     try:
         with np.load(Path(path), allow_pickle=False) as file:
-            for names in (("x", "y"), ("x_test", "y_test")):
-                if set(names) <= set(file.files):
-                    return file[names[0]], file[names[1]]
-            raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
+            found = [names for names in (("x", "y"), ("x_test", "y_test")) if set(names) <= set(file.files)]
+            if len(found) != 1:
+                raise ValueError(f"it holds {_escape.for_terminal(', '.join(file.files)) or 'nothing'}")
+            # NumPy does not read to the end of a member, where its checksum is compared.
+            damaged = file.zip.testzip()
+            if damaged is not None or len(set(file.files)) < len(file.files):
+                raise ValueError("it is damaged, or holds a name twice")
+            x, y = _numbers(found[0][0], file), _numbers(found[0][1], file)
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"it must hold one label for each input, and at least one. Received: {len(x)}, {len(y)}")
     except Exception as error:
         raise ValueError(
             f"`path` must be an npz file with arrays x and y, or x_test and y_test, without pickles. "
-            f"Received: path={str(path)!r} ({type(error).__name__}: {error})"
+            f"Received: path={str(path)!r} ({_escape.error_line(error)})"
         ) from error
+    return x, y
+
+
+def _numbers(name: str, file: Any) -> Array:
+    """Return an array of finite real numbers out of an npz file."""
+    array = file[name]
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim == 0:
+        kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "no array"
+        raise ValueError(f"{name} must hold numbers, one or more per example. Received: {kind}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must hold finite numbers. Received: NaN or infinite ones")
+    return array

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "__main__": set(),
     "_backend": {"_typing"},
     "plotting": {"_files", "_typing"},
-    "datasets": {"_typing", "_validation"},
+    "datasets": {"_escape", "_typing", "_validation"},
     "spread": {"_typing"},
     "predictions": {"_backend", "_typing", "_validation", "spread"},
     "_data": {"_backend", "_typing", "_validation"},

@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for path in ("keras_drsl", "pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    for path in ("keras_drsl", "keras_drsl_command.py", "pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
         copy(ROOT / path, source / path)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]

@@ -71,7 +71,8 @@ def evaluate_robustness(
         clip_min: The smallest valid input value, 0 by default.
         clip_max: The largest valid input value, 1 by default.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
-        suite: `"quick"`, `"cleverhans"` or `"standard"`: which attacks and which checks run.
+        suite: `"quick"`, `"cleverhans"` or `"standard"`: which attacks and which checks run. `"autoattack"` is another
+            name of `"standard"`, which has targeted APGD on the margin in place of FAB.
         attacks: Attacks of `keras_drsl.attacks` or their names, in place of those of the suite.
         checks: Another suite, whose checks run; or checks of `keras_drsl.evaluation.check` or their names, in place of
             those of the suite.

@@ -20,7 +20,7 @@ from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
-from keras_drsl.evaluation.suites import make_attacks
+from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.logits import LogitsModel, find_logits
@@ -52,6 +52,7 @@ class Evaluator:
         shard: tuple[int, int] | None = None,
     ) -> None:
         self.threat = threat
+        suite = check_suite(suite)
         attack_seed = _validation.check_integer("seed", seed, at_least=0)
         by_name = make_attacks(suite, attacks, threat, attack_seed)
         # Attacks without gradients come last: the images that they break withstood the others.

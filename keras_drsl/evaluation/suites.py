@@ -33,21 +33,27 @@ SUITES: dict[str, tuple[str | Callable[..., Attack], ...]] = {
     "cleverhans": tuple(f"cleverhans_{name}" for name in cleverhans.BY_NAME),
     "standard": ("apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"),
 }
+# `"standard"` is AutoAttack with targeted APGD on the margin in place of FAB.
+SUITE_ALIASES = {"autoattack": "standard"}
+
+
+def check_suite(suite: Any) -> str:
+    """Return the name of a suite in `SUITES`, or raise `ValueError`."""
+    return _validation.check_name("suite", SUITE_ALIASES.get(str(suite).lower(), suite), tuple(SUITES))
 
 
 def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel, seed: int) -> dict[str, Attack]:
     """Return the attacks of a suite, or those given, by names that tell them apart.
 
     Args:
-        suite: A key of `SUITES`.
+        suite: A key of `SUITES`, as `check_suite` returns it.
         attacks: Names or attacks in place of the suite.
         threat: The threat model of the evaluation.
         seed: The seed of attacks given by name.
 
     Raises:
-        ValueError: If the suite or an attack is unknown, or an attack was made for another threat model.
+        ValueError: If an attack is unknown, or an attack was made for another threat model.
     """
-    _validation.check_choice("suite", suite, tuple(SUITES))
     if isinstance(attacks, str | Attack):
         attacks = [attacks]
     made: dict[str, Attack] = {}
@@ -70,6 +76,7 @@ def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel,
 def _find(item: Any) -> Callable[..., Attack]:
     """Return what makes an attack: the entry of a name, or a class or function itself."""
     if isinstance(item, str):
+        item = item.lower()
         name = item.removeprefix("cleverhans_")
         if name in NOT_AVAILABLE:
             raise ValueError(f"`attacks` cannot hold {item!r} of cleverhans: {NOT_AVAILABLE[name]}")

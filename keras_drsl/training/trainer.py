@@ -178,10 +178,10 @@ class AdversarialTraining(keras.Model):
             result = method
         else:
             _renamed.refuse_old_value("method", method)
-            result = METHODS[_validation.check_choice("method", method, tuple(METHODS))]
+            result = METHODS[_validation.check_name("method", method, tuple(METHODS))]
         if attack_loss is None:
             return result
-        _validation.check_choice("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
+        attack_loss = _validation.check_name("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
         if result.loss_fn is not cross_entropy:
             raise ValueError(
                 "`attack_loss` must be left out unless the attack of the method increases the cross-entropy by "

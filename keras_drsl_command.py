@@ -1,0 +1,225 @@
+"""The `keras-drsl` command: evaluate a saved model, merge the reports of shards, show a report.
+
+    keras-drsl evaluate model.keras --dataset digits --eps 0.1 --out report.json
+    keras-drsl evaluate model.keras --dataset data.npz --eps 0.1 --shard 0/4 --out part0.json
+    keras-drsl merge part0.json part1.json part2.json part3.json --out report.json
+    keras-drsl show report.json
+
+Exit status: 0 after a finished evaluation, 2 for invalid arguments or files or an output that could not be written,
+3 with --strict if a check failed or a shard is missing.
+"""
+
+# This module lies beside the package, because an import of the package imports Keras and a backend. Help, version and
+# wrong arguments need neither.
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+DATASETS = ("digits", "mnist", "cifar10")
+SUITES = ("quick", "cleverhans", "standard")
+ALIASES = {"autoattack": "standard"}  # of suites
+NORMS = {"inf": "inf", "linf": "inf", "l-inf": "inf", "l_inf": "inf", "2": 2, "l2": 2, "l-2": 2, "l_2": 2}
+LARGEST = 2**31 - 1
+INPUTS = ("model", "dataset", "undefended", "reports", "report")
+OUTPUTS = ("out", "plot", "state")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        _check_paths(args)
+    except ValueError as error:
+        parser.error(str(error))
+    from keras_drsl import cli
+
+    return cli.run(args)
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for a missing input, an existing output, or one file in two places."""
+    inputs = [(name, path) for name in INPUTS for path in _paths(args, name)]
+    outputs = [(name, path) for name in OUTPUTS for path in _paths(args, name)]
+    for name, path in inputs:
+        if not os.path.exists(path):
+            kind = "a file that Keras can load" if name in ("model", "undefended") else "a file that exists"
+            shown = "MODEL" if name == "model" else name
+            raise ValueError(f"`{shown}` must be {kind}. Received: {path!r}, which does not exist")
+    for position, (name, path) in enumerate(outputs):
+        for other, known in [*inputs, *outputs[:position]]:
+            if _is_same_file(path, known):
+                raise ValueError(f"`{other}` and `{name}` must be different files. Received: {known!r} and {path!r}")
+        if name != "state" and os.path.exists(path) and not args.overwrite:
+            raise ValueError(
+                f"`{name}` must be a path where nothing exists. Received: {name}={path!r}, which exists "
+                "(--overwrite replaces a file)"
+            )
+
+
+def _paths(args: argparse.Namespace, name: str) -> list[str]:
+    """Return the paths of local files that an argument names."""
+    value = getattr(args, name, None)
+    paths = [value] if isinstance(value, str) else value or []
+    return [path for path in paths if not (name == "dataset" and path in DATASETS) and "://" not in path]
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    # Some file systems do not distinguish upper and lower case.
+    return os.path.realpath(first).casefold() == os.path.realpath(second).casefold()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-drsl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    evaluate = commands.add_parser("evaluate", help="evaluate the robustness of a saved model")
+    evaluate.add_argument("model", metavar="MODEL.keras", type=_path)
+    evaluate.add_argument(
+        "--dataset",
+        type=_dataset,
+        required=True,
+        help="digits, mnist or cifar10 (their test images), or an npz file with x and y",
+    )
+    evaluate.add_argument("--data-dir", type=_path, help="where tensorflow-datasets has mnist or cifar10")
+    evaluate.add_argument("--eps", type=_positive, required=True, help="radius of the attacks, as 0.1 or 8/255")
+    evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2; Linf and L2 as well")
+    evaluate.add_argument(
+        "--suite",
+        type=_suite,
+        default="standard",
+        help=f"{', '.join(SUITES)}; by default standard, and autoattack is another name of it",
+    )
+    evaluate.add_argument(
+        "--undefended", metavar="MODEL.keras", type=_path, help="a second model without a defense, for two checks"
+    )
+    evaluate.add_argument("--clip-min", type=_number, default=0.0, help="the smallest valid input value")
+    evaluate.add_argument("--clip-max", type=_number, default=1.0, help="the largest valid input value")
+    evaluate.add_argument("--max-samples", type=_integer(1), help="how many images to evaluate; by default all")
+    evaluate.add_argument(
+        "--batch-size", type=_integer(1), default=256, help="images attacked together, by default 256"
+    )
+    evaluate.add_argument("--seed", type=_integer(0), default=0, help="of all randomness, by default 0")
+    evaluate.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"
+    )
+    evaluate.add_argument(
+        "--state", metavar="FILE", type=_path, help="keep progress there; the same command continues from it"
+    )
+    evaluate.add_argument("--out", metavar="REPORT.json", type=_path)
+    evaluate.add_argument(
+        "--plot", metavar="CURVE.png", type=_path, help="draw accuracy against eps: evaluates the suite at six radii"
+    )
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    merge = commands.add_parser("merge", help="merge the reports of shards")
+    merge.add_argument("reports", nargs="+", metavar="REPORT.json", type=_path)
+    merge.add_argument("--out", required=True, metavar="REPORT.json", type=_path)
+
+    show = commands.add_parser("show", help="print a report")
+    show.add_argument("report", metavar="REPORT.json", type=_path)
+    show.add_argument("--markdown", action="store_true", help="as Markdown")
+
+    for command in (evaluate, merge, show):
+        command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")
+        command.add_argument("--verbose", action="store_true", help="print every check, not only those with a problem")
+    for command in (evaluate, merge):
+        command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("keras-drsl")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "unknown"
+
+
+def _refuse(rule: str, text: str) -> argparse.ArgumentTypeError:
+    shown = text if len(text) <= 60 else text[:60] + "..."
+    return argparse.ArgumentTypeError(f"{rule}. Received: {shown!r}")
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise _refuse("must be a path", text)
+    return text
+
+
+def _dataset(text: str) -> str:
+    if text.lower() in DATASETS:
+        return text.lower()
+    if not text.endswith(".npz"):
+        raise _refuse(f"`dataset` must be one of {', '.join(DATASETS)}, or an npz file", text)
+    return _path(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise _refuse("must be a number, as 0.1 or 8/255", text) from None
+    if not math.isfinite(number):
+        raise _refuse("must be a finite number, as 0.1 or 8/255", text)
+    return number
+
+
+def _positive(text: str) -> float:
+    number = _number(text)
+    if number <= 0:
+        raise _refuse("`eps` must be a positive number", text)
+    return number
+
+
+def _integer(at_least: int) -> Callable[[str], int]:
+    """Return the reader of an integer that is not too small, and small enough for every backend."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = -1
+        if not at_least <= number <= LARGEST:
+            raise _refuse(f"must be an integer from {at_least} to {LARGEST}", text)
+        return number
+
+    return read
+
+
+def _norm(text: str) -> Any:
+    norm = NORMS.get(text.lower())
+    if norm is None:
+        raise _refuse("`norm` must be one of 'inf', 2", text)
+    return norm
+
+
+def _suite(text: str) -> str:
+    suite = ALIASES.get(text.lower(), text.lower())
+    if suite not in SUITES:
+        raise _refuse(f"`suite` must be one of {', '.join((*SUITES, *ALIASES))}", text)
+    return suite
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        index, count = -1, -1
+    if not 0 <= index < count <= LARGEST:
+        raise _refuse("must be I/N, as 0/4, with 0 <= I < N", text)
+    return index, count
+
+
+if __name__ == "__main__":
+    sys.exit(main())
