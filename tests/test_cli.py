@@ -1,10 +1,22 @@
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points, version
+from unittest.mock import Mock
 
 import keras
 import numpy as np
 import pytest
 
+import keras_drsl
+import keras_drsl_command
 from keras_drsl import cli
+from keras_drsl.evaluation.suites import SUITE_ALIASES, SUITES
+from tests.helpers import run_module, run_python
 from tests.linear import inputs, linear_model
 
 
@@ -50,37 +62,305 @@ def test_strict_reports_a_failed_check(files, tmp_path):
     assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json", "--strict") == 0
     content = json.loads((tmp_path / "r.json").read_text())
     content["checks"][0]["status"] = "fail"
+    content["trustworthy"] = False
     (tmp_path / "bad.json").write_text(json.dumps(content))
     assert cli.main(["show", str(tmp_path / "bad.json")]) == 0
     assert cli.main(["show", str(tmp_path / "bad.json"), "--strict"]) == 3
 
 
-def test_bad_arguments_end_with_status_2(files, tmp_path, capsys):
-    def fails(run, reason):
+@pytest.fixture
+def fails(capsys):
+    """Return a function that runs a command and expects status 2 and a sentence."""
+
+    def check(arguments, reason):
         capsys.readouterr()
         try:
-            status = run()
+            status = cli.main([str(argument) for argument in arguments])
         except SystemExit as stop:
             status = stop.code
         assert status == 2
-        assert reason in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert reason in printed, printed
+        assert "Traceback" not in printed
 
-    (tmp_path / "there.json").write_text("mine")
-    fails(lambda: evaluate(files), "--eps")
-    fails(lambda: evaluate(files, "--eps", "x"), "must be a number, as 0.1 or 8/255")
-    fails(lambda: cli.main(["evaluate", "m", "--dataset", "fashion", "--eps", "0.1"]), "`MODEL` must be a file")
-    fails(lambda: evaluate(files, "--eps", 0), "`eps` must be a positive number")
-    fails(lambda: evaluate(files, "--eps", 0.1, "--norm", "1"), "`norm` must be one of")
-    fails(lambda: evaluate(files, "--eps", 0.1, "--shard", "3"), "must be I/N, as 0/4")
-    fails(lambda: evaluate(files, "--eps", 0.1, "--out", tmp_path / "there.json"), "which exists")
-    fails(lambda: cli.main(["show", str(tmp_path / "there.json")]), "`path` must be a file written by")
-    model = str(files / "model.keras")
-    fails(lambda: cli.main(["evaluate", model, "--dataset", "x.npz", "--eps", "0.1"]), "`path` must be an npz file")
-    fails(
-        lambda: cli.main(["evaluate", str(files / "data.npz"), "--dataset", str(files / "data.npz"), "--eps", "0.1"]),
-        "`MODEL` must be a file that Keras can load",
+    return check
+
+
+@pytest.fixture
+def command(files):
+    return ["evaluate", files / "model.keras", "--dataset", files / "data.npz", "--suite", "quick", "--quiet"]
+
+
+@pytest.mark.parametrize(  # C8
+    ("options", "reason"),
+    [
+        ([], "--eps"),
+        (["--eps", "x"], "must be a number, as 0.1 or 8/255"),
+        (["--eps", "8/0"], "must be a number, as 0.1 or 8/255"),
+        (["--eps", "1" + "0" * 400 + "/1"], "must be a number, as 0.1 or 8/255"),
+        (["--eps", "1" + "0" * 5000 + "/1"], "must be a number, as 0.1 or 8/255"),
+        (["--eps", "nan"], "must be a finite number"),
+        (["--eps", "1e400"], "must be a finite number"),
+        (["--eps", "0"], "`eps` must be a positive number"),
+        (["--eps=-1/255"], "`eps` must be a positive number"),
+        (["--eps", "0.1", "--norm", "1"], "`norm` must be one of"),
+        (["--eps", "0.1", "--suite", "best"], "`suite` must be one of"),
+        (["--eps", "0.1", "--shard", "3"], "must be I/N, as 0/4"),
+        (["--eps", "0.1", "--shard", "4/4"], "must be I/N, as 0/4"),
+        (["--eps", "0.1", "--shard", f"0/{10**30}"], "must be I/N, as 0/4"),
+        (["--eps", "0.1", "--seed", "-1"], "must be an integer from 0 to 2147483647"),
+        (["--eps", "0.1", "--seed", "9" * 5000], "must be an integer from 0 to 2147483647"),
+        (["--eps", "0.1", "--batch-size", "0"], "must be an integer from 1 to 2147483647"),
+        (["--eps", "0.1", "--max-samples", str(2**31)], "must be an integer from 1 to 2147483647"),
+        (["--eps", "0.1", "--clip-max", "inf"], "must be a finite number"),
+        (["--eps", "0.1", "--clip-min", "2"], "`clip_min` must be below `clip_max`"),
+        (["--eps", "2"], "`eps` must be no larger than the range"),
+        (["--eps", "0.1", "--out", ""], "must be a path"),
+        (["--eps", "0.1", "--out", "/nowhere/r.json"], "`out` must lie in a folder that can be written to"),
+    ],
+)
+def test_bad_arguments_end_with_status_2(command, fails, options, reason):
+    fails([*command, *options], reason)
+
+
+def test_bad_files_end_with_status_2(files, command, fails, tmp_path):
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    eps = ["--eps", "0.1"]
+    fails(["evaluate", "m", "--dataset", "digits", *eps], "`MODEL` must be a file that Keras can load")
+    fails([*command, *eps, "--dataset", "fashion"], "`dataset` must be one of digits, mnist, cifar10, or an npz file")
+    fails([*command, *eps, "--dataset", "x.npz"], "`dataset` must be a file that exists")
+    fails([*command, *eps, "--out", there], "which exists")
+    fails(["show", there], "`path` must be a file written by")
+    fails(["evaluate", files / "data.npz", *command[2:], *eps], "`MODEL` must be a file that Keras can load")
+    assert there.read_text() == "mine"
+
+
+@pytest.mark.parametrize("largest", [["--batch-size", 2**31 - 1], ["--seed", 2**31 - 1], ["--max-samples", 2**31 - 1]])
+def test_the_largest_integers_are_taken(files, largest):  # C8
+    assert evaluate(files, "--eps", 0.1, *largest) == 0
+
+
+def test_aliases_mean_what_people_type(files, capsys):  # D7
+    def shown(*options):
+        capsys.readouterr()
+        assert evaluate(files, *options) == 0
+        return re.sub(r"[\d.]+$", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+    expected = shown("--eps", 0.1, "--norm", "2", "--suite", "quick")
+    assert shown("--eps", "1/10", "--norm", "L2", "--suite", "QUICK") == expected
+    assert shown("--eps", 0.1, "--norm", "Linf") == shown("--eps", 0.1)
+    args = keras_drsl_command._parser().parse_args(
+        ["evaluate", "m", "--dataset", "MNIST", "--eps", "8/255", "--suite", "AutoAttack"]
     )
-    assert (tmp_path / "there.json").read_text() == "mine"
+    assert (args.suite, args.dataset, args.eps) == ("standard", "mnist", pytest.approx(0.031372549))
+
+
+def test_the_command_knows_the_names_of_the_package():
+    assert tuple(SUITES) == keras_drsl_command.SUITES
+    assert keras_drsl_command.ALIASES == SUITE_ALIASES
+    assert keras_drsl_command.DATASETS == keras_drsl.datasets.NAMES
+
+
+def test_one_file_in_two_places_is_refused(files, command, fails, tmp_path):  # C3
+    model, data = tmp_path / "model.keras", tmp_path / "data.npz"
+    shutil.copy(files / "model.keras", model)
+    shutil.copy(files / "data.npz", data)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    os.link(data, tmp_path / "hard.npz")
+    (tmp_path / "dangling.json").symlink_to(tmp_path / "r.json")
+    before = {path: path.read_bytes() for path in (model, data)}
+    start = ["evaluate", model, "--dataset", data, "--suite", "quick", "--eps", "0.1", "--overwrite"]
+    for outputs in (
+        ["--out", tmp_path / "p.png", "--plot", f"{tmp_path}/./p.png"],
+        ["--out", tmp_path / "r.json", "--state", tmp_path / "link" / "r.json"],
+        ["--out", tmp_path / "r.json", "--state", tmp_path / "R.JSON"],
+        ["--out", tmp_path / "r.json", "--state", tmp_path / "dangling.json"],
+        ["--out", data],
+        ["--out", tmp_path / "link" / "data.npz"],
+        ["--out", tmp_path / "hard.npz"],
+        ["--plot", model],
+        ["--state", data],
+        ["--undefended", data, "--out", data],
+    ):
+        fails([*start, *outputs], "must be different files")
+    assert {path: path.read_bytes() for path in before} == before
+    report = tmp_path / "report.json"
+    report.write_text("{}")
+    fails(["merge", report, "--out", tmp_path / "link" / "report.json", "--overwrite"], "must be different files")
+
+
+def test_a_report_that_cannot_be_written_is_printed(files, command, tmp_path, monkeypatch, capsys):  # C2
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    state = tmp_path / "e.state"
+    measure = cli.evaluate_robustness
+
+    def lose_folder(*args, **kwargs):
+        report = measure(*args, **kwargs)
+        folder.rmdir()
+        return report
+
+    monkeypatch.setattr(cli, "evaluate_robustness", lose_folder)
+    assert evaluate(files, "--eps", 0.1, "--out", folder / "r.json", "--state", state) == 2
+    out, err = capsys.readouterr()
+    assert "robust accuracy" in out
+    assert "could not be written" in err
+    assert f"The state in {str(state)!r} holds the result" in err
+    monkeypatch.undo()
+    assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json", "--state", state) == 0
+    assert capsys.readouterr().out == out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.state", "r.json"]
+
+
+LIMITED = """
+import resource, sys
+from keras_drsl import cli
+# A file may not grow beyond this size, as on a disk that is full.
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_loses_no_report(files, command, tmp_path):  # C2
+    out, state = tmp_path / "r.json", tmp_path / "e.state"
+    outputs = ["--out", out, "--state", state]
+    assert evaluate(files, "--eps", 0.1, *outputs) == 0
+    sizes = [path.stat().st_size for path in (state, out)]
+    assert sizes[0] < sizes[1] - 100
+    state.unlink()
+    out.unlink()
+    arguments = [*command, "--eps", "0.1", *outputs]
+    done = run_python(LIMITED, sizes[1] - 50, *arguments, check=False)
+    assert done.returncode == 2
+    assert "robust accuracy" in done.stdout
+    assert "could not be written" in done.stderr
+    assert "holds the result" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["e.state"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "keras_drsl", *map(str, arguments)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "could not be printed" in done.stderr
+    assert json.loads(out.read_text())["num_examples"] == 40
+
+
+def test_a_standard_plot_draws_standard_figures(files, command, tmp_path, monkeypatch):  # D6
+    pytest.importorskip("matplotlib")
+    suites = []
+    monkeypatch.setattr(cli, "robustness_curve", lambda *args, suite, **options: suites.append(suite) or Mock())
+    monkeypatch.setattr(cli, "evaluate_robustness", lambda *args, suite, **options: measured(suite))
+    arguments = [*command, "--eps", "0.1", "--plot", tmp_path / "p.png", "--suite", "standard"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert suites == ["standard"]
+
+
+def measured(suite):
+    """Return a report of one example."""
+    settings = {"eps": 0.1, "norm": "inf", "suite": suite, "shard": None}
+    per_example = {"index": [0], "label": [0], "broken_by": [None]}
+    return keras_drsl.RobustnessReport(settings, [], [], per_example, {})
+
+
+IMPORTS = """
+import json, sys
+import keras_drsl_command
+try:
+    status = keras_drsl_command.main(json.loads(sys.argv[1]))
+except SystemExit as stop:
+    status = stop.code
+heavy = {"keras", "tensorflow", "jax", "torch", "numpy", "keras_drsl"}
+print(json.dumps([status, sorted(heavy & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize(  # D3
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["evaluate", "--help"], 0),
+        (["evaluate", "model.keras"], 2),
+        (["evaluate", "model.keras", "--dataset", "digits", "--eps", "x"], 2),
+        (["evaluate", "missing.keras", "--dataset", "digits", "--eps", "0.1"], 2),
+        (["merge", "setup.cfg", "--out", "./setup.cfg", "--overwrite"], 2),
+        (["destroy"], 2),
+    ],
+)
+def test_help_and_errors_do_not_import_keras(arguments, status):
+    done = run_python(IMPORTS, json.dumps(arguments))
+    assert json.loads(done.stdout.splitlines()[-1]) == [status, []]
+
+
+def test_the_package_runs_as_a_module():  # D3
+    done = run_module("keras_drsl", "--version")
+    assert done.stdout.strip() == version("keras-drsl")
+    (script,) = entry_points(group="console_scripts", name="keras-drsl")
+    assert script.dist.name == "keras-drsl"
+
+
+def test_verbose_prints_every_check(files, tmp_path, capsys):  # D4
+    assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json") == 0
+    names = [check["name"] for check in json.loads((tmp_path / "r.json").read_text())["checks"]]
+    short = capsys.readouterr().out
+    assert f"{len(names)} of {len(names)} checks passed" in short
+    assert cli.main(["show", str(tmp_path / "r.json"), "--verbose"]) == 0
+    long = capsys.readouterr().out
+    for name in names:
+        assert f"pass: {name}" not in short
+        assert f"pass: {name}" in long
+    assert max(map(len, (short + long).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(  # C8
+    ("arrays", "reason"),
+    [
+        ({}, "it holds nothing"),
+        ({"x": np.zeros((3, 4))}, "it holds x"),
+        ({"x": np.zeros((3, 4)), "y": np.zeros(3), "x_test": np.zeros((3, 4)), "y_test": np.zeros(3)}, "it holds x, y"),
+        ({"x": np.float32(1), "y": np.zeros(3)}, "x must hold numbers"),
+        ({"x": np.zeros((3, 4)), "y": np.int64(1)}, "y must hold numbers"),
+        ({"x": np.zeros((3, 4), complex), "y": np.zeros(3)}, "x must hold numbers"),
+        ({"x": np.zeros((3, 4), "timedelta64[s]"), "y": np.zeros(3)}, "x must hold numbers"),
+        ({"x": np.zeros((3, 4), "datetime64[s]"), "y": np.zeros(3)}, "x must hold numbers"),
+        ({"x": np.zeros((3, 4)), "y": np.array(["0", "1", "2"])}, "y must hold numbers"),
+        ({"x": np.zeros(3, [("a", int)]), "y": np.zeros(3)}, "x must hold numbers"),
+        ({"x": np.array([{}] * 3, object), "y": np.zeros(3)}, "without pickles"),
+        ({"x": np.full((3, 4), np.nan), "y": np.zeros(3)}, "x must hold finite numbers"),
+        ({"x": np.zeros((3, 4)), "y": np.array([0, np.inf, 1])}, "y must hold finite numbers"),
+        ({"x": np.zeros((3, 4)), "y": np.zeros(2)}, "one label for each input"),
+        ({"x": np.zeros((0, 4)), "y": np.zeros(0)}, "at least one"),
+        ({"\x1b[31mx": np.zeros(3)}, "\\x1b[31mx"),
+    ],
+)
+def test_npz_files_without_data_are_refused(tmp_path, arrays, reason):
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(ValueError, match="`path` must be an npz file") as error:
+        keras_drsl.datasets.load_npz(tmp_path / "data.npz")
+    assert reason in str(error.value)
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path):  # C8
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("x", "text")
+        archive.writestr("y", "text")
+    np.savez_compressed(tmp_path / "whole.npz", x=np.random.default_rng(0).random((9, 4)), y=np.arange(9))
+    raw = bytearray((tmp_path / "whole.npz").read_bytes())
+    raw[200] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(raw)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("array.npy", "text.npz", "flipped.npz", "empty.npz", "folder.npz", "missing.npz"):
+        with pytest.raises(ValueError, match="`path` must be an npz file"):
+            keras_drsl.datasets.load_npz(tmp_path / name)
+    assert keras_drsl.datasets.load_npz(tmp_path / "whole.npz")[0].shape == (9, 4)
 
 
 def test_pickles_and_code_in_models_are_not_run(files, tmp_path, capsys):

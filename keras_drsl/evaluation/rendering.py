@@ -133,7 +133,8 @@ def to_markdown(report: EvaluationResults) -> str:
 
 def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
-    labels = ["no attack", *(f"after {_escape.for_figure(attack_label(name))}" for name in report.accuracy)]
+    # A name that is too long would leave no room for the bars.
+    labels = ["no attack", *(f"after {_escape.for_figure(attack_label(name)[:40])}" for name in report.accuracy)]
     shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
     left = [100 * share for share in shares]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]

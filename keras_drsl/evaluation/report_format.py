@@ -193,6 +193,8 @@ def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None])
 
 
 def _check_threat(settings: dict[str, Any]) -> None:
+    if ("clip_min" in settings) != ("clip_max" in settings):
+        raise ValueError("`settings` must hold `clip_min` and `clip_max`, or neither. Received: one")
     low, high = settings.get("clip_min", -math.inf), settings.get("clip_max", math.inf)
     if not low < high or (settings["norm"] == "inf" and settings["eps"] > high - low):
         raise ValueError(

@@ -33,7 +33,10 @@ def test_a_curve_can_be_written_and_drawn(curve, tmp_path):
     curve.plot(tmp_path / "curve.png", label="first", others={"second": curve})
     assert (tmp_path / "curve.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="`path` must be a path where nothing exists"):
+        curve.plot(tmp_path / "curve.png", overwrite=False)
+    for _ in range(2):  # C9: as `keras.Model.save`
         curve.plot(tmp_path / "curve.png")
+        curve.to_json(tmp_path / "curve.json")
 
 
 def test_a_wrong_model_has_a_curve():
@@ -62,6 +65,7 @@ def test_an_untrustworthy_curve_says_so():
     curve = robustness_curve(model, x, y, eps=[0.05], suite="quick", verbose=0)
     assert not curve.trustworthy
     assert not curve.to_dict()["trustworthy"]
+    assert "an upper bound, of suite quick" in str(curve)  # D6
     assert str(curve).startswith("NOT TRUSTWORTHY")
 
 
