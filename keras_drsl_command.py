@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--clip-min", type=_number, default=0.0, help="the smallest valid input value")
     evaluate.add_argument("--clip-max", type=_number, default=1.0, help="the largest valid input value")
-    evaluate.add_argument("--max-samples", type=_integer(1), help="how many images to evaluate; by default all")
+    evaluate.add_argument(
+        "--max-samples", type=_integer(1), help="how many images, each class in proportion; by default all"
+    )
     evaluate.add_argument(
         "--batch-size", type=_integer(1), default=256, help="images attacked together, by default 256"
     )

@@ -115,6 +115,8 @@ def _merge_facts(facts: Sequence[Any]) -> Any:
 
     Dictionaries are merged by key.
     """
+    if all(fact == facts[0] for fact in facts):
+        return facts[0]
     if any(isinstance(fact, dict) for fact in facts):
         dicts = [fact for fact in facts if isinstance(fact, dict)]
         keys = sorted({key for fact in dicts for key in fact})

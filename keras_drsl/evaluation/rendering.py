@@ -30,6 +30,7 @@ ADVICE = {
     "attack_self_test": "Suspect the attacks or the backend. Do not use the numbers.",
     "undefended": "Check the attacks: they fail on a model without a defense.",
     "transfer": "Suspect masked gradients. Add a `Transfer` attack.",
+    "units": "Give `eps`, `clip_min` and `clip_max` in the units of the inputs.",
     "shards": "Merge the reports of all shards.",
 }
 
@@ -41,7 +42,7 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
     lines = [
         *([] if report.trustworthy else ["NOT TRUSTWORTHY: a check failed. The robust accuracy is an upper bound."]),
         f"robust accuracy  {report.robust_accuracy:7.1%}   {bound}95 % interval {low:.1%} to {high:.1%}",
-        f"clean accuracy   {report.clean_accuracy:7.1%}   {report.num_examples} examples",
+        f"clean accuracy   {report.clean_accuracy:7.1%}   {_examples(report)}",
         *_wrap(f"attacked with    {_threat(report)}", indent=17),
         *_shards_line(report),
         "",
@@ -77,6 +78,15 @@ def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
     statuses: list[str] = [check.status for check in report.checks]
     others = ", ".join(f"{statuses.count(status)} {word}" for status, word in OUTCOMES.items() if status in statuses)
     return [*lines, f"{statuses.count('pass')} of {len(statuses)} checks passed{others and f' ({others})'}", *rest]
+
+
+def _examples(report: EvaluationResults) -> str:
+    """Return how many examples of how many classes were evaluated."""
+    counts = report.class_counts.values()
+    low, high = min(counts), max(counts)
+    return (
+        f"{report.num_examples} examples, {low if low == high else f'{low} to {high}'} of each of {len(counts)} classes"
+    )
 
 
 def _threat(report: EvaluationResults) -> str:

@@ -1,6 +1,7 @@
 """The figures of an evaluation: what a report holds, without its files and its text."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,11 @@ class EvaluationResults:
     def num_examples(self) -> int:
         """The number of examples that were evaluated."""
         return len(self.per_example["broken_by"])
+
+    @property
+    def class_counts(self) -> dict[int, int]:
+        """The number of examples of each class that has any, by class id."""
+        return dict(sorted(Counter(self.per_example["label"]).items()))
 
     @property
     def clean_accuracy(self) -> float:

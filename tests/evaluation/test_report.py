@@ -379,3 +379,12 @@ def test_a_report_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     make().plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+# D1
+@pytest.mark.parametrize(("labels", "text"), [([0] * 5 + [1] * 5, "5"), ([0] * 4 + [1] * 6, "4 to 6")])
+def test_the_text_says_how_many_examples_each_class_has(labels, text):
+    report = make()
+    report.per_example["label"] = labels
+    assert report.class_counts == {label: labels.count(label) for label in (0, 1)}
+    assert f"10 examples, {text} of each of 2 classes" in str(report)
