@@ -6,6 +6,7 @@ as tensors (`ThreatModel.bounds`), so that one program serves every radius; the 
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import keras
@@ -16,6 +17,7 @@ from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Tensor
 
 NORMS: tuple[Norm, ...] = ("inf", 2)
+NORM_NAMES: dict[str, Norm] = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 
 
 class Bounds(NamedTuple):
@@ -49,8 +51,9 @@ class ThreatModel:
     - Threat models with equal numbers are equal and have equal hashes.
 
     Args:
-        eps: The radius of the ball around each input, > 0. In L-inf no larger than `clip_max - clip_min`.
-        norm: `"inf"` or 2.
+        eps: The radius of the ball around each input, > 0, a number or a text as "8/255". In L-inf no larger than
+            `clip_max - clip_min`.
+        norm: `"inf"` or 2. Other names of them, such as `"Linf"` and `"L2"`, are read as these.
         clip_min: The smallest valid input value.
         clip_max: The largest valid input value, above `clip_min`.
 
@@ -76,7 +79,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         checked = {
-            "eps": _validation.check_positive("eps", self.eps),
+            "eps": _validation.check_positive("eps", _read_ratio(self.eps)),
             "norm": _check_norm(self.norm),
             "clip_min": _validation.check_number("clip_min", self.clip_min, "a finite number", lambda value: True),
             "clip_max": _validation.check_number("clip_max", self.clip_max, "a finite number", lambda value: True),
@@ -233,7 +236,20 @@ def _hint(x: Array) -> str:
 
 
 def _check_norm(norm: Any) -> Any:
-    return _validation.check_choice("norm", "inf" if norm == math.inf else norm, NORMS)
+    """Return a norm in the form of `NORMS`, also from the names that people write: `"Linf"`, `"L2"`, `numpy.inf`."""
+    known = NORM_NAMES.get(norm.lower().replace("-", "").replace("_", "")) if isinstance(norm, str) else norm
+    known = "inf" if isinstance(norm, float) and norm == math.inf else known
+    if known not in NORMS:
+        _validation.check_choice("norm", norm, NORMS)
+    return NORMS[NORMS.index(known)]
+
+
+def _read_ratio(eps: Any) -> Any:
+    """Return the number that a text such as "8/255" means; anything else unchanged."""
+    try:
+        return float(Fraction(eps)) if isinstance(eps, str) else eps
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return eps
 
 
 def project(x_adv: Tensor, x: Tensor, bounds: Bounds, norm: Norm) -> Tensor:

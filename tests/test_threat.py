@@ -1,11 +1,13 @@
 """`ThreatModel` and the projections: expected values come from loops in NumPy."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from keras import ops
 
+import keras_drsl
 from keras_drsl import ThreatModel
 from keras_drsl.threat import project, steepest_ascent
 from tests.backends import values
@@ -131,3 +133,32 @@ def test_inputs_that_do_not_fit_are_named():
 def test_inputs_out_of_range_are_told_the_usual_eps(values, hint):
     with pytest.raises(ValueError, match=hint):
         ThreatModel(8 / 255).validate("x", np.array([values], "float32"))
+
+
+# D7
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [("Linf", "inf"), ("L2", 2), ("l2", 2), ("L_inf", "inf"), (np.inf, "inf"), (2.0, 2), (np.int64(2), 2), ("2", 2)],
+)
+def test_a_norm_is_read_as_people_write_it(norm, expected):
+    threat = ThreatModel(0.1, norm)
+    assert threat == ThreatModel(0.1, expected)
+    assert json.loads(json.dumps(threat.to_dict()))["norm"] == expected
+
+
+@pytest.mark.parametrize("norm", ["L1", "l", "", 1, 0, None, [2], True, float("nan"), -np.inf])
+def test_a_norm_that_is_none_is_refused(norm):
+    with pytest.raises(ValueError, match="`norm` must be one of 'inf', 2. Received: norm="):
+        ThreatModel(0.1, norm)
+
+
+@pytest.mark.parametrize(("eps", "expected"), [("8/255", 8 / 255), ("0.1", 0.1), (" 1/2 ", 0.5)])
+def test_eps_is_read_as_people_write_it(eps, expected):
+    assert ThreatModel(eps).eps == expected
+    assert keras_drsl.attacks.FGSM(eps).eps == expected
+
+
+@pytest.mark.parametrize("eps", ["8/0", "1/x", "", "-1/255", "nan", "1e999", "1" * 5000 + "/1", "8 / 255 / 2"])
+def test_a_text_that_is_no_eps_is_refused(eps):
+    with pytest.raises(ValueError, match="`eps` must be "):
+        ThreatModel(eps)
