@@ -51,7 +51,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "seed": args.seed,
         # A file or another program expects the report alone.
-        "verbose": 0 if args.quiet or not sys.stdout.isatty() else 1,
+        "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(
         model,

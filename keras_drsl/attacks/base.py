@@ -169,6 +169,14 @@ class Attack:
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts
 
+    @property
+    def num_evaluations(self) -> int:
+        """About how many times one search evaluates the model per example; a gradient counts as three.
+
+        Progress bars estimate by it how long an evaluation takes.
+        """
+        return 1
+
     def num_pool_runs(self, num_classes: int) -> int:
         """Return how many searches follow those of `num_runs` where a call has a pool of images to start from."""
         return 0

@@ -116,6 +116,11 @@ class IterativeAttack(CleverhansAttack):
             "step_size", step_size, f"a number in (0, eps] = (0, {self.eps:g}]", lambda size: 0 < size <= self.eps
         )
 
+    @property
+    def num_evaluations(self) -> int:
+        """About how many times one search evaluates the model per example; a gradient counts as three."""
+        return 3 * self.steps
+
     def _params(self) -> dict[str, Any]:
         return {"eps_iter": self.step_size, "nb_iter": self.steps}
 

@@ -58,6 +58,11 @@ class GradientAttack(Attack):
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.restarts * (min(self.targets, num_classes - 1) if self.targeted else 1)
 
+    @property
+    def num_evaluations(self) -> int:
+        """About how many times one search evaluates the model per example; a gradient counts as three."""
+        return 3 * (self.steps + 1)
+
     def num_pool_runs(self, num_classes: int) -> int:
         """Return one search per target class for a targeted attack on the margin, otherwise 0."""
         return min(self.targets, num_classes - 1) if self.targeted and self.loss == "margin" else 0

@@ -43,6 +43,11 @@ class Noise(Attack):
         super().__init__(eps, **options)
         self.points = _validation.check_integer("points", points, at_least=1)
 
+    @property
+    def num_evaluations(self) -> int:
+        """How many times one search evaluates the model per example."""
+        return self.points
+
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search by random points; see the base class for arguments and result."""
         generators = batch.generators(self)

@@ -77,6 +77,11 @@ class Square(Attack):
         self.p_init = _validation.check_number("p_init", p_init, "a number in (0, 1]", lambda share: 0 < share <= 1)
         self.restarts = _validation.check_integer("restarts", restarts, at_least=1)
 
+    @property
+    def num_evaluations(self) -> int:
+        """How many times one search evaluates the model per example."""
+        return self.queries
+
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search by random squares; see the base class for arguments and result."""
         shape = batch.x.shape[1:]

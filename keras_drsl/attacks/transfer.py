@@ -64,6 +64,11 @@ class Transfer(Attack):
         """Return the number of searches per example. An example leaves after the first search that breaks it."""
         return self.attack.num_runs(num_classes)
 
+    @property
+    def num_evaluations(self) -> int:
+        """About how many times one search evaluates the second model per example."""
+        return self.attack.num_evaluations
+
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search on the second model; see the base class for arguments and result."""
         return self.attack.run(self.source, batch._replace(stop_when_broken=False))

@@ -176,7 +176,7 @@ def robustness_curve(
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
         seed: The seed of all randomness, >= 0.
-        verbose: 0 for no output, 1 for one line per radius.
+        verbose: 0 for no output, 1 for one line per radius, and progress as in `evaluate_robustness`.
 
     Returns:
         A `RobustnessCurve`.
@@ -218,7 +218,9 @@ def robustness_curve(
             robust = np.isinf(breaking)
             if radius == 0 or not robust.any():
                 continue
-            report = evaluator.evaluate(logits_model, examples.select(robust), pool=pool)
+            report = evaluator.evaluate(
+                logits_model, examples.select(robust), pool=pool, verbose=verbose, title=f"eps {radius:.4g}, "
+            )
             broken = [name is not None for name in report.per_example["broken_by"]]
             breaking[np.flatnonzero(robust)[broken]] = radius
             found[radius] = report.checks

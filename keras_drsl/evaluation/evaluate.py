@@ -87,7 +87,7 @@ def evaluate_robustness(
         undefended: A second model of the same inputs and classes, trained without a defense, for two more checks.
         seed: The seed of all randomness, >= 0. Equal seeds give equal reports.
         state_path: A file to keep progress in. After a kill, the same call continues from it.
-        verbose: 0 for no output, 1 for one progress bar per attack.
+        verbose: 0 for no output, 1 to show progress on `sys.stderr`: a bar on a terminal, elsewhere a line per minute.
 
     Returns:
         A `RobustnessReport`.

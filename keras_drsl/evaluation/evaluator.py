@@ -16,7 +16,8 @@ from keras_drsl._data import Examples, class_ids, digest, read_pool
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
-from keras_drsl.evaluation.context import Audit, EvaluationContext, breaks
+from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
+from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
@@ -28,6 +29,7 @@ from keras_drsl.models.random_state import check_model
 from keras_drsl.threat import ThreatModel
 
 NUM_TRIED = 32  # how many inputs the logits of a model are looked for on
+CHECK_WORK = {"before": 1, "after": 100}  # rough numbers of evaluations of the model per example, for progress
 
 
 class Evaluator:
@@ -126,6 +128,7 @@ class Evaluator:
         undefended: LogitsModel | None = None,
         state_path: str | os.PathLike[str] | None = None,
         verbose: int = 0,
+        title: str = "",
     ) -> RobustnessReport:
         """Run attacks and checks, and return the report.
 
@@ -135,7 +138,8 @@ class Evaluator:
             pool: The images that searches may start from, or None.
             undefended: The undefended model and its logits, or None.
             state_path: A file to keep progress in, or None.
-            verbose: 0 for no output, 1 for progress bars.
+            verbose: 0 for no output, 1 to show progress.
+            title: What the progress begins with.
 
         Raises:
             ValueError: If labels do not match, outputs are not finite, or the state belongs to another evaluation.
@@ -165,12 +169,13 @@ class Evaluator:
             undefended=undefended,
             audit=Audit(**state.audit),
         )
-        run = _Run(context, state, pool, verbose)
         names = [name for name in self.checks if self._listed or applies(name, context)]
-        run.run_checks([name for name in names if CHECKS[name].stage == "before"])
-        for name, attack in self.attacks.items():
-            run.run_attack(name, attack)
-        run.run_checks([name for name in names if CHECKS[name].stage == "after"])
+        with Progress(enabled=bool(verbose)) as progress:
+            run = _Run(context, state, pool, names, progress, title)
+            run.run_checks([name for name in names if CHECKS[name].stage == "before"])
+            for name, attack in self.attacks.items():
+                run.run_attack(name, attack)
+            run.run_checks([name for name in names if CHECKS[name].stage == "after"])
         return self._report(settings, names, state, examples, provenance)
 
     def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
@@ -213,11 +218,27 @@ class Evaluator:
 class _Run:
     """Attacks and checks at work on the examples of one evaluation, from where its state says."""
 
-    def __init__(self, context: EvaluationContext, state: State, pool: Pool | None, verbose: int) -> None:
+    def __init__(
+        self,
+        context: EvaluationContext,
+        state: State,
+        pool: Pool | None,
+        checks: list[str],
+        progress: Progress,
+        title: str,
+    ) -> None:
         self._context = context
         self._state = state
         self._pool = pool
-        self._verbose = verbose
+        self._progress = progress
+        self._title = title
+        # The work that is left, in evaluations of the model per robust example.
+        self._todo = {f"check:{name}": float(CHECK_WORK[CHECKS[name].stage]) for name in checks}
+        num_classes = context.logits.shape[1]
+        for name, attack in context.attacks.items():
+            runs = attack.num_runs(num_classes) + (0 if pool is None else attack.num_pool_runs(num_classes))
+            self._todo[name] = float(runs * attack.num_evaluations)
+        self._finished = 0.0
 
     def run_attack(self, name: str, attack: Attack) -> None:
         """Attack the examples that are robust so far, batch by batch."""
@@ -227,8 +248,8 @@ class _Run:
         starts = range(0, len(robust), context.batch_size)
         state.done.setdefault(name, 0)
         state.seconds.setdefault(name, 0.0)
-        bar = self._bar(name, len(robust))
         for number, start in enumerate(starts):
+            self._show(name, start, len(robust))
             if number < state.done[name]:
                 continue
             began = time.perf_counter()
@@ -242,15 +263,14 @@ class _Run:
             state.done[name] = number + 1
             state.seconds[name] += time.perf_counter() - began
             state.save()
-            if bar:
-                share = state.broken_by.count(None) / len(state.broken_by)
-                bar.update(min(start + context.batch_size, len(robust)), values=[("robust", share)])
+        self._finish(name, len(robust))
 
     def run_checks(self, names: list[str]) -> None:
         """Run the checks that the state does not hold yet."""
         state = self._state
-        bar = self._bar("checks", len(names))
-        for number, name in enumerate(names):
+        for name in names:
+            count = min(state.broken_by.count(None), MAX_EXAMPLES)
+            self._show(f"check:{name}", 0, count)
             if name not in state.checks:
                 began = time.perf_counter()
                 context = dataclasses.replace(
@@ -268,15 +288,22 @@ class _Run:
                 }
                 state.done[key], state.seconds[key] = len(context.robust.x), time.perf_counter() - began
                 state.save()
-            if bar:
-                bar.update(number + 1)
+            self._finish(f"check:{name}", count)
 
-    def _bar(self, title: str, count: int) -> Any:
-        """Print a title and return a progress bar, or None where there is nothing to show."""
-        if not self._verbose or not count:
-            return None
-        print(title)
-        return keras.utils.Progbar(count, stateful_metrics=["robust"], verbose=1)
+    def _show(self, name: str, done: int, count: int) -> None:
+        """Show which attack or check is at work, after `done` of its `count` examples."""
+        robust = self._state.broken_by.count(None)
+        later = robust * sum(work for other, work in self._todo.items() if other != name)
+        finished = self._finished + done * self._todo[name]
+        self._progress.update(
+            f"{self._title}{name.replace(':', ' ')}: {done} of {count} images, "
+            f"{robust / len(self._state.broken_by):.1%} robust so far",
+            done=finished,
+            total=self._finished + count * self._todo[name] + later,
+        )
+
+    def _finish(self, name: str, count: int) -> None:
+        self._finished += count * self._todo.pop(name)
 
 
 def _check_shard(shard: Any) -> tuple[int, int]:
