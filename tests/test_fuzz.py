@@ -38,7 +38,7 @@ class Tally:
             if not str(error).isprintable() or " " not in str(error):
                 self.tracebacks.append(("no sentence", case))
         except Exception as error:
-            self.tracebacks.append((type(error).__name__, case))
+            self.tracebacks.append((f"{type(error).__name__}: {error}"[-200:], case))
         else:
             if not is_valid(result):
                 self.false.append(case)
@@ -265,7 +265,7 @@ def test_arrays_of_any_kind(tmp_path):
 
 def test_random_command_lines(tmp_path, monkeypatch):
     files = {name: tmp_path / name for name in ("model.keras", "data.npz", "r.json", "out.json", "p.png", "e.state")}
-    np.savez(files["data.npz"], x=np.zeros((3, 4)), y=np.zeros(3))
+    np.savez(files["data.npz"], x=np.zeros((16, 4)), y=np.zeros(16))
     files["model.keras"].write_bytes(b"model")
     report().to_json(files["r.json"])
     before = {name: files[name].read_bytes() for name in ("model.keras", "data.npz", "r.json")}
