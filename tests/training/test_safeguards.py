@@ -51,11 +51,18 @@ class TestWarmup:
             train(linear(), *data(), epochs=2, warmup_epochs=2, graph=False)
 
 
+# D7
+def test_upper_case_changes_no_method():
+    x, y = data()
+    weights = [train(linear(), x, y, method=method)[0] for method in ("PGD", "pgd")]
+    np.testing.assert_array_equal(weights[0][0], weights[1][0])
+
+
 class TestArguments:
     @pytest.mark.parametrize(
         "options",
         [
-            {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "PGD"}, {"method": 1}, {"steps": 0},
+            {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "no"}, {"method": 1}, {"steps": 0},
             {"attack_loss": "ce"},
             {"step_size": 0}, {"norm": 1}, {"beta": -1}, {"clip_min": 1.0}, {"warmup_epochs": -1}, {"seed": -1},
         ],
