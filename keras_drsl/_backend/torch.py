@@ -104,7 +104,11 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         values, auxiliary = function(x)
-        gradient = torch.autograd.grad(values.sum(), x, allow_unused=True, materialize_grads=True)[0]
+        total = values.sum()
+        if total.requires_grad:
+            gradient = torch.autograd.grad(total, x, allow_unused=True, materialize_grads=True)[0]
+        else:  # nothing in the function can be differentiated
+            gradient = torch.zeros_like(x)
     values, auxiliary = keras.tree.map_structure(lambda tensor: tensor.detach(), (values, auxiliary))
     return values, auxiliary, gradient
 
