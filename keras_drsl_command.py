@@ -24,7 +24,7 @@ from typing import Any
 DATASETS = ("digits", "mnist", "cifar10")
 SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
-NORMS = {"inf": "inf", "linf": "inf", "l-inf": "inf", "l_inf": "inf", "2": 2, "l2": 2, "l-2": 2, "l_2": 2}
+NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "undefended", "reports", "report")
 OUTPUTS = ("out", "plot", "state")
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--plot", metavar="CURVE.png", type=_path, help="draw accuracy against eps: evaluates the suite at six radii"
     )
-    evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
+    evaluate.add_argument("--quiet", action="store_true", help="show no progress")
 
     merge = commands.add_parser("merge", help="merge the reports of shards")
     merge.add_argument("reports", nargs="+", metavar="REPORT.json", type=_path)
@@ -200,7 +200,7 @@ def _integer(at_least: int) -> Callable[[str], int]:
 
 
 def _norm(text: str) -> Any:
-    norm = NORMS.get(text.lower())
+    norm = NORMS.get(text.lower().replace("-", "").replace("_", ""))
     if norm is None:
         raise _refuse("`norm` must be one of 'inf', 2", text)
     return norm

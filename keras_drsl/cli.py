@@ -50,7 +50,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         "suite": args.suite,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        # A file or another program expects the report alone.
         "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(
@@ -72,7 +71,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         with _collect(problems, "The curve could not be drawn"):
             radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= threat.span]
             index = report.per_example["index"]
-            curve = robustness_curve(model, x[index], y[index], eps=radii, **options)
+            # The pool of the report, so that the curve meets it at its radius.
+            curve = robustness_curve(model, x[index], y[index], x_pool=(x, y), eps=radii, **options)
             curve.plot(args.plot, overwrite=args.overwrite)
     if problems and args.state is not None and not any("does not hold the result" in text for text in problems):
         problems.append(

@@ -16,6 +16,7 @@ import keras_drsl
 import keras_drsl_command
 from keras_drsl import cli
 from keras_drsl.evaluation.suites import SUITE_ALIASES, SUITES
+from keras_drsl.threat import NORM_NAMES
 from tests.helpers import run_module, run_python
 from tests.linear import inputs, linear_model
 
@@ -159,6 +160,7 @@ def test_aliases_mean_what_people_type(files, capsys):  # D7
 def test_the_command_knows_the_names_of_the_package():
     assert tuple(SUITES) == keras_drsl_command.SUITES
     assert keras_drsl_command.ALIASES == SUITE_ALIASES
+    assert keras_drsl_command.NORMS == NORM_NAMES
     assert keras_drsl_command.DATASETS == keras_drsl.datasets.NAMES
 
 
@@ -249,6 +251,20 @@ def test_a_full_disk_loses_no_report(files, command, tmp_path):  # C2
     assert done.returncode == 2
     assert "could not be printed" in done.stderr
     assert json.loads(out.read_text())["num_examples"] == 40
+
+
+def test_the_curve_of_a_plot_has_the_pool_of_the_report(files, tmp_path, monkeypatch):
+    pools = []
+    for name in ("evaluate_robustness", "robustness_curve"):
+        function = getattr(cli, name)
+
+        def record(model, x, y, *, function=function, x_pool=None, **options):
+            pools.append(len(x) if x_pool is None else len(x_pool[0]))
+            return function(model, x, y, x_pool=x_pool, **options)
+
+        monkeypatch.setattr(cli, name, record)
+    assert evaluate(files, "--eps", "0.1", "--max-samples", 10, "--plot", tmp_path / "curve.png") == 0
+    assert pools == [40, 40]
 
 
 def test_a_standard_plot_draws_standard_figures(files, command, tmp_path, monkeypatch):  # D6
