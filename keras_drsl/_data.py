@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_drsl import _backend, _validation
+from keras_drsl import _backend
 from keras_drsl._typing import Array
 
 
@@ -93,15 +93,13 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     Args:
         x: Inputs, or a data set of batches `(inputs, labels)`.
         y: Labels of an array of inputs, or None for a data set.
-        max_samples: How many examples to choose; None for all. Of a data set that does not know its length, the first
-            ones are read.
+        max_samples: How many examples to choose, >= 1; None for all. Of a data set that does not know its length, the
+            first ones are read.
         shard: `(i, n)`, or None for all examples.
 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
     """
-    if max_samples is not None:
-        _validation.check_integer("max_samples", max_samples, at_least=1)
     if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
         if y is None:
             raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
@@ -126,7 +124,9 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     ids = chosen if shard is None else chosen[chosen % shard[1] == shard[0]]
     if len(ids) == 0:
         raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(chosen)} examples")
-    return Examples(x[ids], y[ids], ids, digest(x[chosen], y[chosen]), (x, y))
+    # Most evaluations take all examples, and need no copy of them here.
+    digested = (x, y) if len(chosen) == len(x) else (x[chosen], y[chosen])
+    return Examples(x[ids], y[ids], ids, digest(*digested), (x, y))
 
 
 def _choose(x: Array, y: Array, count: int | None) -> Array:

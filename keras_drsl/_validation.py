@@ -33,7 +33,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
 
 
 def check_name(name: str, value: Any, choices: Collection[str]) -> str:
-    """Return the name among `choices` that `value` is but for upper and lower case, or raise `ValueError`."""
+    """Return the name among `choices` that equals `value`, in any case of letters, or raise `ValueError`."""
     result: str = check_choice(name, value.lower() if isinstance(value, str) else value, choices)
     return result
 

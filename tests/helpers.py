@@ -52,3 +52,19 @@ def run_module(name, *args, check=True, timeout=600):
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=root, check=False)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def set_nested(content, path, value):
+    """Set one value of nested dictionaries and lists; a value `...` deletes it.
+
+    Args:
+        content: The dictionary.
+        path: The keys and positions that lead to the value.
+        value: The new value.
+    """
+    for key in path[:-1]:
+        content = content[key]
+    if value is ...:
+        del content[path[-1]]
+    else:
+        content[path[-1]] = value

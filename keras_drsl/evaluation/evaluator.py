@@ -114,8 +114,8 @@ class Evaluator:
                     f"`x_pool` must hold inputs of shape {examples.x.shape[1:]}. Received: shape {x.shape[1:]}"
                 )
             self.threat.validate("x_pool", x)
-        num_classes = model.classifier.logits(x[:1]).shape[1]
-        if not any(attack.num_pool_runs(num_classes) for attack in self.attacks.values()):
+        # Two is the least number of classes.
+        if not any(attack.num_pool_runs(num_classes=2) for attack in self.attacks.values()):
             return None
         return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"])
 

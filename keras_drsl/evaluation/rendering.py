@@ -84,9 +84,8 @@ def _examples(report: EvaluationResults) -> str:
     """Return how many examples of how many classes were evaluated."""
     counts = report.class_counts.values()
     low, high = min(counts), max(counts)
-    return (
-        f"{report.num_examples} examples, {low if low == high else f'{low} to {high}'} of each of {len(counts)} classes"
-    )
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{report.num_examples} examples, {each} of each of {len(counts)} classes"
 
 
 def _threat(report: EvaluationResults) -> str:

@@ -72,6 +72,7 @@ PROVENANCE = {
     "model": schema.TEXT,
     "undefended": schema.optional(schema.TEXT),
     "data": schema.TEXT,
+    "pool": schema.optional(schema.DICT),
     "versions": schema.DICT,
 }
 PER_EXAMPLE = {
@@ -213,11 +214,9 @@ def _check_shards(settings: dict[str, Any], index: list[int]) -> None:
     if len(pairs) < len(shards) or len(counts) > 1:
         raise ValueError("`settings.shards` must hold different shards of one data set. Received: others")
     max_samples = settings.get("max_samples")
-    if max_samples is not None:
-        # These examples may be spread over the data set: their positions do not show their shard.
-        if len(index) > max_samples:
-            raise ValueError(f"`per_example` must hold at most `max_samples` examples. Received: {len(index)}")
-    elif None not in pairs:
+    if max_samples is not None and len(index) > max_samples:
+        raise ValueError(f"`per_example` must hold at most `max_samples` examples. Received: {len(index)}")
+    if None not in pairs:
         outside = [position for position in index if (position % shards[0][1], shards[0][1]) not in pairs]
         if outside:
             raise ValueError(f"`per_example.index` must lie in the shards. Received: {outside[0]!r:.20}")

@@ -9,6 +9,7 @@ from keras_drsl import RobustnessReport
 from keras_drsl.evaluation import Check, rendering
 from keras_drsl.evaluation.checks import CHECKS
 from keras_drsl.evaluation.intervals import wilson
+from tests.helpers import set_nested
 
 BROKEN_BY = [None, None, None, "clean", "first", "first", "second", None, None, "second"]
 
@@ -80,16 +81,6 @@ def test_failures_come_first():
     assert make(status="warn").trustworthy
 
 
-def mutate(content, path, value):
-    """Set one value of nested dictionaries and lists; a value `...` deletes it."""
-    for key in path[:-1]:
-        content = content[key]
-    if value is ...:
-        del content[path[-1]]
-    else:
-        content[path[-1]] = value
-
-
 @pytest.mark.parametrize(  # C6
     ("path", "value"),
     [
@@ -114,6 +105,7 @@ def mutate(content, path, value):
         (["settings", "clip_max"], 0.05),
         (["settings", "clip_max"], ...),
         (["provenance", "model"], 3),
+        (["provenance", "pool"], 7),
         (["attacks"], {}),
         (["attacks", 0], []),
         (["attacks", 0, "name"], "second"),
@@ -152,7 +144,7 @@ def mutate(content, path, value):
 )
 def test_a_report_that_breaks_a_rule_is_refused(tmp_path, path, value):
     content = make().to_dict()
-    mutate(content, path, value)
+    set_nested(content, path, value)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="`path` must be a file written by `RobustnessReport.to_json`.*must"):
