@@ -51,7 +51,7 @@ class ThreatModel:
     - Threat models with equal numbers are equal and have equal hashes.
 
     Args:
-        eps: The radius of the ball around each input, > 0, a number or a text as "8/255". In L-inf no larger than
+        eps: The radius of the ball around each input, > 0, a number or a ratio as "8/255". In L-inf no larger than
             `clip_max - clip_min`.
         norm: `"inf"` or 2. Other names of them, such as `"Linf"` and `"L2"`, are read as these.
         clip_min: The smallest valid input value.
@@ -245,9 +245,9 @@ def _check_norm(norm: Any) -> Any:
 
 
 def _read_ratio(eps: Any) -> Any:
-    """Return the number that a text such as "8/255" means; anything else unchanged."""
+    """Return the number that a ratio such as "8/255" means; anything else unchanged, also other texts."""
     try:
-        return float(Fraction(eps)) if isinstance(eps, str) else eps
+        return float(Fraction(eps)) if isinstance(eps, str) and "/" in eps else eps
     except (ValueError, ZeroDivisionError, OverflowError):
         return eps
 

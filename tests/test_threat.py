@@ -152,13 +152,13 @@ def test_a_norm_that_is_none_is_refused(norm):
         ThreatModel(0.1, norm)
 
 
-@pytest.mark.parametrize(("eps", "expected"), [("8/255", 8 / 255), ("0.1", 0.1), (" 1/2 ", 0.5)])
+@pytest.mark.parametrize(("eps", "expected"), [("8/255", 8 / 255), (" 1/2 ", 0.5)])
 def test_eps_is_read_as_people_write_it(eps, expected):
     assert ThreatModel(eps).eps == expected
     assert keras_drsl.attacks.FGSM(eps).eps == expected
 
 
-@pytest.mark.parametrize("eps", ["8/0", "1/x", "", "-1/255", "nan", "1e999", "1" * 5000 + "/1", "8 / 255 / 2"])
+@pytest.mark.parametrize("eps", ["0.1", "8/0", "1/x", "", "-1/255", "nan", "1e999", "1" * 5000 + "/1", "8 / 255 / 2"])
 def test_a_text_that_is_no_eps_is_refused(eps):
     with pytest.raises(ValueError, match="`eps` must be "):
         ThreatModel(eps)
