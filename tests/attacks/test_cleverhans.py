@@ -224,13 +224,6 @@ class TestBadInput:
         ):
             cleverhans.FastGradientMethod(0.1)(linear, x, y[:4])
 
-    @pytest.mark.parametrize("name", ["CarliniWagnerL2", "SPSA"])
-    def test_unavailable_attacks_say_why(self, name):
-        with pytest.raises(
-            ImportError, match=f"{name} of cleverhans is not available: it stops with an error on Keras 3"
-        ):
-            getattr(cleverhans, name)
-
     @pytest.mark.parametrize("attack", ["BasicIterativeMethod", "MadryEtAl"])
     def test_a_loss_the_library_cannot_take_is_named(self, attack):
         with pytest.raises(ValueError, match="`loss` must be one of 'ce'. Received: loss='margin'"):
