@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The build of torch without CUDA; another one works as well.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-short test-backends test-slow test-oldest lint figures clean
+.PHONY: demo test test-short test-backends test-slow test-oldest mutants lint figures clean
 
 demo: .venv/examples
 	$(BIN)/python examples/fit.py --seeds 2 --out demo --overwrite
@@ -49,6 +49,10 @@ test-oldest: .venv-oldest/test
 .venv-jax/test: PACKAGES = jax
 .venv-torch/test: PACKAGES = '$(TORCH)'
 .venv-oldest/test: PACKAGES = 'keras==3.8.*' 'tensorflow==2.18.*'
+
+# About an hour on two cores. A run that was stopped goes on where it was.
+mutants: .venv/dev
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

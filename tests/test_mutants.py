@@ -1,0 +1,45 @@
+from types import SimpleNamespace
+
+from tests.mutants import GROUPS, Mutant, draw, files_of_tests, table
+
+POSSIBLE = [Mutant("losses", path, "core/NumberReplacer", number) for path in ("a.py", "b.py") for number in range(50)]
+
+
+def test_a_draw_depends_on_the_seed_and_is_repeated():
+    drawn = draw(POSSIBLE, 20, seed=0)
+    assert draw(POSSIBLE[::-1], 20, seed=0) == drawn
+    assert len(set(drawn)) == 20
+    assert set(draw(POSSIBLE, 20, seed=1)) != set(drawn)
+
+
+def test_a_longer_file_keeps_what_was_drawn_from_others():
+    more = [*POSSIBLE, *(Mutant("losses", "a.py", "core/NumberReplacer", number) for number in range(50, 60))]
+    kept = set(draw(POSSIBLE, 20, seed=0)) & set(draw(more, 20, seed=0))
+    assert len(kept) >= 16
+
+
+def test_tests_named_after_the_module_run_first():
+    mutant = Mutant("attacks", "keras_drsl/attacks/pool.py", "core/NumberReplacer", 0)
+    assert files_of_tests(mutant)[0] == "tests/attacks/test_pool.py"
+    assert len(files_of_tests(mutant)) > 1
+
+
+def test_the_table_counts_and_lists_what_was_not_noticed():
+    def record(group, outcome, by, **text):
+        return {"group": group, "possible": 50, "outcome": outcome, "by": by, "path": f"keras_drsl/{group}/x.py"} | text
+
+    change = {"line": 7, "before": "a | b", "after": "a ^ b"}
+    records = [
+        record("losses", "killed", "tests/x.py::test_it", **change),
+        record("losses", "killed", "import of tests/x.py", **change),
+        record("losses", "survived", "", **change),
+        record("attacks", "survived", "", line=3, before="if x:", after=""),
+    ]
+    page = table(records, SimpleNamespace(count=3, seed=0))
+    assert "| losses | 50 | 3 | 2 | 66.7% | 1 |" in page
+    assert "| attacks | 50 | 1 | 0 | 0.0% | 0 |" in page
+    assert "| all | 100 | 4 | 2 | 50.0% | 1 |" in page
+    assert page.count("| losses/x.py | 7 |") == 1
+    assert r"| losses/x.py | 7 | ``a \| b`` | ``a ^ b`` |" in page
+    assert "| attacks/x.py | 3 | ``if x:`` | (nothing) |" in page
+    assert set(GROUPS) == {"losses", "metrics", "attacks", "evaluation"}
