@@ -259,7 +259,7 @@ def test_square_windows_are_those_of_the_paper():
     np.testing.assert_allclose((tiles**2).sum(), 1)
 
 
-def test_repr_constructs_an_equal_attack():
+def test_repr_constructs_an_equal_attack():  # B10
     for name, make in {**ATTACKS, "named": lambda eps, **options: PGD(eps, step_size=0.01)}.items():
         attack = make(0.1, norm=2, clip_max=2.0, seed=3) if name != "named" else make(0.1)
         again = eval(repr(attack))
@@ -277,7 +277,7 @@ def test_a_threat_model_replaces_the_four_arguments():
             make(None, threat=threat, norm="inf")
 
 
-def test_an_attack_cannot_be_changed():
+def test_an_attack_cannot_be_changed():  # B10
     attack = PGD(0.1)
     for name, value in (("seed", -5), ("steps", 3), ("threat", None)):
         with pytest.raises(AttributeError, match=f"`{name}` of an attack cannot be changed.* Received: {name}={value}"):

@@ -39,6 +39,15 @@ def test_a_curve_can_be_written_and_drawn(curve, tmp_path):
         curve.to_json(tmp_path / "curve.json")
 
 
+def test_generators_and_numpy_integers_are_taken(curve):  # B9
+    x, y = inputs(60)
+    attacks = iter(["apgd_t_margin"])
+    again = robustness_curve(
+        linear_model(), x, y, eps=RADII, attacks=attacks, checks=iter([]), max_samples=np.int64(60), verbose=0
+    )
+    assert again.accuracy == curve.accuracy
+
+
 def test_a_wrong_model_has_a_curve():
     x, y = inputs(10)
     curve = robustness_curve(linear_model(), x, (y + 1) % 3, eps=[0, 0.1], suite="quick", verbose=0)

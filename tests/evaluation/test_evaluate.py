@@ -14,6 +14,7 @@ from keras import ops
 import keras_drsl
 from keras_drsl import evaluate_robustness
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square, Transfer
+from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.suites import SUITES
 from tests.backends import BACKEND, on_tensorflow
 from tests.layers import Random
@@ -27,6 +28,13 @@ FAST = {"eps": 0.1, "attacks": ["fgsm_ce"], "suite": "quick", "checks": [], "ver
 @pytest.fixture(scope="module")
 def linear():
     return linear_model()
+
+
+@pytest.mark.parametrize("name", ["autoattack", "AutoAttack", "standard"])
+def test_autoattack_is_another_name_of_the_standard_suite(name):  # D7
+    evaluator = Evaluator(keras_drsl.ThreatModel(0.1), suite=name)
+    assert evaluator.settings["suite"] == "standard"
+    assert list(evaluator.attacks) == ["apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"]
 
 
 class TestAccuracy:
