@@ -7,10 +7,11 @@ from keras import ops
 
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_choice, check_integer
-from keras_drsl.predictions import LossInputs, read_inputs
+from keras_drsl.predictions import LossInputs, match_weights, read_inputs
 from keras_drsl.spread import MEASURES, SPACES, class_values, diversity
 
 
+@keras.saving.register_keras_serializable(package="keras_drsl")
 def softmax_diversity(
     y_true: Tensor,
     y_pred: Tensor,
@@ -83,6 +84,9 @@ class SoftmaxDiversity(keras.metrics.Mean):
     - Labels that are not one-hot give weight to all `C` classes, so the entropy can be slightly above 1.
     - Probabilities below 1e-30 are replaced by 1e-30, unless the logits behind them can be found (TensorFlow).
     - Positions under a Keras mask or of `ignore_class` are ignored.
+    - The logit of a non-true class may be minus infinity, as in a masked vocabulary: it counts as a probability of 0 in
+      the entropy and with `space="softmax"`. Variance and std of log probabilities are infinite or NaN there, and so is
+      their mean.
     - As with every Keras metric, sample and class weights are used only for metrics in
       `compile(weighted_metrics=...)`.
     - `EarlyStopping` and `ModelCheckpoint` do not know whether a larger value is better. Give them `mode="min"` for
@@ -141,14 +145,18 @@ class SoftmaxDiversity(keras.metrics.Mean):
         Args:
             y_true: Labels in any form that `keras_drsl.DRSLoss` takes.
             y_pred: Predictions, shape `(..., C)`, or with the classes at `axis`.
-            sample_weight: Optional weights of the samples or positions.
+            sample_weight: Optional weights of the samples or positions: a number, shape `(...)` or `(..., 1)`, or one
+                weight per sample.
         """
         inputs = read_inputs(
             y_true, y_pred, from_logits=self.from_logits, ignore_class=self.ignore_class, axis=self.axis
         )
         values = _diversity_per_position(inputs, self.measure, self.space)
+        if sample_weight is not None:
+            sample_weight, values = _weight_per_position(sample_weight, values)
         if inputs.valid is not None:
-            sample_weight = _mask_weights(ops.cast(inputs.valid, self.dtype), sample_weight)
+            valid = ops.cast(inputs.valid, values.dtype)
+            sample_weight = valid if sample_weight is None else valid * sample_weight
         super().update_state(values, sample_weight=sample_weight)
 
     def get_config(self) -> dict[str, Any]:
@@ -170,13 +178,9 @@ def _diversity_per_position(inputs: LossInputs, measure: str, space: str) -> Ten
     return inputs.mask_values(diversity(values, inputs.distribution, measure=measure))
 
 
-def _mask_weights(valid: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Return weights that are 0 at ignored positions, shape `(...)`. Keras's `Mean` does not use masks of values."""
-    if sample_weight is None:
-        return valid
-    sample_weight = ops.cast(sample_weight, valid.dtype)
-    if len(sample_weight.shape) > len(valid.shape):
-        sample_weight = ops.squeeze(sample_weight, axis=-1)
-    while len(sample_weight.shape) < len(valid.shape):
+def _weight_per_position(sample_weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights of the rank of the values, and the values. As in Keras, a weight per sample has all its steps."""
+    sample_weight = ops.convert_to_tensor(sample_weight)
+    while 0 < len(sample_weight.shape) < len(values.shape):
         sample_weight = ops.expand_dims(sample_weight, -1)
-    return valid * sample_weight
+    return match_weights(sample_weight, values)

@@ -3,17 +3,23 @@
 Losses and metrics call `read_inputs` before their formulas. `LossInputs` is what a formula takes.
 """
 
-import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 
 Shape = tuple[int | None, ...]
+
+# How far from 1 the sum of a distribution over many classes may be in half precision.
+SUM_TOLERANCE = 1e-2
+# What `1 - sum` of the other classes may be below 0.
+NEGATIVE_TOLERANCE = 1e-6
 
 
 class LossInputs(NamedTuple):
@@ -26,8 +32,8 @@ class LossInputs(NamedTuple):
         from_logits: Whether `scores` are logits.
         valid: Bool, shape `(...)`, False at positions excluded by a mask or by `ignore_class`; None if all positions
             are valid.
-        in_range: Bool, shape `(...)`, False where a class id is outside `[0, C)`; None if all ids are known to be
-            classes.
+        in_range: Bool, shape `(...)`, False where a class id is outside `[0, C)`, or where labels or probabilities are
+            not a distribution; None if all are known to be right.
     """
 
     labels: Tensor
@@ -57,11 +63,11 @@ class LossInputs(NamedTuple):
 
     @property
     def scale(self) -> Tensor:
-        """The factor of each value, shape `(...)`: 1; 0 at masked positions; NaN where the label is not a class."""
+        """The factor of each value, shape `(...)`: 1; 0 at masked positions; NaN where `in_range` is False."""
         return self.mask_values(ops.ones_like(self.scores[..., 0]))
 
     def mask_values(self, values: Tensor) -> Tensor:
-        """Set one value per position to 0 at masked positions and to NaN where the label is not a class.
+        """Set one value per position to 0 at masked positions and to NaN where `in_range` is False.
 
         Args:
             values: Shape `(...)`.
@@ -70,40 +76,39 @@ class LossInputs(NamedTuple):
 
 
 def read_inputs(
-    y_true: Tensor,
-    y_pred: Tensor,
-    *,
-    from_logits: bool,
-    ignore_class: int | None,
-    axis: int,
-    mask: Tensor | None = None,
+    y_true: Tensor, y_pred: Tensor, *, from_logits: bool, ignore_class: int | None, axis: int, dtype: str | None = None
 ) -> LossInputs:
     """Bring labels and predictions into one form.
 
     Args:
         y_true: Class ids, shape `(...)` or `(..., 1)`, or a label distribution of the shape of `y_pred`.
-        y_pred: Probabilities or logits, shape `(..., C)`, or with the classes at `axis`.
+        y_pred: Probabilities or logits, shape `(..., C)`, or with the classes at `axis`. Its Keras mask is used.
         from_logits: Whether `y_pred` holds logits.
         ignore_class: The id of a class whose positions are masked, or None.
         axis: The axis of the classes in `y_pred`.
-        mask: Bool, False at masked positions; by default the Keras mask of `y_pred`.
+        dtype: The dtype to compute in, or None for that of `y_pred`. Half precision becomes float32.
 
     Raises:
-        ValueError: For shapes that cannot match, and for class ids outside `[0, C)` where the values are known.
+        ValueError: For shapes that do not match, for ragged or sparse tensors, and, where the values are known, for
+            class ids outside `[0, C)` and for labels or probabilities that are not a distribution.
     """
-    y_pred = ops.convert_to_tensor(y_pred)
-    mask = _backend.get_mask(y_pred) if mask is None else mask
+    mask = _backend.get_mask(y_pred)  # before anything else: PyTorch's compiler loses it in a conversion
+    y_pred = to_dense("y_pred", y_pred)
     scores, from_logits = logits_behind_softmax(y_pred, from_logits, axis)
-    scores = _as_float(scores)
-    labels = ops.convert_to_tensor(y_true)
-    labels, scores = _move_classes_last(labels, scores, axis)
+    scores = _as_float(scores, dtype)
+    labels, scores = _move_classes_last(_to_labels(y_true, ignore_class), scores, axis)
 
-    valid = _valid_positions(mask, len(scores.shape) - 1, labels, ignore_class)
-    in_range = None
+    positions = tuple(scores.shape)[:-1]
+    valid = _valid_positions(mask, positions, labels, ignore_class)
     if len(labels.shape) < len(scores.shape):
         labels, in_range = _check_class_ids(labels, valid, scores.shape[-1])
-    elif valid is not None:
-        labels = ops.where(ops.expand_dims(valid, -1), labels, 1.0 / scores.shape[-1])
+    else:
+        labels, in_range = _check_distributions(labels, valid)
+    per_position = labels[..., 0] if len(labels.shape) == len(scores.shape) else labels
+    in_range = _match_positions(in_range, per_position, mask, scores[..., 0])
+    if not from_logits:
+        right = _check_probabilities(scores, valid)
+        in_range = right if in_range is None else in_range if right is None else ops.logical_and(in_range, right)
     return LossInputs(labels, scores, from_logits, valid, in_range)
 
 
@@ -125,22 +130,19 @@ class ClassIds(NamedTuple):
         return _mask_values(ops.ones_like(self.ids, dtype=dtype), self.valid, self.in_range)
 
 
-def read_class_ids(
-    y_true: Tensor, positions: Shape, num_classes: int, *, mask: Tensor | None, ignore_class: int | None
-) -> ClassIds:
+def read_class_ids(y_true: Tensor, features: Tensor, num_classes: int, *, ignore_class: int | None) -> ClassIds:
     """Bring class ids into one form.
 
     Args:
         y_true: Class ids, shape `(...)` or `(..., 1)`.
-        positions: The shape `(...)` that they must have.
+        features: Shape `(..., D)`. Its Keras mask is used.
         num_classes: The number of classes.
-        mask: Bool, shape `(...)`, False at masked positions, or None.
         ignore_class: The id of a class whose positions are masked, or None.
 
     Raises:
-        ValueError: For a shape that cannot match, and for class ids outside `[0, C)` where the values are known.
+        ValueError: As `read_inputs`.
     """
-    labels = ops.convert_to_tensor(y_true)
+    labels, positions = _to_labels(y_true, ignore_class), tuple(features.shape)[:-1]
     if len(labels.shape) == len(positions) + 1 and labels.shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
     if not shapes_match(tuple(labels.shape), positions):
@@ -148,26 +150,47 @@ def read_class_ids(
             "`y_true` must hold one class id per position. "
             f"Received: y_true.shape={tuple(labels.shape)}, positions of shape {positions}"
         )
-    valid = _valid_positions(mask, len(positions), labels, ignore_class)
+    mask = _backend.get_mask(features)
+    valid = _valid_positions(mask, positions, labels, ignore_class)
     ids, in_range = _check_class_ids(labels, valid, num_classes)
-    return ClassIds(ids, valid, in_range)
+    return ClassIds(ids, valid, _match_positions(in_range, labels, mask, features[..., 0]))
 
 
-def cast_keeping_attributes(y_pred: Tensor, dtype: str) -> Tensor:
-    """Cast `y_pred` and keep its Keras mask and the logits behind its softmax, which a plain cast loses."""
-    mask, logits = _backend.get_mask(y_pred), getattr(y_pred, "_keras_logits", None)
-    y_cast = ops.convert_to_tensor(y_pred, dtype=dtype)
-    if y_cast is y_pred:
-        return y_pred
-    if logits is not None:
-        y_cast._keras_logits = ops.cast(logits, dtype)
-    return y_cast if mask is None else _backend.set_mask(y_cast, mask)
+def match_weights(sample_weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Check that there is one sample weight per value.
+
+    Args:
+        sample_weight: A number, or shape `(...)` or `(..., 1)`, or with 1 in place of a length to share the weight.
+        values: One value per position, shape `(...)`.
+
+    Returns:
+        The weights as a tensor of the rank of `values`, and `values`, which depend on the check in a graph.
+
+    Raises:
+        ValueError: For another shape.
+    """
+    weights = ops.cast(to_dense("sample_weight", sample_weight), values.dtype)
+    given, positions = tuple(weights.shape), tuple(values.shape)
+    if len(given) == len(positions) + 1 and given[-1] == 1:
+        weights = ops.squeeze(weights, axis=-1)
+    elif not given:
+        weights = ops.reshape(weights, (1,) * len(positions))
+    lengths = tuple(weights.shape)
+    # A length of 1 is broadcast, so it matches any length.
+    if not shapes_match(tuple(None if length == 1 else length for length in lengths), positions):
+        raise ValueError(
+            "`sample_weight`, or what Keras makes of `class_weight`, must hold one weight per position, or 1 in place "
+            f"of a length to share the weight. Received: sample_weight.shape={given}, positions of shape {positions}"
+        )
+    if None in (*lengths, *positions):
+        values = values + ops.broadcast_to(ops.zeros_like(weights), ops.shape(values))
+    return weights, values
 
 
 def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple[Tensor, bool]:
     """Return the logits behind a softmax output. Where they cannot be found, return `y_pred` itself.
 
-    Keras's own losses look for them in the same way.
+    Keras's own losses look for them too.
 
     Args:
         y_pred: Probabilities or logits, with the classes at `axis`.
@@ -177,11 +200,11 @@ def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple
     Returns:
         Logits or probabilities, and whether they are logits.
     """
-    logits = getattr(y_pred, "_keras_logits", None)
-    if logits is None and (axis == -1 or axis == len(y_pred.shape) - 1):
-        logits = _backend.input_of_softmax(y_pred)
+    is_axis = -len(y_pred.shape) <= axis < len(y_pred.shape)
+    logits = _backend.input_of_softmax(y_pred, axis) if is_axis else None
     if logits is None:
-        return y_pred, from_logits
+        # A copy has no attributes: Keras's cross-entropy takes the logits of a sigmoid for those of a softmax.
+        return ops.copy(y_pred) if hasattr(y_pred, "_keras_logits") else y_pred, from_logits
     if from_logits:
         warnings.warn(
             "`from_logits=True`, but `y_pred` is the output of a softmax, so it holds probabilities. "
@@ -193,13 +216,40 @@ def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple
 
 def shapes_match(shape: Shape, other: Shape) -> bool:
     """Return whether two shapes can be equal; None is a length that is not known yet."""
-    return len(shape) == len(other) and all(a == b or a is None or b is None for a, b in zip(shape, other, strict=True))
+    return len(shape) == len(other) and all(a is None or b is None or a == b for a, b in zip(shape, other, strict=True))
 
 
-def _as_float(x: Tensor) -> Tensor:
-    """Cast to at least float32: in half precision squares overflow and small differences are lost."""
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    return x if dtype in ("float32", "float64") else ops.cast(x, "float32")
+def to_dense(name: str, x: Any) -> Tensor:
+    """Return a tensor, or raise `ValueError` for one that does not hold one value per index."""
+    if not _backend.is_dense(x):
+        raise ValueError(f"`{name}` must be a dense tensor, not a ragged or sparse one. Received: {type(x).__name__}")
+    return ops.convert_to_tensor(x)
+
+
+def _to_labels(y_true: Any, ignore_class: int | None) -> Tensor:
+    """Return labels as a tensor. Raise `ValueError` where the backend has no integers large enough for them."""
+    labels = to_dense("y_true", y_true)
+    dtype = keras.backend.standardize_dtype(labels.dtype)
+    if ignore_class is not None and not -(2**31) <= ignore_class < 2**31 and _has_no_int64():
+        raise ValueError(
+            "`ignore_class` must be a 32-bit integer, unless JAX is told to use 64 bits with `jax_enable_x64`. "
+            f"Received: ignore_class={ignore_class}"
+        )
+    if isinstance(y_true, np.ndarray) and y_true.dtype.kind in "iu" and np.dtype(dtype).itemsize < y_true.itemsize:
+        cut = ops.convert_to_numpy(labels) != y_true
+        if cut.any():
+            raise ValueError(f"`y_true` must hold integers that fit in {dtype}. Received: {y_true[cut].flat[0]}")
+    return labels
+
+
+def _has_no_int64() -> bool:
+    return str(keras.backend.standardize_dtype(ops.convert_to_tensor(np.int64(0)).dtype)) != "int64"
+
+
+def _as_float(x: Tensor, dtype: str | None) -> Tensor:
+    """Cast to `dtype`, but at least to float32: in half precision squares overflow and small differences are lost."""
+    dtype = dtype or keras.backend.standardize_dtype(x.dtype)
+    return ops.cast(x, dtype if dtype == "float64" else "float32")
 
 
 def _move_classes_last(labels: Tensor, scores: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -222,40 +272,78 @@ def _move_classes_last(labels: Tensor, scores: Tensor, axis: int) -> tuple[Tenso
             "`y_true` must hold one class id per position of `y_pred`, or a label distribution of the shape of "
             f"`y_pred`. {received}"
         )
+    if len(labels_shape) == rank:
+        labels = ops.cast(labels, scores.dtype)
+        if labels_shape[axis] is None:
+            # A length that turns out to be another one is an error and is not broadcast.
+            labels = ops.sum(ops.stack([labels, ops.zeros_like(scores)]), axis=0)
     if axis != rank - 1:
         scores = ops.moveaxis(scores, axis, -1)
         if len(labels_shape) == rank:
             labels = ops.moveaxis(labels, axis, -1)
-    if None in labels_shape:
-        # Lengths that turn out not to match then raise an error and are not broadcast.
-        labels = ops.reshape(labels, ops.shape(scores)[: len(labels_shape)])
-    if len(labels_shape) == rank:
-        labels = ops.cast(labels, scores.dtype)
     return labels, scores
+
+
+def _match_positions(in_range: Tensor | None, labels: Tensor, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return `in_range`, with an error while the program runs if lengths turn out not to match.
+
+    Args:
+        in_range: As in `LossInputs`.
+        labels: One label per position.
+        mask: A mask of the positions, or None.
+        like: A tensor of the shape of the positions.
+    """
+    tensors = [labels, like] if mask is None else [labels, mask, like]
+    if not any(None in tuple(x.shape) for x in tensors):
+        return in_range
+    # Tensors of different shapes cannot be stacked, in any backend and by XLA too. Broadcasting would hide them.
+    ones = [ops.ones_like(x, dtype="bool") for x in tensors[1:]]
+    first = ops.ones_like(labels, dtype="bool") if in_range is None else in_range
+    return ops.all(ops.stack([first, *ones]), axis=0)
 
 
 def _mask_values(values: Tensor, valid: Tensor | None, in_range: Tensor | None) -> Tensor:
     if in_range is not None:
-        # A product, so that the gradient is NaN too.
-        values = values * ops.where(in_range, ops.ones_like(values), math.nan)
+        # 1 or 0/0: NaN arises only where something is wrong. A product, so that the gradient is NaN too.
+        right = ops.cast(in_range, values.dtype)
+        values = values * (right / right)
     if valid is not None:
         values = ops.where(valid, values, ops.zeros_like(values))
     return values
 
 
-def _valid_positions(mask: Tensor | None, rank: int, labels: Tensor, ignore_class: int | None) -> Tensor | None:
-    """Return where positions are valid, bool of rank `rank`, or None if all are."""
-    valid = ops.cast(mask, "bool") if mask is not None and len(mask.shape) == rank else None
+def _valid_positions(mask: Tensor | None, positions: Shape, labels: Tensor, ignore_class: int | None) -> Tensor | None:
+    """Return where positions are valid, a bool per position, or None if all are."""
+    valid = None
+    if mask is not None:
+        if not shapes_match(tuple(mask.shape), positions):
+            raise ValueError(
+                "The Keras mask must have one value per position. "
+                f"Received: mask.shape={tuple(mask.shape)}, positions of shape {positions}"
+            )
+        valid = ops.cast(mask, "bool")
     if ignore_class is None:
         return valid
-    if len(labels.shape) > rank:
+    if len(labels.shape) > len(positions):
         ignored = ops.cast(ops.equal(ops.arange(labels.shape[-1]), ignore_class), labels.dtype)
         counts = ops.any(ops.not_equal(labels, ignored), axis=-1)
+    elif _fits(ignore_class, keras.backend.standardize_dtype(labels.dtype)):
+        counts = ops.not_equal(labels, ops.cast(np.asarray(ignore_class), labels.dtype))
     else:
-        if "int" in keras.backend.standardize_dtype(labels.dtype):
-            labels = ops.cast(labels, "int32")  # unsigned labels cannot be compared with -1
-        counts = ops.not_equal(labels, ignore_class)
+        return valid  # No label of this dtype can be equal to it.
     return counts if valid is None else ops.logical_and(valid, counts)
+
+
+def _fits(number: int, dtype: str) -> bool:
+    """Return whether a dtype represents an integer exactly."""
+    if dtype == "bool":
+        return number in (0, 1)
+    if "int" in dtype:
+        info = np.iinfo(dtype)
+        return int(info.min) <= number <= int(info.max)
+    # 2 to the power of the number of digits of the significand.
+    largest = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53}
+    return abs(number) <= largest[dtype]
 
 
 def _check_class_ids(labels: Tensor, valid: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor | None]:
@@ -264,25 +352,83 @@ def _check_class_ids(labels: Tensor, valid: Tensor | None, num_classes: int) -> 
     Where the values are known, a label that is not a class is an error.
     """
     dtype = keras.backend.standardize_dtype(labels.dtype)
-    largest_exact = {"float16": 2**11, "bfloat16": 2**8}.get(dtype, math.inf)
-    if num_classes - 1 > largest_exact:
+    if "float" in dtype and not _fits(num_classes - 1, dtype):
         raise ValueError(
             f"`y_true` must hold class ids in a dtype that represents all {num_classes} classes exactly. "
-            f"Received: y_true.dtype={dtype} (if a loss's `dtype` is the cause, use 'float32')"
+            f"Received: y_true.dtype={dtype}"
         )
     ids = ops.cast(labels, "int32")
     is_class = ops.logical_and(ids >= 0, ids < num_classes)
     in_range = ops.logical_and(is_class, ops.equal(ops.cast(ids, dtype), labels))
-    if valid is not None:
-        in_range = ops.logical_or(in_range, ops.logical_not(valid))
 
-    known = _backend.concrete_value(in_range)
-    if known is not None:
-        if not known.all():
-            wrong = ops.convert_to_numpy(labels)[~known].flat[0]
-            raise ValueError(
-                f"`y_true` must hold class ids in [0, {num_classes}), the range of the {num_classes} classes of "
-                f"`y_pred`. Received: {wrong}"
-            )
-        in_range = None
-    return ops.where(is_class, ids, 0), in_range
+    def error(wrong: Any) -> str:
+        return (
+            f"`y_true` must hold class ids in [0, {num_classes}), the range of the {num_classes} classes of "
+            f"`y_pred`. Received: {_first(labels, wrong)}. To leave out positions, use `ignore_class`, such as "
+            "`ignore_class=-1`: a sample weight of 0 does not leave them out."
+        )
+
+    return ops.where(is_class, ids, 0), _where_right(in_range, valid, error)
+
+
+def _check_distributions(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return label distributions, uniform at masked positions, and where they are distributions."""
+    if valid is not None:
+        labels = ops.where(ops.expand_dims(valid, -1), labels, 1.0 / labels.shape[-1])
+    total = ops.sum(labels, axis=-1)
+    right = ops.logical_and(_may_be_distribution(labels, total), ops.isfinite(total))
+
+    def error(wrong: Any) -> str:
+        return (
+            "`y_true` must hold class ids or label distributions: finite numbers >= 0 that sum to 1 per position. "
+            f"Received: a position that sums to {_first(total, wrong)}"
+        )
+
+    return labels, _where_right(right, None, error)
+
+
+def _check_probabilities(scores: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Return where predictions are distributions. NaN predictions are not looked at: the loss is NaN there."""
+    total = ops.sum(scores, axis=-1)
+    rule = "`y_pred` must hold probabilities, which are >= 0 and sum to 1, unless `from_logits=True`."
+
+    def error(wrong: Any) -> str:
+        return f"{rule} Received: a position that sums to {_first(total, wrong)}"
+
+    right = _where_right(_may_be_distribution(scores, total), valid, error)
+    if right is not None:
+        _backend.stop_program(right, rule)
+    return right
+
+
+def _may_be_distribution(x: Tensor, total: Tensor) -> Tensor:
+    """Return where the values of all classes are >= 0 and sum to 1, about. NaN is not refused."""
+    negative = ops.any(x < -NEGATIVE_TOLERANCE, axis=-1)
+    return ops.logical_not(ops.logical_or(negative, ops.abs(total - 1.0) > SUM_TOLERANCE))
+
+
+def _first(x: Tensor, wrong: Any) -> Any:
+    """Return the value of the first wrong position. JAX knows which are wrong, but not the values, under `jax.grad`."""
+    known = _backend.concrete_value(x)
+    return "a traced value" if known is None else known[wrong].flat[0]
+
+
+def _where_right(right: Tensor, valid: Tensor | None, error: Callable[[Any], str]) -> Tensor | None:
+    """Return where positions are right or masked, or None if all are known to be.
+
+    Args:
+        right: Bool, shape `(...)`.
+        valid: Bool, shape `(...)`, False at masked positions, or None.
+        error: Maps where positions are wrong to the message of the error.
+
+    Raises:
+        ValueError: Where values are known and one is wrong.
+    """
+    if valid is not None:
+        right = ops.logical_or(right, ops.logical_not(valid))
+    known = _backend.concrete_value(right)
+    if known is None:
+        return right
+    if not known.all():
+        raise ValueError(error(~known))
+    return None

@@ -16,8 +16,11 @@ Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robu
 
 import math
 
+import keras
+import numpy as np
 from keras import ops
 
+from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 
 SPACES = ("log_softmax", "softmax")
@@ -99,13 +102,18 @@ def diversity(values: Tensor, y_true: Tensor, *, measure: str = "variance") -> T
     if measure == "entropy":
         return _non_true_entropy(values, 1.0 - y_true)
     variance = spread(values, y_true, kind="variance")
-    return ops.sqrt(variance) if measure == "std" else variance
+    if measure == "variance":
+        return variance
+    # The derivative of the square root is infinite at 0, the value of equal classes.
+    equal = ops.equal(variance, 0.0)
+    return ops.where(equal, 0.0, ops.sqrt(ops.where(equal, 1.0, variance)))
 
 
 def _non_true_entropy(log_values: Tensor, weights: Tensor) -> Tensor:
     num_classes = log_values.shape[-1]
     if num_classes == 2:
         return ops.ones_like(log_values[..., 0])
+    log_values = finite(log_values)
     # The exponential of the true class could overflow. Its weight is 0, so any other value can replace it.
     log_values = ops.where(weights > 0, log_values - _largest_non_true(log_values, weights), 0.0)
     unnormalized = weights * ops.exp(log_values)
@@ -114,6 +122,16 @@ def _non_true_entropy(log_values: Tensor, weights: Tensor) -> Tensor:
     return -ops.sum(unnormalized / total * log_q, axis=-1) / math.log(num_classes - 1)
 
 
+def finite(log_values: Tensor) -> Tensor:
+    """Replace minus infinity, the logarithm of 0, by the smallest number: 0 times it is 0, and its exponential is 0."""
+    return ops.maximum(log_values, smallest_number(log_values))
+
+
+def smallest_number(x: Tensor) -> float:
+    """Return the smallest finite number of the dtype of a tensor, float32 or float64."""
+    return float(np.finfo(keras.backend.standardize_dtype(x.dtype)).min)
+
+
 def _largest_non_true(values: Tensor, weights: Tensor) -> Tensor:
     """Return the largest non-true value as a constant, shape `(..., 1)`; no gradient flows through it."""
-    return ops.stop_gradient(ops.max(ops.where(weights > 0, values, -math.inf), axis=-1, keepdims=True))
+    return ops.stop_gradient(_backend.max_of_classes(ops.where(weights > 0, values, smallest_number(values))))

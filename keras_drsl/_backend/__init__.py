@@ -20,6 +20,7 @@ else:
     _running = importlib.import_module(f"{__name__}.{keras.config.backend()}")
 
 NAME = _running.NAME
+GATHERS_TRUE_LOGITS = _running.GATHERS_TRUE_LOGITS
 HAS_XLA = _running.HAS_XLA
 READS_WEIGHTS_EACH_CALL = _running.READS_WEIGHTS_EACH_CALL
 
@@ -34,12 +35,17 @@ fori_loop = _running.fori_loop
 gather_rows = _running.gather_rows
 get_mask = _running.get_mask
 input_of_softmax = _running.input_of_softmax
+is_dense = _running.is_dense
+is_fixed = _running.is_fixed
 jit = _running.jit
+max_of_classes = _running.max_of_classes
 multi_step = _running.multi_step
+pad_rows = _running.pad_rows
 per_replica_value = _running.per_replica_value
 replica_id = _running.replica_id
 set_mask = _running.set_mask
 softmax_input = _running.softmax_input
+stop_program = _running.stop_program
 sync_state = _running.sync_state
 value_and_gradient = _running.value_and_gradient
 

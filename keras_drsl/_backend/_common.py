@@ -14,6 +14,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def padded_length(rows: int) -> int:
+    """Return a number of rows of at least `rows`: one of four numbers between a power of two and the next."""
+    step = max(1, (1 << max(rows - 1, 0).bit_length()) // 8)
+    return -(-rows // step) * step
+
+
 def step_by_step(program: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """Call a compiled step once per element of the stacked arguments' first axis."""
 

@@ -7,21 +7,46 @@ from typing import Any
 import jax
 import keras
 
-from keras_drsl._backend._common import available_cores, step_by_step
+from keras_drsl._backend._common import available_cores, padded_length, step_by_step
 from keras_drsl._backend._jaxpr import evaluate_to_softmax
 from keras_drsl._typing import Array, Tensor
 
 NAME = "jax"
 HAS_XLA = True
 READS_WEIGHTS_EACH_CALL = False
+GATHERS_TRUE_LOGITS = False
 
 
 def concrete_value(x: Tensor) -> Array | None:
-    """Return the values of a tensor, or None while a program is traced."""
-    if isinstance(x, keras.KerasTensor | jax.core.Tracer):
+    """Return the values of a tensor, or None where they cannot be seen."""
+    # The values of an array may lie on the devices of other processes.
+    if isinstance(x, keras.KerasTensor | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     values: Array = keras.ops.convert_to_numpy(x)
     return values
+
+
+def is_dense(x: Any) -> bool:
+    """Return whether a tensor holds one value per index."""
+    # The classes of `jax.experimental.sparse` are the only arrays with this method.
+    return not hasattr(x, "todense")
+
+
+def is_fixed(variable: Any) -> bool:
+    """Return whether the present value of a Keras variable becomes a constant of the program that is being traced."""
+    with keras.SymbolicScope() as scope:
+        is_symbolic = scope.original_scope is not None  # Keras computes shapes only
+    is_traced = isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    return is_traced and not is_symbolic and not isinstance(variable.value, jax.core.Tracer)
+
+
+def stop_program(condition: Tensor, message: str) -> None:
+    """Do nothing: a program of XLA cannot be stopped."""
+
+
+def max_of_classes(x: Tensor) -> Tensor:
+    """Return the maximum over the last axis."""
+    return keras.ops.max(x, axis=-1, keepdims=True)
 
 
 def get_mask(x: Tensor) -> Tensor | None:
@@ -87,6 +112,15 @@ def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA."""
     compiled: Callable[..., Any] = jax.jit(program)
     return compiled
+
+
+def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Add rows of zeros, unless the program around them is compiled for their number."""
+    rows = tensors[0].shape[0]
+    if any(isinstance(x, jax.core.Tracer) for x in tensors) or padded_length(rows) == rows:
+        return tensors
+    added = padded_length(rows) - rows
+    return tuple(keras.ops.pad(x, [(0, added)] + [(0, 0)] * (x.ndim - 1)) for x in tensors)
 
 
 def compile_function(
@@ -207,7 +241,7 @@ def sync_state(model: keras.Model) -> None:
     model.jax_state_sync()
 
 
-def input_of_softmax(x: Tensor) -> Tensor | None:
+def input_of_softmax(x: Tensor, axis: int = -1) -> Tensor | None:
     """Return None: a tensor does not record the operation that made it."""
     return None
 

@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_drsl._backend._common import available_cores, not_a_softmax
+from keras_drsl._backend._common import available_cores, not_a_softmax, padded_length
 from keras_drsl._typing import Array, Tensor
 
 NAME = "tensorflow"
@@ -18,16 +19,47 @@ HAS_XLA = True
 # Whether a compiled function reads the weights it closes over again in each call.
 READS_WEIGHTS_EACH_CALL = True
 
+# Whether Keras's sparse cross-entropy reads the true logits only, so that others may be minus infinity.
+GATHERS_TRUE_LOGITS = True
+
 # Operations of a graph that return their input, perhaps in another dtype.
 CASTS = ("Cast", "Identity", "IdentityN")
 
 
 def concrete_value(x: Tensor) -> Array | None:
-    """Return the values of a tensor, or None while a program is traced."""
+    """Return the values of a tensor, or None where they cannot be seen: while a program is traced or transformed."""
     if isinstance(x, keras.KerasTensor) or tf.is_symbolic_tensor(x):
         return None
     values: Array = keras.ops.convert_to_numpy(x)
     return values
+
+
+def is_dense(x: Any) -> bool:
+    """Return whether a tensor holds one value per index: not ragged, nested or sparse."""
+    return not isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices)
+
+
+def is_fixed(variable: Any) -> bool:
+    """Return whether the present value of a Keras variable becomes a constant of the program that is being traced."""
+    return False
+
+
+def stop_program(condition: Tensor, message: str) -> None:
+    """Stop a program at a wrong value, where the backend can: in a graph of TensorFlow that XLA does not compile.
+
+    Args:
+        condition: Bool, any shape; False is wrong.
+        message: The message of the error.
+    """
+    if tf.is_symbolic_tensor(condition):
+        tf.debugging.Assert(tf.reduce_all(condition), [message])
+
+
+def max_of_classes(x: Tensor) -> Tensor:
+    """Return the maximum over the last axis, shape `(..., 1)`. Keras's refuses an empty batch."""
+    if isinstance(x, keras.KerasTensor):
+        return keras.ops.max(x, axis=-1, keepdims=True)
+    return tf.reduce_max(x, axis=-1, keepdims=True)
 
 
 def get_mask(x: Tensor) -> Tensor | None:
@@ -71,10 +103,35 @@ def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     def to_spec(spec: Any) -> Any:
         return tf.TensorSpec(*spec) if isinstance(spec[1], str) else tuple(map(to_spec, spec))
 
-    compiled: Callable[..., Any] = tf.function(
-        program, input_signature=list(map(to_spec, specs)), jit_compile=True, autograph=False
-    )
-    return compiled
+    to_function = partial(tf.function, program, input_signature=list(map(to_spec, specs)), autograph=False)
+    compiled = to_function(jit_compile=True)
+    operations = compiled.get_concrete_function().graph.get_operations()
+    # XLA cannot compile what `tf.debugging.enable_check_numerics` adds to each operation.
+    is_watched = any(operation.type.startswith("Debug") for operation in operations)
+    function: Callable[..., Any] = to_function() if is_watched else compiled
+    return function
+
+
+def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Add rows of zeros to tensors of the same length, so that a program of `jit` is compiled for a few lengths only.
+
+    XLA compiles a program for each length and keeps them all. The length becomes one of four between a power of two and
+    the next. Where it is known while a program is traced, that program is compiled for it anyway: nothing is added.
+    """
+    rows = tensors[0].shape[0]
+    if rows is None:
+        rows = tf.shape(tensors[0])[0]
+        step = 2 ** tf.reduce_sum(tf.cast(rows > [2**power for power in range(3, 31)], "int32"))
+        length = (rows + step - 1) // step * step
+    else:
+        length = padded_length(rows) if tf.executing_eagerly() else rows
+        if length == rows:
+            return tensors
+    # Nothing is copied where nothing is added.
+    padded = tuple(tf.pad(x, [(0, length - rows)] + [(0, 0)] * (len(x.shape) - 1)) for x in tensors)
+    for x, given in zip(padded, tensors, strict=True):
+        x.set_shape((None, *given.shape[1:]))
+    return padded
 
 
 def compile_function(
@@ -250,10 +307,57 @@ def sync_state(model: keras.Model) -> None:
     """Write the values that training has computed into the model's variables; only JAX keeps them elsewhere."""
 
 
-def input_of_softmax(x: Tensor) -> Tensor | None:
-    """Return the input of the softmax that made a tensor of a TensorFlow graph; None where it cannot be found."""
-    operation = getattr(x, "op", None) if tf.is_symbolic_tensor(x) else None
-    return operation.inputs[0] if operation is not None and operation.type == "Softmax" else None
+def input_of_softmax(x: Tensor, axis: int = -1) -> Tensor | None:
+    """Return the input of the softmax that made a tensor; None where there is none or it cannot be found.
+
+    Only TensorFlow records it: a graph as an operation, Keras as an attribute, which its sigmoid sets too.
+
+    Args:
+        x: Any tensor.
+        axis: The axis of the softmax.
+    """
+    if isinstance(x, keras.KerasTensor):
+        return None
+    if not tf.is_symbolic_tensor(x):
+        logits = getattr(x, "_keras_logits", None)
+        return logits if logits is not None and _is_softmax(logits, x, axis) else None
+    axis %= len(x.shape)
+    if x.op.type == "Softmax":
+        return x.op.inputs[0] if axis == len(x.shape) - 1 else None
+    return getattr(x, "_keras_logits", None) if axis == _axis_of_transposed_softmax(x.op) else None
+
+
+def _axis_of_transposed_softmax(operation: Any) -> int | None:
+    """Return the axis of a softmax over another axis than the last one, which TensorFlow moves there and back."""
+    if operation.type != "Transpose" or operation.inputs[0].op.type != "Softmax":
+        return None
+    # The axes are in the order `[*range(axis), last, *range(axis + 1, last), axis]`.
+    order = operation.inputs[1].op
+    before = order.inputs[0].op if order.type == "ConcatV2" else order
+    axis = tf.get_static_value(before.inputs[1]) if before.type == "Range" else None
+    return None if axis is None else int(axis)
+
+
+def _is_softmax(logits: Tensor, outputs: Tensor, axis: int) -> bool:
+    """Return whether values are the softmax of logits, and not their sigmoid.
+
+    The first row decides, unless softmax and sigmoid are equal there.
+    """
+    across = 1 if axis % len(outputs.shape) == 0 else 0
+    for count in (1, None):
+        rows = (slice(None),) * across + (slice(count),)
+        given, z = (np.asarray(tf.cast(x[rows], "float64")) for x in (outputs, logits))
+        with np.errstate(all="ignore"):
+            exp_z = np.exp(z - z.max(axis, keepdims=True, initial=-np.inf))
+            softmax, sigmoid = exp_z / exp_z.sum(axis, keepdims=True), 1 / (1 + np.exp(-z))
+        half = outputs.dtype.size < 4
+        close = partial(np.allclose, given, rtol=0.1 if half else 1e-3, atol=1e-4 if half else 1e-37, equal_nan=True)
+        if not close(softmax):
+            return False
+        if not close(sigmoid):
+            return True
+    # Where the two are equal, so are the results, unless values of 0 hide logits that differ.
+    return not given.size or bool(np.any(given == 0))
 
 
 def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

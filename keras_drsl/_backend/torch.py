@@ -13,6 +13,7 @@ from keras_drsl._typing import Array, Tensor
 NAME = "torch"
 HAS_XLA = False
 READS_WEIGHTS_EACH_CALL = True
+GATHERS_TRUE_LOGITS = True
 
 SOFTMAXES = (torch.softmax, torch.special.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
 
@@ -24,11 +25,34 @@ CASTS = tuple(
 
 
 def concrete_value(x: Tensor) -> Array | None:
-    """Return the values of a tensor, or None while a program is traced."""
-    if isinstance(x, keras.KerasTensor) or torch.compiler.is_compiling() or x.is_meta:
+    """Return the values of a tensor, or None where they cannot be seen."""
+    # Other classes, such as fake tensors, have no values or have them elsewhere.
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or x.is_meta:
         return None
-    values: Array = keras.ops.convert_to_numpy(x)
+    try:
+        values: Array = keras.ops.convert_to_numpy(x)
+    except RuntimeError:  # under a transformation of `torch.func`
+        return None
     return values
+
+
+def is_dense(x: Any) -> bool:
+    """Return whether a tensor holds one value per index."""
+    return not (isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided))
+
+
+def is_fixed(variable: Any) -> bool:
+    """Return False: variables are read again."""
+    return False
+
+
+def stop_program(condition: Tensor, message: str) -> None:
+    """Do nothing: values that PyTorch does not show cannot stop a program."""
+
+
+def max_of_classes(x: Tensor) -> Tensor:
+    """Return the maximum over the last axis. Keras's refuses an empty batch."""
+    return keras.ops.max(x, axis=-1, keepdims=True) if isinstance(x, keras.KerasTensor) else torch.amax(x, -1, True)
 
 
 def get_mask(x: Tensor) -> Tensor | None:
@@ -60,6 +84,11 @@ def gather_rows(x: Tensor, columns: Tensor) -> Tensor:
 def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA, which PyTorch does not have."""
     raise NotImplementedError("`jit` needs TensorFlow or JAX.")
+
+
+def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Add rows of zeros. Only programs of `jit` need it."""
+    raise NotImplementedError("`pad_rows` needs TensorFlow or JAX.")
 
 
 def compile_function(
@@ -137,7 +166,7 @@ def sync_state(model: keras.Model) -> None:
     """Do nothing: variables are current at all times."""
 
 
-def input_of_softmax(x: Tensor) -> Tensor | None:
+def input_of_softmax(x: Tensor, axis: int = -1) -> Tensor | None:
     """Return None: a tensor does not record the operation that made it."""
     return None
 

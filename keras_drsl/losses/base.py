@@ -1,6 +1,8 @@
 """Provide the base class of all losses, and the functions that their formulas share."""
 
+import math
 import re
+import warnings
 from typing import Any, ClassVar
 
 import keras
@@ -8,9 +10,9 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_integer
-from keras_drsl.predictions import LossInputs, cast_keeping_attributes, read_inputs
-from keras_drsl.spread import class_values
+from keras_drsl._validation import check_integer, check_non_negative
+from keras_drsl.predictions import LossInputs, match_weights, read_inputs
+from keras_drsl.spread import class_values, finite
 
 
 class ClassificationLoss(keras.losses.Loss):
@@ -27,9 +29,18 @@ class ClassificationLoss(keras.losses.Loss):
     Note:
 
     - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary.
-    - At all other positions logits must be finite. Where the logit of a non-true class is minus infinity, as in a
-      masked vocabulary, a loss is NaN or infinite. Exceptions are `ZLoss` on the cross-entropy, and `PRSLoss` if
-      the class is not among the largest that it uses.
+    - A sample weight of 0 does not ignore a position: its label must be a class. For labels of -1, as language models
+      make them, use `ignore_class=-1`.
+    - The logit of a non-true class may be minus infinity, as in a masked vocabulary, where the loss has a finite value:
+      in `ComplementObjective`, `GuidedComplementEntropy`, `ProbabilisticallyCompactLoss` and `ZLoss`, in `PRSLoss` if
+      the class is not among the largest that it uses, and in `DRSLoss` with `lam=0` or `space="softmax"`. With a label
+      smoothing, and in all other losses, the loss is then NaN or infinite. All other logits must be finite.
+    - Of ragged and sparse tensors, only the dense form is taken.
+    - In a compiled program, a hyperparameter keeps the value that it had when the program was compiled; assigning to
+      the attribute is then a warning. To change one during training, give a `keras.Variable` and assign to it. On JAX,
+      first make it an attribute of the model, as in `model.lam = lam`: JAX reads only the variables of the model again,
+      and a callback must assign to them at the begin or end of an epoch. A variable gets no gradient from the loss, and
+      is saved as its value.
 
     Attributes:
         hyperparameters: The names of the constructor's own arguments. Each must be an attribute of the same name, so
@@ -50,16 +61,22 @@ class ClassificationLoss(keras.losses.Loss):
     Call arguments:
         y_true: Class ids, shape `(...)` or `(..., 1)`; or a label distribution, shape `(..., C)`.
         y_pred: Shape `(..., C)`, or with the classes at `axis`.
-        sample_weight: Optional weights of the samples or positions.
+        sample_weight: Optional weights of the samples or positions: a number, shape `(...)` or `(..., 1)`, or with 1 in
+            place of a length to share the weight.
 
     Returns:
-        A scalar, or with `reduction=None` one value per position.
+        A scalar, or with `reduction=None` one value per position. An empty batch gives the result that Keras gives.
 
     Raises:
         ValueError: At construction for an argument out of its range. At a call, also while it is traced, for shapes
-            that cannot match, fewer than two classes, probabilities where logits are needed, and (where values are
-            known) class ids outside `[0, C)`. In a compiled program, where values are not known, such an id makes the
-            loss and its gradient NaN.
+            that do not match, fewer than two classes, and probabilities where logits are needed. Where values are
+            known, also for class ids outside `[0, C)`, for label distributions that are negative, not finite or do not
+            sum to 1, and for probabilities that are negative or do not sum to 1 (a forgotten `from_logits`). In a
+            compiled program, where values are not known, these make the loss and its gradient NaN. On TensorFlow
+            without XLA, a forgotten `from_logits` is a `tf.errors.InvalidArgumentError` there. Sums may differ from 1
+            by 0.01.
+        tf.errors.InvalidArgumentError: On TensorFlow, for lengths that are known only when a program runs and do not
+            match.
 
     Example:
 
@@ -73,6 +90,7 @@ class ClassificationLoss(keras.losses.Loss):
 
     hyperparameters: ClassVar[tuple[str, ...]] = ()
     needs_logits: ClassVar[bool] = False
+    _is_compiled = False
 
     def __init__(
         self,
@@ -104,58 +122,117 @@ class ClassificationLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the reduced loss; the class docstring explains the arguments."""
-        mask = _backend.get_mask(y_pred)
-        if mask is not None:
-            # A compiler may lose the mask between here and `call`; PyTorch's does.
-            y_true = {**_as_dict(y_true), "mask": mask}
-        # Keras casts half-precision predictions before `call`, and would lose their attributes.
-        return super().__call__(y_true, cast_keeping_attributes(y_pred, self.dtype), sample_weight)
+        # Keras would cast labels to a floating dtype, which does not represent all class ids, and predictions to
+        # tensors without mask and logits. So it only reduces the values.
+        values, valid, sample_weight = self._values_and_weights(y_true, y_pred, sample_weight)
+        if valid is not None:
+            values = _backend.set_mask(values, valid)
+            # On PyTorch, Keras multiplies weights by the mask in place.
+            sample_weight = None if sample_weight is None else ops.copy(sample_weight)
+        return _Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)(values, values, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """Compute one value per position. Keras applies weights, masks and the reduction.
+        """Compute one value per position, without sample weights and reduction.
 
         Args:
             y_true: Labels in any form.
             y_pred: Predictions.
         """
-        given = _as_dict(y_true)
+        values, valid, _ = self._values_and_weights(y_true, y_pred, None)
+        return values if valid is None else _backend.set_mask(values, valid)
+
+    def _values_and_weights(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return one value per position, where positions are valid, and the sample weights."""
         inputs = read_inputs(
-            given["y_true"],
+            y_true,
             y_pred,
             from_logits=self.from_logits,
             ignore_class=self.ignore_class,
             axis=self.axis,
-            mask=given.get("mask"),
+            dtype=self.dtype,
         )
         if self.needs_logits:
             check_logits(type(self).__name__, inputs)
-        return mask_ignored(self._weighted_values(inputs, given.get("sample_weight")), inputs, self.ignore_class)
+        # Where values cannot be seen, a program is being compiled with the present hyperparameters.
+        self._is_compiled = self._is_compiled or inputs.in_range is not None
+        values, sample_weight = self._weighted_values(inputs, sample_weight)
+        return inputs.mask_values(values), inputs.valid, sample_weight
 
-    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
-        """Compute the formula with sample weights. They are None unless a subclass passes them from `__call__`."""
-        return self.values(inputs)
+    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute the formula. Return it and the sample weights by which Keras multiplies it."""
+        values = self.values(inputs)
+        if sample_weight is not None:
+            sample_weight, values = match_weights(sample_weight, values)
+        return values, sample_weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_compiled and name in self.hyperparameters:
+            warnings.warn(
+                f"`{name}` was changed after a program was compiled with this loss. That program keeps the old value. "
+                f"Call `model.compile` again, or construct the loss with a `keras.Variable` and assign to it. "
+                f"Received: {name}={value!r}",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
 
     def get_config(self) -> dict[str, Any]:
-        """Return all arguments, for saving."""
+        """Return all arguments, for saving. A `keras.Variable` is saved as its value."""
         own = {name: getattr(self, name) for name in (*self.hyperparameters, "from_logits", "ignore_class", "axis")}
+        own = {name: float(value) if isinstance(value, keras.Variable) else value for name, value in own.items()}
         return {**super().get_config(), **own, "dtype": self._own_dtype}
 
 
-def _as_dict(y_true: Any) -> dict[str, Tensor]:
-    """Return the labels, and the other values that `__call__` has added because Keras does not pass them to `call`."""
-    return y_true if isinstance(y_true, dict) else {"y_true": ops.convert_to_tensor(y_true)}
+class _Reduction(keras.losses.Loss):
+    """Reduce values that are computed already, with sample weights and their Keras mask, as Keras does."""
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        return y_pred
 
 
-def mask_ignored(values: Tensor, inputs: LossInputs, ignore_class: int | None) -> Tensor:
-    """Set the values of ignored positions to 0. With `ignore_class`, also set the Keras mask.
+def check_strength(name: str, value: Any) -> Any:
+    """Return a hyperparameter, or raise `ValueError` unless it is a number >= 0 or a `keras.Variable` of one."""
+    if not isinstance(value, keras.Variable):
+        return check_non_negative(name, value)
+    known = _backend.concrete_value(ops.convert_to_tensor(value))
+    if tuple(value.shape) or (known is not None and not 0 <= known < math.inf):
+        raise ValueError(f"`{name}` must be a non-negative number, or a variable of one. Received: {name}={value!r}")
+    return value
+
+
+def strength_of(value: Any, dtype: str) -> Any:
+    """Return a hyperparameter for use in a formula: a number, or the present value of a variable as a constant.
+
+    Args:
+        value: A number or a `keras.Variable`.
+        dtype: The dtype of the formula.
+    """
+    if not isinstance(value, keras.Variable):
+        return value
+    if _backend.is_fixed(value):
+        warnings.warn(
+            f"`{value.name}` is compiled into this program as a constant. JAX reads a variable again in each step only "
+            "if the model tracks it: make it an attribute of the model, as in `model.lam = lam`, before `compile`.",
+            stacklevel=2,
+        )
+    return ops.stop_gradient(ops.cast(value, dtype))
+
+
+def is_zero(value: Any) -> bool:
+    """Return whether a hyperparameter is 0 and can be left out of a program. A variable may change."""
+    return not isinstance(value, keras.Variable) and value == 0
+
+
+def mask_ignored(values: Tensor, inputs: LossInputs) -> Tensor:
+    """Set the values of ignored positions to 0, and their Keras mask.
 
     Args:
         values: One value per position, shape `(...)`.
         inputs: The labels and predictions.
-        ignore_class: A class id, or None.
     """
     values = inputs.mask_values(values)
-    return values if ignore_class is None else _backend.set_mask(values, inputs.valid)
+    return values if inputs.valid is None else _backend.set_mask(values, inputs.valid)
 
 
 def check_logits(name: str, inputs: LossInputs) -> None:
@@ -183,12 +260,15 @@ def cross_entropy(inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
     Returns:
         Shape `(...)`.
     """
-    if inputs.sparse and not label_smoothing:
-        return keras.losses.sparse_categorical_crossentropy(
-            inputs.labels, inputs.safe_scores, from_logits=inputs.from_logits
-        )
+    scores = inputs.safe_scores
+    if inputs.sparse and not label_smoothing and (_backend.GATHERS_TRUE_LOGITS or not inputs.from_logits):
+        return keras.losses.sparse_categorical_crossentropy(inputs.labels, scores, from_logits=inputs.from_logits)
+    y = inputs.distribution
+    if inputs.from_logits and not label_smoothing:
+        # 0 log 0 = 0: a masked class that has no share of the label has no part in the sum.
+        scores = ops.where(y > 0, scores, finite(scores))
     return keras.losses.categorical_crossentropy(
-        inputs.distribution, inputs.safe_scores, from_logits=inputs.from_logits, label_smoothing=label_smoothing
+        y, scores, from_logits=inputs.from_logits, label_smoothing=label_smoothing
     )
 
 

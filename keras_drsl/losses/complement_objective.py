@@ -6,8 +6,7 @@ from typing import Any
 import keras
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_non_negative
-from keras_drsl.losses.base import ClassificationLoss, cross_entropy, logits_of
+from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, logits_of, strength_of
 from keras_drsl.predictions import LossInputs
 from keras_drsl.spread import diversity
 
@@ -59,10 +58,11 @@ class ComplementObjective(ClassificationLoss):
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
         num_others = inputs.scores.shape[-1] - 1
         evenness = diversity(logits_of(inputs), inputs.distribution, measure="entropy")
-        return cross_entropy(inputs) - self.lam * math.log(num_others) / num_others * evenness
+        lam = strength_of(self.lam, inputs.scores.dtype)
+        return cross_entropy(inputs) - lam * math.log(num_others) / num_others * evenness

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_choice, check_non_negative, check_number
+from keras_drsl._validation import check_choice, check_number
 from keras_drsl.losses import fused
-from keras_drsl.losses.base import ClassificationLoss, cross_entropy, mask_ignored
+from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, is_zero, mask_ignored, strength_of
 from keras_drsl.predictions import LossInputs, read_inputs
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
@@ -35,7 +35,7 @@ def drs_loss(
     Args:
         y_true: Labels in any form that `DRSLoss` takes.
         y_pred: Probabilities, or logits with `from_logits=True`, shape `(..., C)`, or with the classes at `axis`.
-        lam: The strength of the penalty, a number >= 0.
+        lam: The strength of the penalty, a number >= 0, or a `keras.Variable` of one.
         from_logits: Whether `y_pred` holds logits.
         space: `"log_softmax"` or `"softmax"`, as in `DRSLoss`.
         spread: `"sum_of_squares"` or `"variance"`, as in `DRSLoss`.
@@ -45,8 +45,8 @@ def drs_loss(
 
     Returns:
         One value per position, shape `y_pred.shape` without `axis`: float64 for float64 predictions, otherwise float32.
-        The values of ignored positions are 0. With `ignore_class` the values also have a Keras mask, so that Keras
-        averages over the other positions.
+        The values of ignored positions are 0. The values then also have a Keras mask, so that Keras averages over the
+        other positions.
 
     Raises:
         ValueError: As `DRSLoss`, at a call, also while it is traced.
@@ -63,13 +63,13 @@ def drs_loss(
 
     Reference: Wang et al., "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363.
     """
-    lam = check_non_negative("lam", lam)
+    lam = check_strength("lam", lam)
     label_smoothing = check_smoothing(label_smoothing)
     check_choice("space", space, SPACES)
     check_choice("spread", spread, SPREADS)
 
     inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    return mask_ignored(_loss_per_position(inputs, lam, space, spread, label_smoothing), inputs, ignore_class)
+    return mask_ignored(_loss_per_position(inputs, lam, space, spread, label_smoothing), inputs)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -105,16 +105,18 @@ class DRSLoss(ClassificationLoss):
     - Positions under a Keras mask or of `ignore_class` are ignored; their values may be arbitrary. The mean is
       taken over the others.
     - Keras applies sample weights to the values afterwards. A position of weight 0 still needs a valid label and
-      finite predictions.
-    - At positions that are not ignored, logits must be finite. A non-true logit of minus infinity makes the loss
-      NaN.
+      finite predictions. For labels of -1, as language models make them, use `ignore_class=-1`.
+    - At positions that are not ignored, logits must be finite. A non-true logit of minus infinity, as in a masked
+      vocabulary, makes the loss NaN or infinite. With `lam=0` or `space="softmax"` it has a finite value, and is taken.
     - Half-precision predictions are computed in float32. The gradient of a float16 softmax is up to `1 / p` and
       overflows where its logits cannot be found. On JAX and PyTorch, end a model of mixed precision in logits or in
       a float32 softmax.
-    - With `space="softmax"`, probabilities are used as they are, even if they do not sum to 1.
+    - Probabilities must sum to 1 within 0.01, which half precision does for any number of classes.
+    - A compiled program keeps its `lam`. To change it during training, see `keras_drsl.losses.ClassificationLoss`.
 
     Args:
-        lam: The strength of the penalty, a number >= 0. Good values lie between 0.03 and 3.
+        lam: The strength of the penalty, a number >= 0, or a `keras.Variable` of one. Good values lie between 0.03
+            and 3.
         from_logits: Whether `y_pred` holds logits rather than probabilities.
         space: Where the spread is measured, `"log_softmax"` or `"softmax"`. In `"softmax"` it has almost no effect on a
             confident model, whose non-true probabilities are all near 0.
@@ -140,9 +142,9 @@ class DRSLoss(ClassificationLoss):
         A scalar, or with `reduction=None` one value per position.
 
     Raises:
-        ValueError: At construction for an argument out of its range. At a call, also while it is traced, for shapes
-            that cannot match, fewer than two classes, and (where values are known) class ids outside `[0, C)`. In a
-            compiled program, where values are not known, such an id makes the loss and its gradient NaN.
+        ValueError: At construction for an argument out of its range, and at a call for labels and predictions that are
+            none, as `keras_drsl.losses.ClassificationLoss`. In a compiled program, where values are not known, wrong
+            values make the loss and its gradient NaN.
 
     Example:
 
@@ -174,7 +176,7 @@ class DRSLoss(ClassificationLoss):
         super().__init__(
             from_logits=from_logits, ignore_class=ignore_class, axis=axis, reduction=reduction, name=name, dtype=dtype
         )
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
         self.space = check_choice("space", space, SPACES)
         self.spread = check_choice("spread", spread, SPREADS)
         self.label_smoothing = check_smoothing(label_smoothing)
@@ -184,17 +186,17 @@ class DRSLoss(ClassificationLoss):
         return _loss_per_position(inputs, self.lam, self.space, self.spread, self.label_smoothing)
 
 
-def _loss_per_position(inputs: LossInputs, lam: float, space: str, spread: str, label_smoothing: float) -> Tensor:
+def _loss_per_position(inputs: LossInputs, lam: Any, space: str, spread: str, label_smoothing: float) -> Tensor:
     """Compute the loss in one pass where that is faster, otherwise as the formula is written."""
-    if fused.should_fuse(inputs, lam, space):
+    if is_zero(lam):
+        return cross_entropy(inputs, label_smoothing)
+    lam = strength_of(lam, inputs.scores.dtype)
+    if fused.should_fuse(inputs, space):
         return fused.fused_drs_loss(
             inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
         )
-    values = cross_entropy(inputs, label_smoothing)
-    if lam > 0:
-        v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
-        values = values + lam * spread_of(v, inputs.distribution, kind=spread)
-    return values
+    v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
+    return cross_entropy(inputs, label_smoothing) + lam * spread_of(v, inputs.distribution, kind=spread)
 
 
 def check_smoothing(value: Any) -> float:

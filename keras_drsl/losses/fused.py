@@ -35,6 +35,10 @@ MIN_CLASSES = 64
 # `_value_and_gradient_of_rows`.
 NEARBY_CLASSES = 64
 
+# Programs for more numbers of classes than this replace the oldest ones. Each is compiled for at most four numbers of
+# rows between a power of two and the next: see `pad_rows`.
+MAX_PROGRAMS = 32
+
 # A block holds at most this share of all rows, or memory would grow with the number of cores.
 LARGEST_SHARE = 1 / 128
 
@@ -52,10 +56,13 @@ class BlockPlan(NamedTuple):
     logits_per_core: int = 2**16
 
 
-def should_fuse(inputs: LossInputs, lam: float, space: str) -> bool:
+def should_fuse(inputs: LossInputs, space: str) -> bool:
     """Return whether to compute the loss in one pass: whether the formula allows it, XLA exists and rows are long."""
+    scores = inputs.scores
     supported = _backend.HAS_XLA and inputs.sparse and inputs.from_logits and space == "log_softmax"
-    return supported and lam > 0 and inputs.scores.shape[-1] >= MIN_CLASSES
+    # A `KerasTensor` cannot be computed, and a symbolic length of `jax.export` cannot be divided into blocks.
+    concrete = not isinstance(scores, keras.KerasTensor) and all(n is None or isinstance(n, int) for n in scores.shape)
+    return supported and concrete and scores.shape[-1] >= MIN_CLASSES
 
 
 def fused_drs_loss(
@@ -63,7 +70,7 @@ def fused_drs_loss(
     logits: Tensor,
     scale: Tensor,
     *,
-    lam: float,
+    lam: Tensor | float,
     spread: str,
     label_smoothing: float,
     plan: BlockPlan | None = None,
@@ -74,7 +81,7 @@ def fused_drs_loss(
         class_ids: Int32, shape `(...)`, all within `[0, C)`.
         logits: Shape `(..., C)`.
         scale: The factor of each value and its gradient, shape `(...)`. Where it is 0, both are 0 for arbitrary logits.
-        lam: The strength of the penalty.
+        lam: The strength of the penalty, a number or a tensor.
         spread: `"sum_of_squares"` or `"variance"`.
         label_smoothing: A number in [0, 1).
         plan: The size of the blocks, by default for the running device.
@@ -86,33 +93,32 @@ def fused_drs_loss(
     strength = lam / (classes - 1) if spread == "variance" else lam
     dtype = keras.backend.standardize_dtype(logits.dtype)
     plan = BlockPlan(_backend.cpu_cores()) if plan is None else plan
-    program, hessian_product = compiled_programs(label_smoothing, classes, dtype, plan)
-    rows = ops.reshape(logits, (-1, classes))
-    constants = ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,)), ops.cast(strength, dtype)
-    values = _backend.custom_gradient(program, hessian_product, rows, *constants)
-    return ops.reshape(values, ops.shape(logits)[:-1])
+    rows = ops.reshape(logits, (-1, classes)), ops.reshape(class_ids, (-1,)), ops.reshape(scale, (-1,))
+    # The scale of added rows is 0, so they are ignored.
+    padded, *constants = _backend.pad_rows(*rows)
+    numbers = ops.cast(strength, dtype), ops.cast(label_smoothing, dtype)
+    program = compiled_program(classes, dtype, plan)
+    values = _backend.custom_gradient(program, _hessian_product, padded, *constants, *numbers)
+    return ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(logits)[:-1])
 
 
-@lru_cache(maxsize=64)
-def compiled_programs(
-    label_smoothing: float, classes: int, dtype: str, plan: BlockPlan
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """Return the programs of value and gradient and of the Hessian. They are cached so that each is traced once."""
-
-    specs = ((None, classes), dtype), ((None,), "int32"), ((None,), dtype), ((), dtype)
-    return _backend.jit(partial(value_and_gradient, label_smoothing, plan), *specs), _hessian_product
+@lru_cache(maxsize=MAX_PROGRAMS)
+def compiled_program(classes: int, dtype: str, plan: BlockPlan) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the program of value and gradient. It is cached so that it is traced once."""
+    specs = ((None, classes), dtype), ((None,), "int32"), ((None,), dtype), ((), dtype), ((), dtype)
+    return _backend.jit(partial(value_and_gradient, plan), *specs)
 
 
 def value_and_gradient(
-    smoothing: float, plan: BlockPlan, logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor
+    plan: BlockPlan, logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor, smoothing: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the values of all rows, and their gradient."""
-    block = partial(_value_and_gradient_of_rows, smoothing, strength)
+    block = partial(_value_and_gradient_of_rows, strength, smoothing)
     return _in_blocks(block, plan, logits, class_ids, scale, _backend.gather_rows(logits, class_ids))
 
 
 def _value_and_gradient_of_rows(
-    smoothing: float, strength: Tensor, logits: Tensor, class_ids: Tensor, scale: Tensor, true_logits: Tensor
+    strength: Tensor, smoothing: Tensor, logits: Tensor, class_ids: Tensor, scale: Tensor, true_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the values of some rows, and their gradient."""
     classes = logits.shape[-1]
@@ -142,13 +148,14 @@ def _value_and_gradient_of_rows(
     gradient = exp_z * (scale / total_exp) + ops.where(
         is_true, (smoothing - 1) * scale, (2 * strength * scale) * deviation
     )
-    if smoothing:
-        gradient = gradient - smoothing / classes * scale
+    gradient = gradient - smoothing / classes * scale
     return ops.squeeze(values * scale, -1), gradient
 
 
-def _hessian_product(logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor, vector: Tensor) -> Tensor:
-    """Multiply the second derivative of each value by a vector."""
+def _hessian_product(
+    logits: Tensor, class_ids: Tensor, scale: Tensor, strength: Tensor, smoothing: Tensor, vector: Tensor
+) -> Tensor:
+    """Multiply the second derivative of each value by a vector. The smoothing has no part in it."""
     classes = logits.shape[-1]
     scale = ops.expand_dims(scale, -1)
     p = ops.softmax(ops.where(scale == 0, 0.0, logits), axis=-1)

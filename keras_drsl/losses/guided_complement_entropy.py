@@ -6,10 +6,9 @@ import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_non_negative
-from keras_drsl.losses.base import ClassificationLoss, logits_of
+from keras_drsl.losses.base import ClassificationLoss, check_strength, logits_of, strength_of
 from keras_drsl.predictions import LossInputs
-from keras_drsl.spread import diversity
+from keras_drsl.spread import diversity, finite
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -60,10 +59,10 @@ class GuidedComplementEntropy(ClassificationLoss):
 
     def __init__(self, alpha: float = 1 / 3, **options: Any) -> None:
         super().__init__(**options)
-        self.alpha = check_non_negative("alpha", alpha)
+        self.alpha = check_strength("alpha", alpha)
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
-        y, log_p = inputs.distribution, ops.log_softmax(logits_of(inputs), axis=-1)
-        guide = ops.exp(self.alpha * ops.sum(y * log_p, axis=-1))
+        y, log_p = inputs.distribution, ops.log_softmax(finite(logits_of(inputs)), axis=-1)
+        guide = ops.exp(strength_of(self.alpha, inputs.scores.dtype) * ops.sum(y * log_p, axis=-1))
         return -guide * diversity(log_p, y, measure="entropy")

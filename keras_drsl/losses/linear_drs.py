@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import keras
@@ -10,9 +10,11 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_choice, check_integer, check_non_negative
-from keras_drsl.losses.drs import check_smoothing
-from keras_drsl.predictions import read_class_ids
+from keras_drsl._validation import check_choice, check_integer
+from keras_drsl.losses.base import check_strength, strength_of
+from keras_drsl.losses.drs import check_smoothing, drs_loss
+from keras_drsl.losses.fused import MAX_PROGRAMS
+from keras_drsl.predictions import read_class_ids, to_dense
 from keras_drsl.spread import SPREADS
 
 
@@ -41,6 +43,11 @@ def linear_drs_loss(
     Note:
 
     - The notes on `keras_drsl.DRSLoss` hold.
+    - XLA compiles programs for a number of classes, and again for at most four numbers of rows between a power of two
+      and the next: rows of zeros are added. The programs of the last 32 heads are kept. Other values of `lam` and
+      `label_smoothing` need no new program.
+    - In a functional model, called with a `keras.KerasTensor`, the operations are those of `drs_loss` and hold the
+      logits.
     - Half-precision inputs are multiplied and accumulated in float32. Gradients have the dtypes of the inputs.
     - The loss can be differentiated once.
     - It runs on TensorFlow and JAX.
@@ -50,11 +57,12 @@ def linear_drs_loss(
         features: The input of the head, shape `(..., D)`.
         kernel: Shape `(D, C)`.
         bias: Shape `(C,)`, or None.
-        lam: The strength of the penalty, a number >= 0.
+        lam: The strength of the penalty, a number >= 0, or a `keras.Variable` of one.
         chunk_size: How many classes to compute at a time, an integer >= 1. Memory grows with `batch x chunk_size`.
         spread: `"sum_of_squares"` or `"variance"`.
         label_smoothing: A number in [0, 1).
-        ignore_class: The id of a class whose positions are ignored, or None. With an id the values have a Keras mask.
+        ignore_class: The id of a class whose positions are ignored, or None. With an id or
+            a mask the values have a Keras mask.
 
     Returns:
         One value per position, shape `(...)`, float32 (float64 for float64 features).
@@ -79,35 +87,39 @@ def linear_drs_loss(
     """
     if not _backend.HAS_XLA:
         raise RuntimeError(f"`linear_drs_loss` needs TensorFlow or JAX. Received: KERAS_BACKEND={_backend.NAME}")
-    lam = check_non_negative("lam", lam)
+    lam = check_strength("lam", lam)
     label_smoothing = check_smoothing(label_smoothing)
     check_choice("spread", spread, SPREADS)
     chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
 
-    features, kernel = ops.convert_to_tensor(features), ops.convert_to_tensor(kernel)
+    features, kernel = to_dense("features", features), to_dense("kernel", kernel)
+    bias = None if bias is None else to_dense("bias", bias)
     size, classes = _check_shapes(features, kernel, bias)
-    bias = ops.zeros((classes,), kernel.dtype) if bias is None else ops.convert_to_tensor(bias)
-    positions = tuple(features.shape)[:-1]
-    mask = _backend.get_mask(features)
-    labels = read_class_ids(y_true, positions, classes, mask=mask, ignore_class=ignore_class)
+    if any(isinstance(x, keras.KerasTensor) for x in (y_true, features, kernel, bias)):
+        # In a functional model, whose operations are those of Keras.
+        logits = ops.matmul(features, kernel) if bias is None else ops.add(ops.matmul(features, kernel), bias)
+        options = {"spread": spread, "label_smoothing": label_smoothing, "ignore_class": ignore_class}
+        return drs_loss(y_true, logits, lam, from_logits=True, **options)
+    bias = ops.zeros((classes,), kernel.dtype) if bias is None else bias
+    labels = read_class_ids(y_true, features, classes, ignore_class=ignore_class)
 
     head = _ChunkedHead(
-        strength=lam / (classes - 1) if spread == "variance" else lam,
-        smoothing=label_smoothing,
         chunk=min(chunk_size, classes),
         size=size,
         classes=classes,
         dtypes=tuple(keras.backend.standardize_dtype(x.dtype) for x in (features, kernel, bias)),
     )
-    forward, backward = _compiled_programs(head)
-    values = _backend.custom_vjp(
-        forward,
-        backward,
-        (ops.reshape(features, (-1, size)), kernel, bias),
-        (ops.reshape(labels.ids, (-1,)), ops.reshape(labels.scale(head.compute_dtype), (-1,))),
-    )
-    values = ops.reshape(values, ops.shape(features)[:-1])
-    return values if ignore_class is None else _backend.set_mask(values, labels.valid)
+    forward, backward = compiled_programs(head)
+    scale = ops.reshape(labels.scale(head.compute_dtype), (-1,))
+    rows = ops.reshape(features, (-1, size)), ops.reshape(labels.ids, (-1,)), scale
+    # The scale of added rows is 0, so they are ignored.
+    padded, *constants = _backend.pad_rows(*rows)
+    lam = strength_of(lam, head.compute_dtype)
+    strength = lam / (classes - 1) if spread == "variance" else lam
+    numbers = (ops.cast(number, head.compute_dtype) for number in (strength, label_smoothing))
+    values = _backend.custom_vjp(forward, backward, (padded, kernel, bias), (*constants, *numbers))
+    values = ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(features)[:-1])
+    return values if labels.valid is None else _backend.set_mask(values, labels.valid)
 
 
 def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[int, int]:
@@ -129,16 +141,12 @@ class _ChunkedHead:
     """Compute the loss of a linear head and its gradient, a chunk of classes at a time.
 
     Attributes:
-        strength: The factor of the sum of squares.
-        smoothing: The label smoothing.
         chunk: How many classes a chunk has.
         size: The number of features.
         classes: The number of classes.
         dtypes: The dtypes of features, kernel and bias.
     """
 
-    strength: float
-    smoothing: float
     chunk: int
     size: int
     classes: int
@@ -163,9 +171,26 @@ class _ChunkedHead:
         return part, logits, ops.arange(width, dtype="int32") == ops.expand_dims(ids - start, -1)
 
     def forward(
-        self, features: Tensor, kernel: Tensor, bias: Tensor, ids: Tensor, scale: Tensor
+        self,
+        features: Tensor,
+        kernel: Tensor,
+        bias: Tensor,
+        ids: Tensor,
+        scale: Tensor,
+        strength: Tensor,
+        smoothing: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the values, and the statistics that the gradient needs."""
+        """Return the values, and the statistics that the gradient needs.
+
+        Args:
+            features: Shape `(rows, D)`.
+            kernel: Shape `(D, C)`.
+            bias: Shape `(C,)`.
+            ids: Class ids, int32, shape `(rows,)`.
+            scale: The factor of each value, shape `(rows,)`.
+            strength: The factor of the sum of squares.
+            smoothing: The label smoothing.
+        """
         features = _replace_ignored(ops.cast(features, self.compute_dtype), scale)
 
         def step(start: Tensor, width: int, state: Any) -> Any:
@@ -187,7 +212,7 @@ class _ChunkedHead:
         top, total_exp, count, mean, squares, z_true = state
         log_total = top + ops.log(total_exp)
         mean_of_all = (mean * count + z_true) / self.classes
-        loss = log_total - (1 - self.smoothing) * z_true - self.smoothing * mean_of_all + self.strength * squares
+        loss = log_total - (1 - smoothing) * z_true - smoothing * mean_of_all + strength * squares
         return loss * scale, (log_total, mean)
 
     def backward(
@@ -197,6 +222,8 @@ class _ChunkedHead:
         bias: Tensor,
         ids: Tensor,
         scale: Tensor,
+        strength: Tensor,
+        smoothing: Tensor,
         statistics: tuple[Tensor, Tensor],
         upstream: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,8 +237,8 @@ class _ChunkedHead:
             part, z, is_true = self.chunk_of_logits(features, kernel, bias, ids, start, width)
             of_logits = factor * (
                 ops.exp(z - log_total)
-                - self.smoothing / self.classes
-                + ops.where(is_true, self.smoothing - 1, 2 * self.strength * (z - mean))
+                - smoothing / self.classes
+                + ops.where(is_true, smoothing - 1, 2 * strength * (z - mean))
             )
             of_part = ops.matmul(ops.transpose(features), of_logits)
             return (
@@ -226,8 +253,8 @@ class _ChunkedHead:
         return ops.cast(of_features, self.dtypes[0]), of_kernel, of_bias
 
 
-@cache
-def _compiled_programs(head: _ChunkedHead) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@lru_cache(maxsize=MAX_PROGRAMS)
+def compiled_programs(head: _ChunkedHead) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the programs of the values and of the gradients. They are cached so that each is traced once."""
     rows = ((None,), head.compute_dtype)
     inputs = [
@@ -236,6 +263,8 @@ def _compiled_programs(head: _ChunkedHead) -> tuple[Callable[..., Any], Callable
         ((head.classes,), head.dtypes[2]),
         ((None,), "int32"),
         rows,
+        ((), head.compute_dtype),
+        ((), head.compute_dtype),
     ]
     return _backend.jit(head.forward, *inputs), _backend.jit(head.backward, *inputs, (rows, rows), rows)
 

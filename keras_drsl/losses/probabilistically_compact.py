@@ -1,15 +1,15 @@
 """Provide the probabilistically compact loss."""
 
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_non_negative, check_number
-from keras_drsl.losses.base import ClassificationLoss, logits_of
+from keras_drsl._validation import check_number
+from keras_drsl.losses.base import ClassificationLoss, check_strength, logits_of, strength_of
 from keras_drsl.predictions import LossInputs
+from keras_drsl.spread import finite, smallest_number
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -61,14 +61,15 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
     def __init__(self, margin: float = 0.995, lam: float = 0.05, **options: Any) -> None:
         super().__init__(**options)
         self.margin = check_number("margin", margin, "a number in [0, 1]", lambda number: 0 <= number <= 1)
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
-        y, z = inputs.distribution, logits_of(inputs)
+        y, z = inputs.distribution, finite(logits_of(inputs))
         w = 1.0 - y
         p = ops.softmax(z, axis=-1)
         gaps = ops.maximum(p + self.margin - ops.sum(y * p, axis=-1, keepdims=True), 0.0)
-        q = ops.softmax(ops.where(w > 0, z + ops.log(ops.where(w > 0, w, 1.0)), -math.inf), axis=-1)
+        q = ops.softmax(ops.where(w > 0, z + ops.log(ops.where(w > 0, w, 1.0)), smallest_number(z)), axis=-1)
         leads = ops.maximum(ops.sum(y * z, axis=-1, keepdims=True) - z, 0.0)
-        return ops.sum(w * gaps, axis=-1) / ops.sum(w, axis=-1) + self.lam * ops.sum(q * leads, axis=-1)
+        lam = strength_of(self.lam, inputs.scores.dtype)
+        return ops.sum(w * gaps, axis=-1) / ops.sum(w, axis=-1) + lam * ops.sum(q * leads, axis=-1)

@@ -1,15 +1,23 @@
 """Provide the partially recentralized softmax loss."""
 
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_integer, check_non_negative
-from keras_drsl.losses.base import ClassificationLoss, check_logits, cross_entropy, mask_ignored
-from keras_drsl.predictions import LossInputs, read_inputs, shapes_match
+from keras_drsl._validation import check_integer
+from keras_drsl.losses.base import (
+    ClassificationLoss,
+    check_logits,
+    check_strength,
+    cross_entropy,
+    is_zero,
+    mask_ignored,
+    strength_of,
+)
+from keras_drsl.predictions import LossInputs, match_weights, read_inputs
+from keras_drsl.spread import smallest_number
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -61,13 +69,13 @@ def prs_loss(
     Reference: Wang et al., "Partially Recentralization Softmax Loss for Vision-Language Models Robustness",
     arXiv:2402.03627.
     """
-    lam = check_non_negative("lam", lam)
+    lam = check_strength("lam", lam)
     start, end = _check_ranks(start, end)
     inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
     check_logits("PRSLoss", inputs)
     if sample_weight is not None:
-        sample_weight = _weight_per_token(sample_weight, ops.convert_to_tensor(y_pred), axis, inputs.scores.dtype)
-    return mask_ignored(_loss_per_token(inputs, lam, start, end, sample_weight), inputs, ignore_class)
+        sample_weight = _weight_per_token(sample_weight, inputs)
+    return mask_ignored(_loss_per_token(inputs, lam, start, end, sample_weight), inputs)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -140,41 +148,43 @@ class PRSLoss(ClassificationLoss):
 
     def __init__(self, lam: float = 1e-4, *, start: int = 0, end: int = 4, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
         self.start, self.end = _check_ranks(start, end)
 
-    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Compute the reduced loss; the class docstring explains the arguments."""
-        if sample_weight is not None:
-            sample_weight = _weight_per_token(sample_weight, y_pred, self.axis, self.dtype)
-            # Keras passes `y_true` to `call`, but not the weights. On PyTorch it changes the weights in place.
-            y_true = {"y_true": ops.convert_to_tensor(y_true), "sample_weight": ops.copy(sample_weight)}
-        return super().__call__(y_true, y_pred, sample_weight)
+    def values(self, inputs: LossInputs) -> Tensor:
+        """Compute one value per token, without sample weights."""
+        return _loss_per_token(inputs, self.lam, self.start, self.end, None)
 
-    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> Tensor:
-        count_weights = self.reduction == "mean_with_sample_weight"
-        return _loss_per_token(inputs, self.lam, self.start, self.end, sample_weight, count_weights=count_weights)
+    def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if sample_weight is None:
+            return self.values(inputs), None
+        weights = _weight_per_token(sample_weight, inputs)
+        by_weight = self.reduction == "mean_with_sample_weight"
+        return _loss_per_token(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight), weights
 
 
 def _loss_per_token(
-    inputs: LossInputs, lam: float, start: int, end: int, weights: Tensor | None, *, count_weights: bool = False
+    inputs: LossInputs, lam: Any, start: int, end: int, weights: Tensor | None, *, count_weights: bool = False
 ) -> Tensor:
     """Compute the formula; `count_weights` makes `N` the sum of the weights."""
     classes = inputs.scores.shape[-1]
     if end > classes - 1:
         raise ValueError(f"`end` must be at most the number of non-true classes, {classes - 1}. Received: end={end}")
     values = cross_entropy(inputs)
-    if lam == 0:
+    if is_zero(lam):
         return values
     a = _mean_of_largest(inputs, start, end)
     counts = ops.ones_like(a) if inputs.valid is None else ops.cast(inputs.valid, a.dtype)
     weights = counts if weights is None else counts * ops.cast(weights, a.dtype)
-    top = ops.stop_gradient(ops.max(ops.where(weights > 0, a, -math.inf)))
-    top = ops.where(ops.isfinite(top), top, 0.0)
+    lowest = smallest_number(a)
+    # One more number, as there may be no tokens.
+    counted = ops.append(ops.where(weights > 0, a, lowest), ops.full((1,), lowest, dtype=a.dtype))
+    top = ops.stop_gradient(ops.max(counted))
+    top = ops.where(top > lowest, top, 0.0)
     total = ops.sum(weights * ops.exp(ops.where(weights > 0, a - top, 0.0)))
     log_softmax = a - top - ops.log(ops.where(total > 0, total, 1.0))
     number = ops.sum(weights if count_weights else counts)
-    return values - lam * number * log_softmax
+    return values - strength_of(lam, a.dtype) * number * log_softmax
 
 
 def _mean_of_largest(inputs: LossInputs, start: int, end: int) -> Tensor:
@@ -182,23 +192,15 @@ def _mean_of_largest(inputs: LossInputs, start: int, end: int) -> Tensor:
     z = inputs.safe_scores
     labels = inputs.labels if inputs.sparse else ops.argmax(inputs.labels, axis=-1)
     is_true = ops.equal(ops.arange(z.shape[-1], dtype="int32"), ops.expand_dims(ops.cast(labels, "int32"), -1))
-    largest = ops.top_k(ops.where(is_true, -math.inf, z), end)[0]
-    return ops.mean(largest[..., start:], axis=-1)
+    lowest = smallest_number(z)
+    largest = ops.top_k(ops.where(is_true, lowest, z), end)[0][..., start:]
+    # The true class is among the largest only where too many others are minus infinity, and so is their mean.
+    return ops.mean(ops.where(largest > lowest, largest, 2.0 * largest), axis=-1)
 
 
-def _weight_per_token(weights: Tensor, y_pred: Tensor, axis: int, dtype: str) -> Tensor:
+def _weight_per_token(weights: Tensor, inputs: LossInputs) -> Tensor:
     """Return one sample weight per token. Keras would not broadcast weights before it divides by their sum."""
-    zeros = ops.cast(ops.zeros_like(ops.take(ops.convert_to_tensor(y_pred), 0, axis=axis)), dtype)
-    weights = ops.cast(ops.convert_to_tensor(weights), dtype)
-    given, positions = tuple(weights.shape), tuple(zeros.shape)
-    if len(given) == len(positions) + 1 and given[-1] == 1:
-        weights = ops.squeeze(weights, axis=-1)
-    # A length of 1 is broadcast, so it matches any length.
-    if not shapes_match(tuple(None if length == 1 else length for length in weights.shape), positions):
-        raise ValueError(
-            "`sample_weight`, or what Keras makes of `class_weight`, must hold one weight per token, or 1 in place of "
-            f"a length to share the weight. Received: sample_weight.shape={given}, tokens of shape {positions}"
-        )
+    weights, zeros = match_weights(weights, ops.zeros_like(inputs.scores[..., 0]))
     return weights + zeros
 
 

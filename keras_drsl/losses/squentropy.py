@@ -6,8 +6,7 @@ import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_non_negative
-from keras_drsl.losses.base import ClassificationLoss, cross_entropy
+from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, strength_of
 from keras_drsl.predictions import LossInputs
 
 
@@ -56,10 +55,10 @@ class Squentropy(ClassificationLoss):
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
         w = 1.0 - inputs.distribution
         squares = ops.sum(w * ops.square(inputs.safe_scores), axis=-1) / ops.sum(w, axis=-1)
-        return cross_entropy(inputs) + self.lam * squares
+        return cross_entropy(inputs) + strength_of(self.lam, inputs.scores.dtype) * squares

@@ -6,8 +6,7 @@ import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
-from keras_drsl._validation import check_non_negative
-from keras_drsl.losses.base import ClassificationLoss, cross_entropy
+from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, strength_of
 from keras_drsl.losses.prs import PRSLoss
 from keras_drsl.predictions import LossInputs
 
@@ -68,13 +67,19 @@ class ZLoss(ClassificationLoss):
                 )
             options = {name: loss.get_config()[name] for name in INHERITED} | options
         super().__init__(**options)
-        self.lam = check_non_negative("lam", lam)
+        self.lam = check_strength("lam", lam)
         self.loss = loss
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
-        base = cross_entropy(inputs) if self.loss is None else self.loss.values(inputs)
-        return base + self.lam * ops.square(ops.logsumexp(inputs.safe_scores, axis=-1))
+        lam = strength_of(self.lam, inputs.scores.dtype)
+        return self._base(inputs) + lam * ops.square(ops.logsumexp(inputs.safe_scores, axis=-1))
+
+    def _base(self, inputs: LossInputs) -> Tensor:
+        if self.loss is None:
+            return cross_entropy(inputs)
+        self.loss._is_compiled = self._is_compiled
+        return self.loss.values(inputs)
 
     def get_config(self) -> dict[str, Any]:
         """Return all arguments, for saving."""

@@ -50,8 +50,8 @@ def test_value_and_gradient_equal_the_formula(plan, shape, kind, label_smoothing
 def test_eager_program_equals_the_formula(plan):
     z, ids = draw()
     loop = lambda z: reference.each(reference.drs_loss, reference.one_hot(ids, 6), z)
-    inputs = map(ops.convert_to_tensor, (z, ids, np.ones(7, "float32"), np.float32(0.3)))
-    got, grad = fused.value_and_gradient(0.0, plan, *inputs)
+    inputs = map(ops.convert_to_tensor, (z, ids, np.ones(7, "float32"), np.float32(0.3), np.float32(0)))
+    got, grad = fused.value_and_gradient(plan, *inputs)
     np.testing.assert_allclose(values(got), loop(z), rtol=1e-5)
     np.testing.assert_allclose(values(grad), reference.gradient(loop, z), rtol=1e-4, atol=1e-5)
 
@@ -198,12 +198,11 @@ def test_is_used_for_ids_and_logits_of_many_classes():
     y = reference.one_hot(ids, fused.MIN_CLASSES).astype("float32")
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
 
-    def is_used(y, z, lam=0.3, space="log_softmax", from_logits=True):
+    def is_used(y, z, space="log_softmax", from_logits=True):
         inputs = read_inputs(y, z, from_logits=from_logits, ignore_class=None, axis=-1)
-        return fused.should_fuse(inputs, lam, space)
+        return fused.should_fuse(inputs, space)
 
     assert is_used(ids, z)
-    assert not is_used(ids, z, lam=0)
     assert not is_used(ids, z, space="softmax")
     assert not is_used(y, z)
     assert not is_used(ids, p, from_logits=False)
@@ -250,13 +249,13 @@ def test_tensorflow_graph_compiles_it_by_xla():
 @pytest.mark.parametrize("batch", [512, 509])
 def test_program_stores_no_second_array_of_that_size(batch, cores):
     classes = 32_000
-    program, _ = fused.compiled_programs(0.0, classes, "float32", BlockPlan(cores))
+    program = fused.compiled_program(classes, "float32", BlockPlan(cores))
     if BACKEND == "jax":
         import jax
 
         shapes = [jax.ShapeDtypeStruct((batch, classes), "float32")]
         shapes += [jax.ShapeDtypeStruct((batch,), dtype) for dtype in ("int32", "float32")]
-        shapes += [jax.ShapeDtypeStruct((), "float32")]
+        shapes += [jax.ShapeDtypeStruct((), "float32")] * 2
         temporary = jax.jit(program).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     else:
         import tensorflow as tf
@@ -264,7 +263,7 @@ def test_program_stores_no_second_array_of_that_size(batch, cores):
         if tuple(map(int, tf.__version__.split(".")[:2])) < (2, 21):
             pytest.skip("older versions of XLA copy the gradient's buffer once more")
         z, ids, scale = np.zeros((batch, classes), "float32"), np.zeros(batch, "int32"), np.ones(batch, "float32")
-        inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale, np.float32(0.3))]
+        inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale, np.float32(0.3), np.float32(0))]
         temporary = peak_of_temporaries(program.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo"))
     assert temporary <= 0.02 * batch * classes * 4
 

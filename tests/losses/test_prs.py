@@ -172,8 +172,8 @@ class TestBadInput:
     @pytest.mark.parametrize(("count", "shape"), [(4, (4,)), (7, (4,)), (7, (4, 3)), (7, (3, 7)), (7, (3,))])
     def test_weights_must_have_the_shape_of_the_tokens(self, count, shape):
         z, ids, _ = draw((4, count, 6))
-        received = re.escape(f"Received: sample_weight.shape={shape}, tokens of shape (4, {count})")
-        with pytest.raises(ValueError, match=f"`sample_weight`.*must hold one weight per token.*{received}"):
+        received = re.escape(f"Received: sample_weight.shape={shape}, positions of shape (4, {count})")
+        with pytest.raises(ValueError, match=f"`sample_weight`.*must hold one weight per position.*{received}"):
             PRSLoss(from_logits=True)(ids, z, np.ones(shape, "float32"))
 
     def test_end_must_be_at_most_the_non_true_classes(self):

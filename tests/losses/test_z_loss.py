@@ -4,8 +4,8 @@ import pytest
 
 from keras_drsl import DRSLoss, PRSLoss, Squentropy, ZLoss
 from tests import reference
-from tests.backends import values
-from tests.losses.cases import draw
+from tests.backends import needs_xla, values
+from tests.losses.cases import draw, small_data, small_model
 
 
 def test_adds_to_another_loss_with_its_options():
@@ -40,3 +40,14 @@ def test_errors_name_a_loss_of_another_kind(inner):
     rule = "`loss` must be a loss of keras_drsl other than PRSLoss and ZLoss, or None. Received: loss="
     with pytest.raises(ValueError, match=rule):
         ZLoss(loss=inner)
+
+
+# A13
+@needs_xla
+def test_the_inner_loss_warns_of_a_changed_number_too():
+    x, y = small_data()
+    model = small_model(activation=None)
+    model.compile(loss=ZLoss(loss=DRSLoss(from_logits=True)))
+    model.fit(x, y, verbose=0)
+    with pytest.warns(UserWarning, match="`lam` was changed after a program was compiled"):
+        model.loss.loss.lam = 1.0
