@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_backend": {"_typing"},
     "plotting": {"_files", "_typing"},
     "datasets": {"_escape", "_typing", "_validation"},
-    "spread": {"_typing"},
+    "spread": {"_backend", "_typing"},
     "predictions": {"_backend", "_typing", "_validation", "spread"},
     "_data": {"_backend", "_typing", "_validation"},
     "threat": {"_typing", "_validation"},

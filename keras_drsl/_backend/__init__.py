@@ -36,7 +36,6 @@ gather_rows = _running.gather_rows
 get_mask = _running.get_mask
 input_of_softmax = _running.input_of_softmax
 is_dense = _running.is_dense
-is_fixed = _running.is_fixed
 jit = _running.jit
 max_of_classes = _running.max_of_classes
 multi_step = _running.multi_step
@@ -48,6 +47,7 @@ softmax_input = _running.softmax_input
 stop_program = _running.stop_program
 sync_state = _running.sync_state
 value_and_gradient = _running.value_and_gradient
+warn_if_constant = _running.warn_if_constant
 
 
 def require_tensorflow(feature: str) -> None:

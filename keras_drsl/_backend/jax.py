@@ -1,5 +1,6 @@
 """Define the functions of `_backend` for JAX. `tensorflow.py` explains them."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -32,12 +33,17 @@ def is_dense(x: Any) -> bool:
     return not hasattr(x, "todense")
 
 
-def is_fixed(variable: Any) -> bool:
-    """Return whether the present value of a Keras variable becomes a constant of the program that is being traced."""
+def warn_if_constant(variable: Any) -> None:
+    """Warn that the program being traced will keep the present value of a Keras variable."""
     with keras.SymbolicScope() as scope:
         is_symbolic = scope.original_scope is not None  # Keras computes shapes only
     is_traced = isinstance(jax.numpy.zeros(()), jax.core.Tracer)
-    return is_traced and not is_symbolic and not isinstance(variable.value, jax.core.Tracer)
+    if is_traced and not is_symbolic and not isinstance(variable.value, jax.core.Tracer):
+        warnings.warn(
+            f"`{variable.name}` is compiled into this program as a constant. JAX reads a variable again in each step "
+            "only if the model tracks it: before `compile`, let the model hold it, as in `model.lam = lam`.",
+            stacklevel=3,
+        )
 
 
 def stop_program(condition: Tensor, message: str) -> None:

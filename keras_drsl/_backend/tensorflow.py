@@ -39,9 +39,8 @@ def is_dense(x: Any) -> bool:
     return not isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices)
 
 
-def is_fixed(variable: Any) -> bool:
-    """Return whether the present value of a Keras variable becomes a constant of the program that is being traced."""
-    return False
+def warn_if_constant(variable: Any) -> None:
+    """Warn that the program being traced will keep the present value of a Keras variable: only JAX does."""
 
 
 def stop_program(condition: Tensor, message: str) -> None:

@@ -41,9 +41,8 @@ def is_dense(x: Any) -> bool:
     return not (isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided))
 
 
-def is_fixed(variable: Any) -> bool:
-    """Return False: variables are read again."""
-    return False
+def warn_if_constant(variable: Any) -> None:
+    """Do nothing: variables are read again."""
 
 
 def stop_program(condition: Tensor, message: str) -> None:

@@ -210,12 +210,7 @@ def strength_of(value: Any, dtype: str) -> Any:
     """
     if not isinstance(value, keras.Variable):
         return value
-    if _backend.is_fixed(value):
-        warnings.warn(
-            f"`{value.name}` is compiled into this program as a constant. JAX reads a variable again in each step only "
-            "if the model tracks it: make it an attribute of the model, as in `model.lam = lam`, before `compile`.",
-            stacklevel=2,
-        )
+    _backend.warn_if_constant(value)
     return ops.stop_gradient(ops.cast(value, dtype))
 
 
