@@ -51,7 +51,7 @@ class LossInputs(NamedTuple):
     def distribution(self) -> Tensor:
         """The labels as a distribution, shape `(..., C)`."""
         if self.sparse:
-            return ops.one_hot(self.labels, self.scores.shape[-1], dtype=self.scores.dtype)
+            return ops.cast(is_true_class(self.labels, self.scores.shape[-1]), self.scores.dtype)
         return self.labels
 
     @property
@@ -214,6 +214,21 @@ def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple
     return logits, True
 
 
+def is_true_class(class_ids: Tensor, num_classes: int) -> Tensor:
+    """Return which classes are the true ones. `ops.one_hot` looks at values on PyTorch, which `torch.func` may forbid.
+
+    Args:
+        class_ids: Int32, shape `(...)`.
+        num_classes: The number of classes.
+
+    Returns:
+        Bool, shape `(..., num_classes)`.
+    """
+    # Of the same rank, as JAX may be told to refuse others.
+    classes = ops.reshape(ops.arange(num_classes, dtype="int32"), (1,) * len(class_ids.shape) + (num_classes,))
+    return ops.equal(ops.expand_dims(class_ids, -1), classes)
+
+
 def shapes_match(shape: Shape, other: Shape) -> bool:
     """Return whether two shapes can be equal; None is a length that is not known yet."""
     return len(shape) == len(other) and all(a is None or b is None or a == b for a, b in zip(shape, other, strict=True))
@@ -325,8 +340,8 @@ def _valid_positions(mask: Tensor | None, positions: Shape, labels: Tensor, igno
     if ignore_class is None:
         return valid
     if len(labels.shape) > len(positions):
-        ignored = ops.cast(ops.equal(ops.arange(labels.shape[-1]), ignore_class), labels.dtype)
-        counts = ops.any(ops.not_equal(labels, ignored), axis=-1)
+        ignored = np.reshape(np.arange(labels.shape[-1]) == ignore_class, (1,) * len(positions) + (-1,))
+        counts = ops.any(ops.not_equal(labels, ops.cast(ignored, labels.dtype)), axis=-1)
     elif _fits(ignore_class, keras.backend.standardize_dtype(labels.dtype)):
         counts = ops.not_equal(labels, ops.cast(np.asarray(ignore_class), labels.dtype))
     else:

@@ -35,6 +35,7 @@ fori_loop = _running.fori_loop
 gather_rows = _running.gather_rows
 get_mask = _running.get_mask
 input_of_softmax = _running.input_of_softmax
+is_compiling = _running.is_compiling
 is_dense = _running.is_dense
 jit = _running.jit
 max_of_classes = _running.max_of_classes

@@ -27,6 +27,14 @@ def concrete_value(x: Tensor) -> Array | None:
     return values
 
 
+def is_compiling() -> bool:
+    """Return whether a program is being traced that keeps the present values of Python variables."""
+    with keras.SymbolicScope() as scope:
+        computes_shapes_only = scope.original_scope is not None
+    # Not so under `jax.grad` alone, where only what depends on its arguments is traced.
+    return not computes_shapes_only and isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+
+
 def is_dense(x: Any) -> bool:
     """Return whether a tensor holds one value per index."""
     # The classes of `jax.experimental.sparse` are the only arrays with this method.
@@ -35,10 +43,7 @@ def is_dense(x: Any) -> bool:
 
 def warn_if_constant(variable: Any) -> None:
     """Warn that the program being traced will keep the present value of a Keras variable."""
-    with keras.SymbolicScope() as scope:
-        is_symbolic = scope.original_scope is not None  # Keras computes shapes only
-    is_traced = isinstance(jax.numpy.zeros(()), jax.core.Tracer)
-    if is_traced and not is_symbolic and not isinstance(variable.value, jax.core.Tracer):
+    if is_compiling() and not isinstance(variable.value, jax.core.Tracer):
         warnings.warn(
             f"`{variable.name}` is compiled into this program as a constant. JAX reads a variable again in each step "
             "only if the model tracks it: before `compile`, let the model hold it, as in `model.lam = lam`.",

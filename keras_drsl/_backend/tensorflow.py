@@ -34,6 +34,11 @@ def concrete_value(x: Tensor) -> Array | None:
     return values
 
 
+def is_compiling() -> bool:
+    """Return whether a program is being traced that keeps the present values of Python variables."""
+    return not tf.executing_eagerly()
+
+
 def is_dense(x: Any) -> bool:
     """Return whether a tensor holds one value per index: not ragged, nested or sparse."""
     return not isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices)

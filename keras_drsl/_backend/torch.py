@@ -36,6 +36,11 @@ def concrete_value(x: Tensor) -> Array | None:
     return values
 
 
+def is_compiling() -> bool:
+    """Return whether a program is being traced that keeps the present values of Python variables."""
+    return bool(torch.compiler.is_compiling())
+
+
 def is_dense(x: Any) -> bool:
     """Return whether a tensor holds one value per index."""
     return not (isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided))

@@ -155,8 +155,8 @@ class ClassificationLoss(keras.losses.Loss):
         )
         if self.needs_logits:
             check_logits(type(self).__name__, inputs)
-        # Where values cannot be seen, a program is being compiled with the present hyperparameters.
-        self._is_compiled = self._is_compiled or inputs.in_range is not None
+        is_symbolic = isinstance(inputs.scores, keras.KerasTensor)
+        self._is_compiled = self._is_compiled or is_symbolic or _backend.is_compiling()
         values, sample_weight = self._weighted_values(inputs, sample_weight)
         return inputs.mask_values(values), inputs.valid, sample_weight
 

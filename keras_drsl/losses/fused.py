@@ -24,7 +24,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
-from keras_drsl.predictions import LossInputs
+from keras_drsl.predictions import LossInputs, is_true_class
 
 # The one pass is used for this many classes or more. With 10 classes, the formula as it is written is as fast for small
 # batches, needs no separate compilation, and is faster for large batches in a training step that XLA compiles as a
@@ -123,7 +123,7 @@ def _value_and_gradient_of_rows(
     """Compute the values of some rows, and their gradient."""
     classes = logits.shape[-1]
     scale = ops.expand_dims(scale, -1)
-    is_true = ops.arange(classes, dtype="int32") == ops.expand_dims(class_ids, -1)
+    is_true = is_true_class(class_ids, classes)
     top = ops.max(logits, axis=-1, keepdims=True)
     # At ignored positions logits may be NaN. They are replaced here, and `scale` sets all that follows to 0.
     z = ops.where(scale == 0, 0.0, logits - top)
@@ -159,7 +159,7 @@ def _hessian_product(
     classes = logits.shape[-1]
     scale = ops.expand_dims(scale, -1)
     p = ops.softmax(ops.where(scale == 0, 0.0, logits), axis=-1)
-    w = 1.0 - ops.one_hot(class_ids, classes, dtype=logits.dtype)
+    w = 1.0 - ops.cast(is_true_class(class_ids, classes), logits.dtype)
     product = p * (vector - ops.sum(p * vector, axis=-1, keepdims=True)) + 2 * strength * w * (
         vector - ops.sum(w * vector, axis=-1, keepdims=True) / (classes - 1)
     )

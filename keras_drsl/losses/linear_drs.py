@@ -14,7 +14,7 @@ from keras_drsl._validation import check_choice, check_integer
 from keras_drsl.losses.base import check_strength, strength_of
 from keras_drsl.losses.drs import check_smoothing, drs_loss
 from keras_drsl.losses.fused import MAX_PROGRAMS
-from keras_drsl.predictions import read_class_ids, to_dense
+from keras_drsl.predictions import is_true_class, read_class_ids, to_dense
 from keras_drsl.spread import SPREADS
 
 
@@ -167,8 +167,8 @@ class _ChunkedHead:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a chunk of the kernel, its logits, and which of them belong to true classes."""
         part = ops.cast(ops.slice(kernel, (0, start), (self.size, width)), self.compute_dtype)
-        logits = ops.matmul(features, part) + ops.cast(ops.slice(bias, (start,), (width,)), self.compute_dtype)
-        return part, logits, ops.arange(width, dtype="int32") == ops.expand_dims(ids - start, -1)
+        logits = ops.matmul(features, part) + ops.cast(ops.slice(bias, (start,), (width,)), self.compute_dtype)[None]
+        return part, logits, is_true_class(ids - start, width)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from keras_drsl.losses.base import (
     mask_ignored,
     strength_of,
 )
-from keras_drsl.predictions import LossInputs, match_weights, read_inputs
+from keras_drsl.predictions import LossInputs, is_true_class, match_weights, read_inputs
 from keras_drsl.spread import smallest_number
 
 
@@ -191,7 +191,7 @@ def _mean_of_largest(inputs: LossInputs, start: int, end: int) -> Tensor:
     """Return `a`, the mean of some of the largest non-true logits of each token."""
     z = inputs.safe_scores
     labels = inputs.labels if inputs.sparse else ops.argmax(inputs.labels, axis=-1)
-    is_true = ops.equal(ops.arange(z.shape[-1], dtype="int32"), ops.expand_dims(ops.cast(labels, "int32"), -1))
+    is_true = is_true_class(ops.cast(labels, "int32"), z.shape[-1])
     lowest = smallest_number(z)
     largest = ops.top_k(ops.where(is_true, lowest, z), end)[0][..., start:]
     # The true class is among the largest only where too many others are minus infinity, and so is their mean.

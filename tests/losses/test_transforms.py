@@ -46,6 +46,21 @@ def test_torch_func_computes_gradients_and_rows(name):
 # A2
 @pytest.mark.short
 @on_torch
+@each_loss
+def test_torch_func_linearizes_losses(name):
+    import torch
+
+    (loss, expected), (z, ids, one_hot) = case_of(name), draw()
+    logits, step = torch.tensor(z), torch.ones(6, 5) * torch.arange(5)
+    got, product = torch.func.linearize(lambda z: loss(torch.tensor(ids), z), logits)
+    np.testing.assert_allclose(values(got), expected(one_hot, z), rtol=1e-5)
+    slope = gradient(lambda z: loss(torch.tensor(ids), z), z)
+    np.testing.assert_allclose(values(product(step)).sum(), np.sum(slope * values(step)), rtol=1e-4)
+
+
+# A2
+@pytest.mark.short
+@on_torch
 def test_torch_func_sees_wrong_labels_as_nan():
     import torch
 
@@ -217,6 +232,26 @@ def test_healthy_programs_pass_checks_of_numerics(checked_numerics):
         model.compile(loss=DRSLoss(from_logits=True), metrics=[SoftmaxDiversity(from_logits=True)])
         history = model.fit(wide[:, :3], ids % 4, batch_size=4, verbose=0).history
         assert np.isfinite(history["loss"])
+
+
+@pytest.mark.short
+@on_jax
+@each_size
+@pytest.mark.parametrize("sparse", [True, False])
+def test_jax_may_refuse_promotions_of_rank_and_dtype(classes, sparse):
+    import jax
+
+    z, ids, one_hot = draw((2, 3, classes))
+    y = jax.numpy.array(ids if sparse else one_hot)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for case in BY_NAME.values():
+            loss = case.make(from_logits=True, ignore_class=1)
+            assert np.all(np.isfinite(jax.grad(lambda z, loss=loss: loss(y, z))(z)))
+        for measure in ("variance", "std", "entropy"):
+            SoftmaxDiversity(measure=measure, from_logits=True).update_state(y, z)
+        if sparse:
+            head = lambda z: ops.sum(linear_drs_loss(y, z, np.eye(classes, dtype="float32"), chunk_size=4))
+            assert np.all(np.isfinite(jax.grad(head)(z)))
 
 
 SYMBOLIC = {

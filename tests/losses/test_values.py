@@ -193,6 +193,17 @@ def test_ignore_class_is_compared_exactly(call):
 
 # A10
 @pytest.mark.short
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
+def test_ignore_class_of_one_hot_labels_is_exact(dtype):
+    z, ids, one_hot = draw()
+    each = reference.each(reference.drs_loss, one_hot, z)
+    for ignored in (1, 2**32 + 1, 2**70)[: 1 if BACKEND == "jax" else 3]:
+        got = drs_loss(one_hot.astype(dtype), z, from_logits=True, ignore_class=ignored)
+        np.testing.assert_allclose(values(got), np.where(ids == ignored, 0, each), rtol=1e-5)
+
+
+# A10
+@pytest.mark.short
 def test_class_ids_beyond_32_bits_are_an_error():
     z, ids, _ = draw()
     for label in (2**32 + 1, 2**32, -(2**40)):
