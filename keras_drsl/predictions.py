@@ -391,7 +391,7 @@ def _check_distributions(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, 
     if valid is not None:
         labels = ops.where(ops.expand_dims(valid, -1), labels, 1.0 / labels.shape[-1])
     total = ops.sum(labels, axis=-1)
-    right = ops.logical_and(_may_be_distribution(labels, total), ops.isfinite(total))
+    right = _is_distribution(labels, total)
 
     def error(wrong: Any) -> str:
         return (
@@ -410,16 +410,15 @@ def _check_probabilities(scores: Tensor, valid: Tensor | None) -> Tensor | None:
     def error(wrong: Any) -> str:
         return f"{rule} Received: a position that sums to {_first(total, wrong)}"
 
-    right = _where_right(_may_be_distribution(scores, total), valid, error)
+    right = _where_right(ops.logical_or(_is_distribution(scores, total), ops.isnan(total)), valid, error)
     if right is not None:
         _backend.stop_program(right, rule)
     return right
 
 
-def _may_be_distribution(x: Tensor, total: Tensor) -> Tensor:
-    """Return where the values of all classes are >= 0 and sum to 1, about. NaN is not refused."""
-    negative = ops.any(x < -NEGATIVE_TOLERANCE, axis=-1)
-    return ops.logical_not(ops.logical_or(negative, ops.abs(total - 1.0) > SUM_TOLERANCE))
+def _is_distribution(x: Tensor, total: Tensor) -> Tensor:
+    """Return where the values of all classes are >= 0 and sum to 1, about."""
+    return ops.logical_and(ops.all(x >= -NEGATIVE_TOLERANCE, axis=-1), ops.abs(total - 1.0) <= SUM_TOLERANCE)
 
 
 def _first(x: Tensor, wrong: Any) -> Any:

@@ -245,21 +245,24 @@ def check_logits(name: str, inputs: LossInputs) -> None:
         )
 
 
-def cross_entropy(inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(inputs: LossInputs, label_smoothing: float = 0.0, *, masked_classes: bool = True) -> Tensor:
     """Compute Keras's cross-entropy, one value per position.
 
     Args:
         inputs: The labels and predictions.
         label_smoothing: A number in [0, 1).
+        masked_classes: Whether the value must be finite for non-true logits of minus infinity. With a label smoothing
+            it is infinite. False saves time where the rest of a loss is not finite there.
 
     Returns:
         Shape `(...)`.
     """
     scores = inputs.safe_scores
-    if inputs.sparse and not label_smoothing and (_backend.GATHERS_TRUE_LOGITS or not inputs.from_logits):
+    masked_classes = masked_classes and inputs.from_logits and not label_smoothing
+    if inputs.sparse and not label_smoothing and (_backend.GATHERS_TRUE_LOGITS or not masked_classes):
         return keras.losses.sparse_categorical_crossentropy(inputs.labels, scores, from_logits=inputs.from_logits)
     y = inputs.distribution
-    if inputs.from_logits and not label_smoothing:
+    if masked_classes:
         # 0 log 0 = 0: a masked class that has no share of the label has no part in the sum.
         scores = ops.where(y > 0, scores, finite(scores))
     return keras.losses.categorical_crossentropy(

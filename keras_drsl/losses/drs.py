@@ -196,7 +196,8 @@ def _loss_per_position(inputs: LossInputs, lam: Any, space: str, spread: str, la
             inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
         )
     v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
-    return cross_entropy(inputs, label_smoothing) + lam * spread_of(v, inputs.distribution, kind=spread)
+    values = cross_entropy(inputs, label_smoothing, masked_classes=space == "softmax")
+    return values + lam * spread_of(v, inputs.distribution, kind=spread)
 
 
 def check_smoothing(value: Any) -> float:

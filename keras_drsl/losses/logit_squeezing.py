@@ -64,4 +64,4 @@ class LogitSqueezing(ClassificationLoss):
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
         lam = strength_of(self.lam, inputs.scores.dtype)
-        return cross_entropy(inputs) + lam * ops.sum(ops.square(inputs.safe_scores), axis=-1)
+        return cross_entropy(inputs, masked_classes=False) + lam * ops.sum(ops.square(inputs.safe_scores), axis=-1)

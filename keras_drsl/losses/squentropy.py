@@ -61,4 +61,4 @@ class Squentropy(ClassificationLoss):
         """Compute one value per position."""
         w = 1.0 - inputs.distribution
         squares = ops.sum(w * ops.square(inputs.safe_scores), axis=-1) / ops.sum(w, axis=-1)
-        return cross_entropy(inputs) + strength_of(self.lam, inputs.scores.dtype) * squares
+        return cross_entropy(inputs, masked_classes=False) + strength_of(self.lam, inputs.scores.dtype) * squares
