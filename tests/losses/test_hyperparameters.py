@@ -74,6 +74,20 @@ def test_programs_are_compiled_for_few_lengths():
 # A5
 @pytest.mark.short
 @needs_xla
+def test_similar_lengths_share_a_program(traces):
+    for rows in (33, 36, 39, 40):
+        z, ids, one_hot = draw((rows, 70))
+        expected = reference.each(reference.drs_loss, one_hot, z)
+        np.testing.assert_allclose(values(drs_loss(ids, z, from_logits=True)), expected, rtol=1e-4)
+        head = linear_drs_loss(ids, z, np.eye(70, dtype="float32"))
+        np.testing.assert_allclose(values(head), expected, rtol=1e-4)
+    # All are padded to 40 rows.
+    assert len(traces) <= 3
+
+
+# A5
+@pytest.mark.short
+@needs_xla
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 100])
 def test_added_rows_are_zeros(rows):
     z = np.ones((rows, 2), "float32")
