@@ -107,20 +107,102 @@ SOFTMAX_MODELS = {
 }
 
 
-def average(logits):
-    x = keras.Input((3,))
-    return keras.Model(x, (ops.softmax(logits(x)) + ops.softmax(small_model(activation=None)(x))) / 2)
+def heads(combine):
+    """Return a builder of a model that combines the softmaxes of three heads on given logits."""
 
+    def build(logits):
+        return Subclassed(logits, lambda z: combine([ops.softmax(z), ops.softmax(-z), ops.softmax(2 * z + 1)]))
+
+    return build
+
+
+def hand_made(z):
+    e = ops.exp(z)
+    return e / ops.sum(e, axis=-1, keepdims=True)
+
+
+SHARES = [0.2, 0.3, 0.5]
+SIZES = np.array(SHARES, "float32")
+
+
+def gated(p):
+    gates = ops.softmax(p[0][:, :3], axis=-1)
+    return ops.sum(gates[:, :, None] * ops.stack(p, axis=1), axis=1)
+
+
+# Operations on three softmaxes. The second value is the weights of the average in NumPy.
+AVERAGES = {
+    "sum": (lambda p: (p[0] + p[1] + p[2]) / 3, None),
+    "python sum": (lambda p: sum(p) / len(p), None),
+    "reciprocal": (lambda p: (1 / 3) * (p[0] + p[1] + p[2]), None),
+    "weighted": (lambda p: 0.2 * p[0] + p[1] * 0.3 + p[2] / 2, SHARES),
+    "layer": (lambda p: layers.Average()(p), None),
+    "stack": (lambda p: ops.mean(ops.stack(p), axis=0), None),
+    "stack last": (lambda p: ops.mean(ops.stack(p, axis=-1), axis=-1), None),
+    "keepdims": (lambda p: ops.squeeze(ops.mean(ops.stack(p, axis=1), axis=1, keepdims=True), axis=1), None),
+    "concatenated": (lambda p: ops.mean(ops.reshape(ops.concatenate(p, axis=1), (-1, 3, 4)), axis=1), None),
+    "weights": (lambda p: ops.sum(ops.multiply(ops.stack(p), SIZES[:, None, None]), axis=0), SHARES),
+    "einsum": (lambda p: ops.einsum("k,kbc->bc", SIZES, ops.stack(p)), SHARES),
+    "tensordot": (lambda p: ops.tensordot(ops.convert_to_tensor(SIZES), ops.stack(p), axes=1), SHARES),
+    "matmul": (lambda p: ops.matmul(ops.stack(p, axis=-1), SIZES[:, None])[:, :, 0], SHARES),
+    "dot": (lambda p: ops.dot(ops.stack(p, axis=-1), SIZES), SHARES),
+    "average": (lambda p: ops.average(ops.stack(p, axis=-1), axis=-1, weights=ops.convert_to_tensor(SIZES)), SHARES),
+    "dot layer": (
+        lambda p: layers.Dot(1)([ops.stack(p, axis=1), ops.broadcast_to(ops.convert_to_tensor(SIZES), (20, 3))]),
+        SHARES,
+    ),
+    "normalized": (lambda p: (p[0] + p[1] + p[2]) / ops.sum(p[0] + p[1] + p[2], axis=-1, keepdims=True), None),
+    "transposed": (lambda p: ops.transpose((ops.transpose(p[0] + p[1] + p[2])) / 3), None),
+    "scaled": (lambda p: p[2] * 1.0 + 0.0, [0, 0, 1]),
+    "slices": (lambda p: (ops.concatenate(p, 0)[:20] + ops.concatenate(p, 1)[:, 4:8] + p[2]) / 3, None),
+    "detached": (lambda p: (ops.stop_gradient(p[0]) + p[1] + p[2]) / 3, None),
+    "half": (lambda p: ops.cast(ops.cast(p[0] + p[1] + p[2], "float16"), "float32") / 3, None),
+}
+
+# Other ends of a model of probabilities, and the logarithms of these.
+OTHER_ENDS = {
+    "temperature": (lambda z: ops.softmax(z / 5), lambda z: z / 5),
+    "hand-made": (hand_made, lambda z: z),
+    "exp": (lambda z: ops.exp(ops.log_softmax(z)), lambda z: z),
+    "sigmoids": (
+        lambda z: ops.concatenate([1 - ops.sigmoid(z[:, :1]), ops.sigmoid(z[:, :1])], axis=1),
+        lambda z: np.concatenate([0 * z[:, :1], z[:, :1]], axis=1),
+    ),
+    "smoothed": (lambda z: 0.9 * ops.softmax(z) + 0.025, lambda z: np.log(0.9 * np.exp(log_softmax(z)) + 0.025)),
+    "transition": (
+        lambda z: ops.matmul(ops.softmax(z), np.float32(0.6) * np.eye(4, dtype="float32") + np.float32(0.1)),
+        lambda z: np.log(0.6 * np.exp(log_softmax(z)) + 0.1),
+    ),
+}
 
 OTHER_MODELS = {
     "logits": lambda logits: logits,
-    "sigmoid": lambda logits: keras.Sequential([logits, layers.Activation("sigmoid")]),
-    "average": average,
-    "scaled": lambda logits: Subclassed(logits, lambda z: ops.softmax(z) * 1.0 + 0.0),
-    "over the batch": lambda logits: Subclassed(logits, lambda z: ops.softmax(z, axis=0)),
+    "difference": lambda logits: Subclassed(logits, lambda z: 1 - ops.softmax(z)),
     "guarded": lambda logits: Subclassed(logits, lambda z: ops.maximum(ops.softmax(z), 0.05)),
+    "rounded": lambda logits: Subclassed(logits, lambda z: ops.round(10 * ops.softmax(z)) / 10),
     "constant": lambda logits: Subclassed(logits, lambda z: ops.ones((20, 4)) / 4),
 }
+
+
+def log_softmax(z):
+    shifted = np.asarray(z, "float64") - z.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def direct_log(z, weights):
+    """Return the logarithm of the average of the three heads as a tensor."""
+    logs = ops.stack([ops.log_softmax(z), ops.log_softmax(-z), ops.log_softmax(2 * z + 1)])
+    shares = ops.convert_to_tensor(np.array(weights or [1 / 3] * 3, "float32"))
+    return ops.logsumexp(logs + ops.log(shares)[:, None, None], axis=0)
+
+
+def log_of_average(z, weights):
+    """Return the logarithm of the average of the three heads, from logarithms in float64."""
+    weights = np.array(weights or [1 / 3] * 3)
+    logs = np.stack([log_softmax(z), log_softmax(-z), log_softmax(2 * z + 1)])[weights > 0]
+    terms = logs + np.log(weights[weights > 0])[:, None, None]
+    largest = terms.max(axis=0)
+    return largest + np.log(np.exp(terms - largest).sum(axis=0))
 
 
 def inference(model):
@@ -137,14 +219,14 @@ def input_gradient(function, variables, x):
 
 
 @pytest.mark.short
-class TestSoftmaxInput:
+class TestLogitsBehind:
     @pytest.mark.parametrize("name", SOFTMAX_MODELS)
     def test_returns_the_logits_and_their_gradient(self, name):
         x, _ = small_data()
         logits = small_model(activation=None)
         model = SOFTMAX_MODELS[name](logits)
         model(x)
-        found = _backend.softmax_input(inference(model))
+        found = _backend.logits_behind(inference(model))
         expected = values(logits(x))
         np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-6)
         compiled = _backend.compile_function(found, model.variables)
@@ -159,10 +241,40 @@ class TestSoftmaxInput:
         x, _ = small_data()
         model = OTHER_MODELS[name](small_model(activation=None))
         model(x)
-        found = _backend.softmax_input(inference(model))
+        found = _backend.logits_behind(inference(model))
         for function in (found, _backend.compile_function(found, model.variables)):
-            with pytest.raises(LookupError, match="is not a softmax"):
+            with pytest.raises(LookupError, match="does not end in softmaxes"):
                 function(ops.convert_to_tensor(x))
+
+    @pytest.mark.parametrize("name", AVERAGES)
+    def test_averages_are_exact_where_they_underflow(self, name):  # B2
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        logits.set_weights([100 * weight for weight in logits.get_weights()])
+        combine, weights = AVERAGES[name]
+        model = heads(combine)(logits)
+        z = values(logits(x))
+        assert np.abs(z).max() > 150  # so most probabilities are 0 in float32
+        expected = log_of_average(z.astype("float64"), weights)
+        found = _backend.logits_behind(inference(model))
+        np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-5, atol=1e-4)
+        compiled = _backend.compile_function(found, model.variables)
+        np.testing.assert_allclose(values(compiled(x)), expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(values(model(x)), np.exp(expected), atol=1e-2 if name == "half" else 1e-4)
+        if name != "detached":  # its gradient is that without `stop_gradient`
+            grad = input_gradient(lambda x: direct_log(logits(x), weights), model.variables, x)
+            assert (np.abs(grad).max(axis=1) > 1).mean() > 0.3
+            np.testing.assert_allclose(input_gradient(found, model.variables, x), grad, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", OTHER_ENDS)
+    def test_other_ends_have_logarithms(self, name):
+        x, _ = small_data()
+        logits = small_model(activation=None)
+        end, expected = OTHER_ENDS[name]
+        model = Subclassed(logits, end)
+        model(x)
+        found = values(_backend.compile_function(_backend.logits_behind(inference(model)), model.variables)(x))
+        np.testing.assert_allclose(log_softmax(found), log_softmax(expected(values(logits(x)))), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
     @pytest.mark.parametrize("dtype", ["float32", None])
@@ -170,7 +282,7 @@ class TestSoftmaxInput:
         x, _ = small_data()
         logits = small_model(activation=None, dtype=policy)
         model = keras.Sequential([logits, layers.Activation("softmax", dtype=dtype or policy)])
-        found = _backend.compile_function(_backend.softmax_input(inference(model)), model.variables)
+        found = _backend.compile_function(_backend.logits_behind(inference(model)), model.variables)
         got = values(ops.cast(found(x), "float32"))
         np.testing.assert_allclose(got, values(ops.cast(logits(x), "float32")), rtol=1e-2, atol=1e-2)
 
@@ -178,7 +290,7 @@ class TestSoftmaxInput:
         x, _ = small_data()
         logits = small_model(activation=None)
         model = keras.Sequential([logits, layers.Softmax()])
-        compiled = _backend.compile_function(_backend.softmax_input(inference(model)), model.variables)
+        compiled = _backend.compile_function(_backend.logits_behind(inference(model)), model.variables)
         before = values(compiled(x))
         logits.set_weights([2 * weight for weight in logits.get_weights()])
         assert np.abs(values(compiled(x)) - before).max() > 0.1
@@ -189,7 +301,7 @@ class TestSoftmaxInput:
         noise, logits = Noise(), small_model(activation=None)
         noisy = keras.Sequential([keras.Input((3,)), noise, logits])
         model = keras.Sequential([noisy, layers.Softmax()])
-        found = _backend.softmax_input(inference(model))
+        found = _backend.logits_behind(inference(model))
         results = []
         for function in (found, inference(noisy)):
             noise.seed.state.assign([0, 0])
@@ -208,7 +320,7 @@ class TestSoftmaxInput:
         logits = small_model(activation=None)
         model = keras.Sequential([logits, layers.Softmax()])
         results = []
-        for function in (inference(logits), _backend.softmax_input(inference(model))):
+        for function in (inference(logits), _backend.logits_behind(inference(model))):
 
             def step(rows, size, function=function):
                 total = lambda x: (ops.sum(ops.square(function(x)), axis=-1), ())
@@ -224,7 +336,7 @@ class TestSoftmaxInput:
         model = keras.Sequential([logits, layers.Softmax()])
         tensor = ops.convert_to_tensor(x)
         expected, probabilities = values(logits(x)), values(model(x))
-        found = _backend.softmax_input(inference(model))
+        found = _backend.logits_behind(inference(model))
         calls = [(found, expected), (found, expected), (inference(model), probabilities)]
         wrong = []
 
@@ -253,7 +365,7 @@ class TestSoftmaxInput:
         jax.config.update("jax_softmax_custom_jvp", custom_jvp)
         try:
             for function in (lambda x: jax.jit(inner)(x)[1], jax.checkpoint(inference(model))):
-                got = _backend.softmax_input(function)(x)
+                got = _backend.logits_behind(function)(x)
                 np.testing.assert_allclose(got, values(logits(x)), rtol=1e-6)
         finally:
             jax.config.update("jax_softmax_custom_jvp", before)

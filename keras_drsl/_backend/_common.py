@@ -30,8 +30,3 @@ def step_by_step(program: Callable[..., dict[str, Tensor]]) -> Callable[..., dic
         return rows
 
     return several
-
-
-def not_a_softmax() -> LookupError:
-    """Return the error that `softmax_input` raises."""
-    return LookupError("The last operation of the function is not a softmax over the last axis.")

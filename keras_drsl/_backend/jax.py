@@ -9,7 +9,8 @@ import jax
 import keras
 
 from keras_drsl._backend._common import available_cores, padded_length, step_by_step
-from keras_drsl._backend._jaxpr import evaluate_to_softmax
+from keras_drsl._backend._jaxpr import Record
+from keras_drsl._backend._log_domain import logits_of
 from keras_drsl._typing import Array, Tensor
 
 NAME = "jax"
@@ -257,8 +258,8 @@ def input_of_softmax(x: Tensor, axis: int = -1) -> Tensor | None:
     return None
 
 
-def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make a function return the input of its last softmax."""
+def logits_behind(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function that returns probabilities return logits."""
 
     def logits(x: Tensor) -> Tensor:
         variables: list[Any] = []
@@ -270,10 +271,11 @@ def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
             return outputs, [scope.get_current_value(variable) for variable in variables]
 
         program = jax.make_jaxpr(outputs_and_updates)(x)
-        found, *updates = evaluate_to_softmax(program.jaxpr, program.consts, [x], program.jaxpr.outvars)
+        record = Record()
+        outputs, *updates = record.evaluate(program.jaxpr, program.consts, [x])
         for variable, value in zip(variables, updates, strict=True):
             variable.assign(value)
-        return found
+        return logits_of(outputs, record.describe)
 
     return logits
 

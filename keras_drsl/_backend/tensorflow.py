@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_drsl._backend._common import available_cores, not_a_softmax, padded_length
+from keras_drsl._backend._common import available_cores, padded_length
+from keras_drsl._backend._log_domain import Operation, logits_of, matmul_equation
 from keras_drsl._typing import Array, Tensor
 
 NAME = "tensorflow"
@@ -21,9 +22,6 @@ READS_WEIGHTS_EACH_CALL = True
 
 # Whether Keras's sparse cross-entropy reads the true logits only, so that others may be minus infinity.
 GATHERS_TRUE_LOGITS = True
-
-# Operations of a graph that return their input, perhaps in another dtype.
-CASTS = ("Cast", "Identity", "IdentityN")
 
 
 def concrete_value(x: Tensor) -> Array | None:
@@ -364,29 +362,101 @@ def _is_softmax(logits: Tensor, outputs: Tensor, axis: int) -> bool:
     return not given.size or bool(np.any(given == 0))
 
 
-def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make a function return the input of its last softmax: the logits behind the probabilities.
+def logits_behind(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function that returns probabilities return logits: values whose softmax they are.
 
     The function is called as it is: nothing in it is changed, so other threads may call it at the same time.
 
     Args:
-        function: Maps a tensor to a tensor `(batch, C)`. Its last operation is a softmax over the last axis, which only
-            casts may follow.
+        function: Maps a tensor to a tensor `(batch, C)`. It ends with a softmax over the last axis, or with an average
+            or other operations of `_log_domain.py` on softmaxes.
 
     Returns:
-        A function of the same argument, differentiable where `function` is. It can be called in a program. It raises
-        `LookupError` if the last operation is not a softmax.
+        A function of the same argument, differentiable where `function` is. It can be called in a program. It returns
+        the input of the softmax where that is the last operation, and log-probabilities where others follow. It raises
+        `LookupError` if no softmax is found.
     """
 
     def logits(x: Tensor) -> Tensor:
-        outputs = function(x)
-        while tf.is_symbolic_tensor(outputs) and outputs.op.type in CASTS:
-            outputs = outputs.op.inputs[outputs.value_index]
-        found = input_of_softmax(outputs)
-        if found is None:
-            raise not_a_softmax()
-        return found
+        return logits_of(function(x), _describe)
 
     # Only a graph records which operation made a tensor.
     program = tf.function(logits, autograph=False, reduce_retracing=True)
     return lambda x: logits(x) if tf.inside_function() else program(x)
+
+
+def _describe(x: Any) -> Operation | None:
+    """Return the operation of a graph that made a tensor, or None where `_log_domain.py` has no rule for it."""
+    if not tf.is_symbolic_tensor(x):
+        return None
+    operation, kind = x.op, x.op.type
+    inputs = tuple(operation.inputs)
+    if kind in IDENTITIES:
+        return Operation("identity", (inputs[x.value_index],))
+    if kind in ARITHMETIC:
+        return Operation(ARITHMETIC[kind], inputs)
+    if kind in REARRANGEMENTS:
+        return Operation("rearrange", *REARRANGEMENTS[kind](operation, x))
+    if kind == "Softmax":
+        return Operation("softmax", inputs, -1)
+    if kind in ("Sum", "Mean"):
+        axes = tf.get_static_value(inputs[1])
+        axes = None if axes is None else tuple(axes.reshape(-1).tolist())
+        return None if axes is None else Operation(kind.lower(), inputs[:1], (axes, operation.get_attr("keep_dims")))
+    if kind == "Einsum":
+        return Operation("contract", inputs, operation.get_attr("equation").decode())
+    if kind in ("MatMul", "BatchMatMulV2"):
+        names = ("transpose_a", "transpose_b") if kind == "MatMul" else ("adj_x", "adj_y")
+        transpose, transpose_other = map(operation.get_attr, names)
+        ranks = [len(value.shape) for value in inputs]
+        return Operation(
+            "contract", inputs, matmul_equation(*ranks, transpose=transpose, transpose_other=transpose_other)
+        )
+    return None
+
+
+# Operations that return their input, perhaps in another dtype.
+IDENTITIES = ("Cast", "Identity", "IdentityN", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape")
+
+ARITHMETIC = {
+    "Exp": "exp",
+    "Sigmoid": "sigmoid",
+    "Add": "add",
+    "AddV2": "add",
+    "AddN": "add",
+    "Sub": "subtract",
+    "Mul": "multiply",
+    "RealDiv": "divide",
+}
+
+# Each maps an operation and its result to the inputs that hold elements, and a function of these that moves them.
+REARRANGEMENTS: dict[str, Callable[[Any, Tensor], tuple[tuple[Tensor, ...], Callable[..., Tensor]]]] = {
+    **dict.fromkeys(
+        ("Reshape", "ExpandDims", "Squeeze"),
+        lambda op, result: (tuple(op.inputs)[:1], lambda log: tf.reshape(log, tf.shape(result))),
+    ),
+    "BroadcastTo": lambda op, result: (tuple(op.inputs)[:1], lambda log: tf.broadcast_to(log, op.inputs[1])),
+    "Tile": lambda op, result: (tuple(op.inputs)[:1], lambda log: tf.tile(log, op.inputs[1])),
+    "Transpose": lambda op, result: (tuple(op.inputs)[:1], lambda log: tf.transpose(log, op.inputs[1])),
+    "Pack": lambda op, result: (tuple(op.inputs), lambda *logs: tf.stack(logs, op.get_attr("axis"))),
+    "ConcatV2": lambda op, result: (tuple(op.inputs)[:-1], lambda *logs: tf.concat(logs, op.inputs[-1])),
+    "Unpack": lambda op, result: (
+        tuple(op.inputs),
+        lambda log: tf.unstack(log, op.get_attr("num"), op.get_attr("axis"))[result.value_index],
+    ),
+    "StridedSlice": lambda op, result: (tuple(op.inputs)[:1], partial(_strided_slice, op)),
+    "Slice": lambda op, result: (tuple(op.inputs)[:1], lambda log: tf.slice(log, *op.inputs[1:])),
+    "Split": lambda op, result: (
+        tuple(op.inputs)[1:],
+        lambda log: tf.split(log, op.get_attr("num_split"), op.inputs[0])[result.value_index],
+    ),
+    "GatherV2": lambda op, result: (
+        tuple(op.inputs)[:1],
+        lambda log: tf.gather(log, op.inputs[1], axis=op.inputs[2], batch_dims=op.get_attr("batch_dims")),
+    ),
+}
+
+
+def _strided_slice(operation: Any, log: Tensor) -> Tensor:
+    masks = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+    return tf.strided_slice(log, *operation.inputs[1:], **{name: operation.get_attr(name) for name in masks})

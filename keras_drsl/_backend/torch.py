@@ -7,21 +7,14 @@ import keras
 import torch
 from torch.overrides import TorchFunctionMode
 
-from keras_drsl._backend._common import not_a_softmax, step_by_step
+from keras_drsl._backend._common import step_by_step
+from keras_drsl._backend._log_domain import Operation, axes_of, logits_of, matmul_equation, product_equation
 from keras_drsl._typing import Array, Tensor
 
 NAME = "torch"
 HAS_XLA = False
 READS_WEIGHTS_EACH_CALL = True
 GATHERS_TRUE_LOGITS = True
-
-SOFTMAXES = (torch.softmax, torch.special.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
-
-# Methods that return their tensor, perhaps in another dtype or layout.
-CASTS = tuple(
-    getattr(torch.Tensor, name)
-    for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
-)
 
 
 def concrete_value(x: Tensor) -> Array | None:
@@ -175,39 +168,122 @@ def input_of_softmax(x: Tensor, axis: int = -1) -> Tensor | None:
     return None
 
 
-def softmax_input(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make a function return the input of its last softmax."""
+def logits_behind(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function that returns probabilities return logits."""
 
     def logits(x: Tensor) -> Tensor:
-        with _RecordSoftmax() as record:
+        with _RecordOperations() as record:
             outputs = function(x)
-        if id(outputs) not in record.inputs:
-            raise not_a_softmax()
-        return record.inputs[id(outputs)][1]
+        return logits_of(outputs, record.describe)
 
     return logits
 
 
-class _RecordSoftmax(TorchFunctionMode):
-    """Record the input and output of each softmax of shape `(batch, C)` that this thread computes.
-
-    Attributes:
-        inputs: Maps the id of an output to the output and the input. The output is kept, as ids of freed objects are
-            used again.
-    """
+class _RecordOperations(TorchFunctionMode):
+    """Record the softmaxes and exponentials that this thread computes, and the operations on their results."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        # Tensors are kept beside their operations, as ids of freed objects are used again.
+        self._recorded: dict[int, tuple[Tensor, Operation]] = {}
+
+    def describe(self, x: Any) -> Operation | None:
+        """Return the operation that made a tensor, or None where `_log_domain.py` has no rule for it."""
+        return self._recorded[id(x)][1] if id(x) in self._recorded else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        source = args[0] if args else kwargs.get("input")
-        if func in SOFTMAXES:
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if source.ndim == 2 and axis in (-1, 1):
-                self.inputs[id(output)] = output, source
-        elif func in CASTS and id(source) in self.inputs:
-            self.inputs[id(output)] = output, self.inputs[id(source)][1]
+        inputs = [id(value) for value in keras.tree.flatten((args, kwargs))]
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property such as `x.T`
+            name = func.__self__.__name__
+        known = name in SOURCES or any(value in self._recorded for value in inputs)
+        for index, result in enumerate(output if isinstance(output, tuple) else [output]):
+            if not known or not isinstance(result, torch.Tensor):
+                continue
+            if id(result) not in inputs:
+                operation = _operation(name, args, kwargs, index if isinstance(output, tuple) else None)
+                if operation is not None:
+                    self._recorded[id(result)] = result, operation
+            elif name not in IDENTITIES:  # an operation in place
+                self._recorded.pop(id(result), None)
         return output
+
+
+def _operation(name: str, args: Any, kwargs: Any, index: int | None) -> Operation | None:
+    """Return the description of a call of a torch function, or None where `_log_domain.py` has no rule for it."""
+    x = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
+    if name in IDENTITIES:
+        return Operation("identity", (x,))
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") is not None:
+        return None
+    if name in SOURCES:
+        axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+        return Operation(SOURCES[name], (x,), axis)
+    if name in ARITHMETIC:
+        inputs = (x, args[1] if len(args) > 1 else kwargs.get("other"))
+        return Operation(ARITHMETIC[name], inputs[::-1] if name in REVERSED else inputs)
+    if name in ("sum", "mean"):
+        axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+        keepdims = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+        return Operation(name, (x,), (axes_of(axis, x.ndim), keepdims))
+    if name in ("stack", "cat", "concat", "concatenate"):
+        axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        join = torch.stack if name == "stack" else torch.cat
+        return Operation("rearrange", tuple(x), lambda *logs: join(logs, axis))
+    if name in REARRANGEMENTS:
+        options = {key: value for key, value in kwargs.items() if key != "input"}
+
+        def move(log: Tensor) -> Any:  # the same call on the logarithms
+            method = getattr(log, name)
+            return method(*args[1:], **options) if callable(method) else method
+
+        return Operation("rearrange", (x,), move if index is None else lambda log: move(log)[index])
+    if name == "einsum" and len(args) == 3 and "." not in args[0] and "->" in args[0]:
+        return Operation("contract", args[1:], args[0])
+    if name in ("matmul", "__matmul__", "mm", "bmm", "tensordot"):
+        inputs = (x, args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2")))
+        ranks = [value.ndim for value in inputs]
+        if name != "tensordot":
+            return Operation("contract", inputs, matmul_equation(*ranks))
+        dims = kwargs.get("dims", args[2] if len(args) > 2 else 2)
+        dims = (range(ranks[0] - dims, ranks[0]), range(dims)) if isinstance(dims, int) else dims
+        axes = [[int(axis) % rank for axis in some] for some, rank in zip(dims, ranks, strict=True)]
+        return Operation("contract", inputs, product_equation(ranks, axes))
+    return None
+
+
+# What recording starts with. The first three have an axis.
+SOURCES = {"softmax": "softmax", "exp": "exp", "sigmoid": "sigmoid"}
+
+# Methods that return their tensor, perhaps in another dtype or layout.
+IDENTITIES = (
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "detach"),
+    *("requires_grad_", "cpu", "cuda"),
+)
+
+ARITHMETIC = {
+    **dict.fromkeys(("add", "__add__", "__radd__"), "add"),
+    **dict.fromkeys(("sub", "subtract", "rsub", "__sub__", "__rsub__"), "subtract"),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), "multiply"),
+    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__"), "divide"),
+}
+REVERSED = ("rsub", "__rsub__", "__rtruediv__", "__rdiv__")
+
+REARRANGEMENTS = (
+    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "movedim"),
+    *(
+        "broadcast_to",
+        "swapaxes",
+        "unbind",
+        "split",
+        "chunk",
+        "__getitem__",
+        "select",
+        "narrow",
+        "index_select",
+        "tile",
+    ),
+    *("t", "T", "mT", "moveaxis", "flip", "repeat"),
+)

@@ -71,7 +71,7 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
         return LogitsModel(own, own, "logits")
     # Random inputs as well: a candidate may equal the logits on the data alone.
     tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
-    behind_softmax = Classifier(_Function(model, _backend.softmax_input(lambda x: model(x, training=False))))
+    behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
     try:
         logits = behind_softmax.logits(tried)
     except LookupError:
