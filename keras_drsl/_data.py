@@ -38,18 +38,19 @@ def class_ids(y: Any, count: int, num_classes: int) -> Array:
     """Return labels of any form as class ids `(count,)`, int32.
 
     Args:
-        y: Class ids `(count,)` or `(count, 1)`, or one-hot labels `(count, num_classes)`.
+        y: Class ids `(count,)` or `(count, 1)`, or one-hot labels or label distributions `(count, num_classes)`.
         count: The number of examples.
         num_classes: The number of classes.
 
     Raises:
-        ValueError: If the labels have another shape or are no classes.
+        ValueError: If the labels have another shape or are no classes, or a row of labels does not sum to 1, has
+            negative values, or has its largest value at several classes.
     """
     y = to_array(y)
-    if y.ndim == 2 and y.shape[1] in (1, num_classes):
-        if y.shape[1] > 1 and not (y.max(axis=1) > 0).all():
-            raise ValueError(f"`y` must name a class in each row. Received: row {np.argmin(y.max(axis=1))} of zeros")
-        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
+    if y.ndim == 2 and y.shape[1] == num_classes > 1:
+        y = _largest_labels(y)
+    elif y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
     if y.shape != (count,):
         raise ValueError(
             f"`y` must hold one label for each of the {count} inputs and {num_classes} classes. "
@@ -59,6 +60,22 @@ def class_ids(y: Any, count: int, num_classes: int) -> Array:
     if not is_class.all():
         raise ValueError(f"`y` must hold class ids in [0, {num_classes}). Received: {y[~is_class][0]}")
     ids: Array = y.astype("int32")
+    return ids
+
+
+def _largest_labels(y: Array) -> Array:
+    """Return the class with the largest label in each row of one-hot labels or label distributions."""
+    values = np.asarray(y, dtype="float64")
+    is_distribution = (values >= 0).all(axis=1) & np.isclose(values.sum(axis=1), 1.0, rtol=0, atol=0.01)
+    names_one_class = (values == values.max(axis=1, keepdims=True)).sum(axis=1) == 1
+    wrong = np.flatnonzero(~(is_distribution & names_one_class))
+    if len(wrong):
+        row = np.array2string(values[wrong[0]], threshold=10)
+        raise ValueError(
+            "`y` must name one class in each row: its values are not negative, sum to 1, and have one maximum. Labels "
+            f"of several classes per example are another task. Received: row {wrong[0]} of {row}"
+        )
+    ids: Array = values.argmax(axis=1)
     return ids
 
 
@@ -100,10 +117,17 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
     """
+    if isinstance(x, dict) or (isinstance(x, list | tuple) and y is not None and len(x) != np.size(to_array(y))):
+        _check_one_array(x)
     if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
         if y is None:
             raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
         x, y = to_array(x), to_array(y)
+        if x.ndim == 0 or y.ndim == 0:
+            raise ValueError(
+                "`y` must hold one label for each input; for one example, give `x[None]` and `[label]`. "
+                f"Received: inputs of shape {x.shape}, labels of shape {y.shape}"
+            )
     else:
         if y is not None:
             raise ValueError(
@@ -223,6 +247,20 @@ def only_input(x: Any) -> Any:
     return x[0] if isinstance(x, list | tuple) and len(x) == 1 else x
 
 
+def _check_one_array(values: Any) -> None:
+    """Raise `ValueError` for a dictionary or list of arrays."""
+    if isinstance(values, dict):
+        received = f"a dictionary with keys {list(values)}"
+    elif isinstance(values, list | tuple) and any(len(getattr(value, "shape", ())) > 1 for value in values):
+        shapes = ", ".join(str(tuple(getattr(value, "shape", ()))) for value in values[:3])
+        received = f"a {type(values).__name__} of {len(values)} arrays, of shapes {shapes}"
+    else:
+        return
+    raise ValueError(
+        f"`x_or_dataset` must hold one array of inputs, without a name, and one of labels. Received: {received}"
+    )
+
+
 def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
     inputs: list[Array] = []
     labels: list[Array] = []
@@ -234,6 +272,8 @@ def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
                 "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
                 f"Received: {type(batch).__name__}"
             )
+        for value in batch[:2]:
+            _check_one_array(value)
         x, y = to_array(batch[0]), to_array(batch[1])
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
             raise ValueError(

@@ -12,7 +12,7 @@ from keras_drsl._typing import Norm
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.metrics import softmax_diversity
-from keras_drsl.models.random_state import preserve_random_state
+from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import AdversarialTraining
 
@@ -103,7 +103,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the logits of the model."""
         model = self.model.model if isinstance(self.model, AdversarialTraining) else self.model
-        with preserve_random_state(model):
+        with preserve_state(model):
             self._logits_model = self._evaluator.find_logits(model, self._examples)
             num_classes = self._logits_model.classifier.logits(self._examples.x[:1]).shape[1]
         self._labels = class_ids(self._examples.y, len(self._examples.x), num_classes)
@@ -113,7 +113,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         """Add the values of the last evaluation to the logs."""
         is_last = epoch + 1 == self.params.get("epochs")
         if self._values is None or epoch % self.every == 0 or is_last:
-            with preserve_random_state(self._logits_model.model.logits_fn):
+            with preserve_state(self._logits_model.model.logits_fn):
                 self._values = self._evaluate()
         if logs is not None:
             for name, value in self._values.items():

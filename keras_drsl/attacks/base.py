@@ -13,6 +13,7 @@ from keras_drsl._data import class_ids, content_keys, to_array
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.pool import Pool
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
+from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -233,6 +234,14 @@ class Attack:
             return np.empty(x.shape, "float32")
         self.threat.validate("x", x)
         classifier = self._classifier_of(logits_fn)
+        with preserve_state(classifier, inputs=x):
+            return self._attack(classifier, x, y, ids, batch_size, pool)
+
+    def _attack(
+        self, classifier: Classifier, x: Array, y: Any, ids: Any, batch_size: int | None, pool: Pool | None
+    ) -> Array:
+        """Check the outputs of the model and the labels, and attack."""
+        classifier.check(x)
         logits = classifier.logits(x)
         if looks_like_probabilities(logits):
             raise ValueError(

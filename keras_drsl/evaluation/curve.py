@@ -18,7 +18,7 @@ from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import is_misclassified
-from keras_drsl.models.random_state import check_model, preserve_random_state
+from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.plotting import new_figure, norm_label, save_figure
 from keras_drsl.threat import ThreatModel
 
@@ -207,7 +207,7 @@ def robustness_curve(
         evaluator.check_examples(examples)
     breaking, found = np.full(len(examples.x), np.inf), {}
     first = next(iter(evaluators.values()))
-    with preserve_random_state(model):
+    with preserve_state(model, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])

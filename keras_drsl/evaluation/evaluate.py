@@ -10,7 +10,7 @@ from keras_drsl._data import read_examples
 from keras_drsl._typing import Norm
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
-from keras_drsl.models.random_state import check_model, preserve_random_state
+from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
 
 
@@ -120,7 +120,7 @@ def evaluate_robustness(
         shard=shard,
     )
     examples = evaluator.check_examples(read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard))
-    with preserve_random_state(model, undefended):
+    with preserve_state(model, undefended, inputs=examples.x):
         found = evaluator.find_logits(model, examples, from_logits)
         second = None if undefended is None else evaluator.find_undefended(undefended, found, examples)
         pool = evaluator.make_pool(found, examples, x_pool)

@@ -25,7 +25,7 @@ from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.logits import LogitsModel, find_logits
-from keras_drsl.models.random_state import check_model
+from keras_drsl.models.state import check_model
 from keras_drsl.threat import ThreatModel
 
 NUM_TRIED = 32  # how many inputs the logits of a model are looked for on

@@ -35,6 +35,7 @@ class Classifier:
     def __init__(self, logits_fn: Callable[[Tensor], Tensor]) -> None:
         self.logits_fn = logits_fn
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._is_checked = False
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -54,9 +55,11 @@ class Classifier:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the logits of a tensor `(batch, ...)` as at inference, shape `(batch, C)`."""
-        is_layer = isinstance(self.logits_fn, keras.Layer)
-        logits = self.logits_fn(x, training=False) if is_layer else self.logits_fn(x)  # type: ignore[call-arg]
-        return ops.cast(logits, "float32")
+        return ops.cast(self.logits_fn(x, **self._at_inference), "float32")
+
+    @property
+    def _at_inference(self) -> dict[str, Any]:
+        return {"training": False} if isinstance(self.logits_fn, keras.Layer) else {}
 
     def compile(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
         """Compile `function(classifier, *tensors, **static)` to a function of the tensors.
@@ -79,6 +82,28 @@ class Classifier:
             self._programs[key] = _backend.multi_step(partial(step, self, **static), self.variables)
         return self._programs[key]
 
+    def check(self, x: Array) -> None:
+        """Raise `ValueError` unless the function maps batches of any size to tensors of shape `(batch, C >= 2)`.
+
+        Args:
+            x: Some inputs, shape `(batch, ...)`. Calls after the first return at once.
+        """
+        if self._is_checked:
+            return
+        name = "model" if isinstance(self.logits_fn, keras.Model) else "logits_fn"
+        # Two sizes: recurrent layers with a state, and some others, take one size only.
+        for batch in (x[:1], x[:2]):
+            try:
+                outputs = self.logits_fn(ops.convert_to_tensor(batch), **self._at_inference)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                raise ValueError(
+                    f"`{name}` must take batches of any size, here inputs of shape {batch.shape}."
+                    f"{_unusual(self.logits_fn)} Received: {reason}"
+                ) from error
+            _check_one_output(name, outputs, len(batch))
+        self._is_checked = True
+
     def logits(self, x: Array) -> Array:
         """Compute the logits of an array `(batch, ...)`, shape `(batch, C)`."""
         if isinstance(self.logits_fn, keras.Layer) and not self.logits_fn.built:
@@ -90,6 +115,35 @@ class Classifier:
     def logits_in_batches(self, x: Array, batch_size: int) -> Array:
         """Compute the logits of an array of any length, `batch_size` rows at a time, shape `(count, C)`."""
         return np.concatenate([self.logits(x[start : start + batch_size]) for start in range(0, len(x), batch_size)])
+
+
+def _unusual(function: Any) -> str:
+    """Return a sentence on what keeps a model from taking batches of one input each, or an empty text."""
+    inputs = getattr(function, "inputs", None) or []
+    if len(inputs) > 1:
+        return f" It has {len(inputs)} inputs."
+    stateful = [layer.name for layer in getattr(function, "layers", []) if getattr(layer, "stateful", False)]
+    if stateful:
+        return f" Its layer {stateful[0]!r} is stateful: give a copy of the model with `stateful=False`."
+    if inputs and inputs[0].shape[0] is not None:
+        return f" It was built for batches of {inputs[0].shape[0]}."
+    return ""
+
+
+def _check_one_output(name: str, outputs: Any, count: int) -> None:
+    """Raise `ValueError` unless outputs are one tensor of shape `(count, C >= 2)`."""
+    if isinstance(outputs, np.ndarray):
+        raise ValueError(
+            f"`{name}` must return a tensor, through which gradients flow: give the model, not its `predict`. "
+            "Received: a NumPy array"
+        )
+    if not ops.is_tensor(outputs):
+        names = f" with keys {list(outputs)}" if isinstance(outputs, dict) else ""
+        raise ValueError(f"`{name}` must have one output. Received: outputs of type {type(outputs).__name__}{names}")
+    shape = tuple(outputs.shape)
+    if len(shape) != 2 or shape[0] != count or shape[1] < 2:
+        hint = " For one sigmoid unit of logit z, return the logits [0, z]." if shape == (count, 1) else ""
+        raise ValueError(f"`{name}` must return outputs of shape (batch, classes >= 2).{hint} Received: {shape}")
 
 
 def _forward(classifier: Classifier, x: Tensor) -> Tensor:
@@ -109,6 +163,14 @@ def is_misclassified(logits: Array, y: Array) -> Array:
     """Return where the prediction is not the true class or a logit is NaN, shape `(batch,)`."""
     wrong: Array = (logits.argmax(axis=1) != y) | np.isnan(logits).any(axis=1)
     return wrong
+
+
+def compute_rounding(classifier: Classifier) -> float:
+    """Return the largest relative rounding error of a number in the layers of a model; float32's of any function."""
+    model = classifier.logits_fn
+    layers = model._flatten_layers() if isinstance(model, keras.Layer) else []
+    half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+    return max((half.get(layer.compute_dtype, 2.0**-24) for layer in layers), default=2.0**-24)
 
 
 def looks_like_probabilities(outputs: Array) -> bool:

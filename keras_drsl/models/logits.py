@@ -1,7 +1,7 @@
 """The logits of a model whose outputs may be probabilities.
 
 Attacks follow logits: the gradient of a saturated softmax is 0. The program that computes the outputs is asked for what
-its last softmax was given. No layer is changed for it, so other threads can call the model meanwhile.
+its softmaxes were given. No layer is changed for it, so other threads can call the model meanwhile.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities
+from keras_drsl.models.state import preserve_state
 from keras_drsl.spread import class_values
 
 
@@ -23,8 +24,9 @@ class LogitsModel(NamedTuple):
     Attributes:
         classifier: Maps inputs to logits, with the weights of the model. Attacks follow it.
         model: Maps inputs to the outputs of the model. Its predictions decide which inputs are misclassified.
-        outputs: `"logits"` if the model returns them; `"softmax"` if they were found behind its softmax;
-            `"probabilities"` if they were not, and the logarithms of the probabilities replace them.
+        outputs: `"logits"` if the model returns them; `"softmax"` if they were found behind its softmax, or behind the
+            average of its softmaxes; `"probabilities"` if they were not, and the logarithms of the probabilities
+            replace them.
     """
 
     classifier: Classifier
@@ -45,7 +47,10 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
 
     - Sequential, functional, nested and subclassed models are searched alike, on all backends.
     - Logits count as found only if their softmax equals the outputs, also on random inputs.
-    - The average of two softmax outputs has no logits: `outputs` is then `"probabilities"`.
+    - For a weighted average of softmax outputs, with positive weights, they are the logarithms of the average, computed
+      from the log-softmaxes. They are exact where the average itself is 0 or 1 in float32.
+    - Behind other operations on a softmax, such as rounding, no logits are found: `outputs` is then `"probabilities"`.
+    - Calling the model may change its state, such as a counter: all variables are restored.
 
     Args:
         model: A classifier.
@@ -56,7 +61,8 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
         A `LogitsModel`.
 
     Raises:
-        ValueError: If the outputs are not of shape `(batch, C >= 2)`, not finite, or not as `from_logits` says.
+        ValueError: If the model cannot be called on batches of any size of such inputs, or its outputs are not of shape
+            `(batch, C >= 2)`, not finite, or not as `from_logits` says.
 
     Example:
 
@@ -64,7 +70,13 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
     >>> keras_drsl.models.find_logits(model, np.ones((2, 8), "float32")).outputs
     'softmax'
     """
+    with preserve_state(model, inputs=x):
+        return _find_logits(model, x, from_logits)
+
+
+def _find_logits(model: keras.Model, x: Array, from_logits: bool | None) -> LogitsModel:
     own = Classifier(model)
+    own.check(x)
     outputs = own.logits(x)
     _check_outputs(model, outputs, from_logits)
     if not looks_like_probabilities(outputs):
@@ -104,8 +116,6 @@ class _Function:
 
 def _check_outputs(model: keras.Model, outputs: Array, from_logits: bool | None) -> None:
     """Raise `ValueError` for outputs that are neither logits nor probabilities, or not as `from_logits` says."""
-    if outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise ValueError(f"`model` must return outputs of shape (batch, classes >= 2). Received: {outputs.shape}")
     if not np.isfinite(outputs).all():
         weights = [weight.path for weight in model.weights if not np.isfinite(ops.convert_to_numpy(weight)).all()]
         cause = f" Weights that are not finite: {', '.join(weights[:3])}." if weights else ""

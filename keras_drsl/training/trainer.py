@@ -12,7 +12,7 @@ from keras_drsl import _renamed, _validation
 from keras_drsl._data import class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Tensor
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
-from keras_drsl.models.random_state import check_model, preserve_random_state, random_counters
+from keras_drsl.models.state import check_model, preserve_state, random_counters
 from keras_drsl.predictions import logits_behind_softmax
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import safeguards
@@ -373,7 +373,7 @@ class AdversarialTraining(keras.Model):
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
         tried = inputs[:CHECKED_ROWS].astype("float32")
-        with preserve_random_state(self.model):
+        with preserve_state(self.model):
             outputs = self.model(ops.convert_to_tensor(tried), training=False)
             if not ops.is_tensor(outputs):
                 raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")

@@ -1,12 +1,13 @@
 """Checks for gradient masking: gradients that exist, point somewhere, and lead further with more effort."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 from keras import ops
 
-from keras_drsl._typing import Tensor
+from keras_drsl._typing import Array, Tensor
 from keras_drsl.attacks import APGD, FGSM, PGD
 from keras_drsl.attacks.gradients import input_gradient
 from keras_drsl.attacks.objectives import LOSSES, objective
@@ -23,10 +24,13 @@ def gradients(context: EvaluationContext) -> Outcome:
     context = context.correct
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE
-    vanished = {loss: _share_without_gradient(context, loss) for loss in LOSSES}
+    noise = _noise(context)
+    vanished = {loss: _share_without_gradient(context, loss, noise) for loss in LOSSES}
     text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
     if vanished["margin"] > 0.01:
         message = f"inputs without a gradient ({text}): gradient attacks do not work there"
+        if noise.any():
+            message += "; the probabilities are saturated: give a model that returns logits"
         return Outcome(grade(vanished["margin"], warn_above=0.01, fail_above=0.1), vanished["margin"], message)
     if max(vanished.values()) > 0.05:
         message = f"inputs without a gradient ({text}): only attacks on the margin work there"
@@ -34,13 +38,33 @@ def gradients(context: EvaluationContext) -> Outcome:
     return Outcome("pass", vanished["margin"], f"inputs without a gradient: {text}")
 
 
-def _share_without_gradient(context: EvaluationContext, loss: str) -> float:
-    program = context.model.classifier.compile(_largest_gradient, loss=loss)
-    largest = []
-    for start in range(0, len(context.x), context.batch_size):
-        part = slice(start, start + context.batch_size)
-        largest.append(ops.convert_to_numpy(program(context.x[part], context.y[part])))
-    return float((~(np.concatenate(largest) > 0)).mean())  # NaN counts as no gradient
+def _share_without_gradient(context: EvaluationContext, loss: str, noise: Array) -> float:
+    largest = _in_batches(context, context.model.classifier.compile(_largest_gradient, loss=loss), context.y)
+    return float((~(largest > noise)).mean())  # NaN counts as no gradient
+
+
+def _noise(context: EvaluationContext) -> Array:
+    """Return the largest gradient of each example that rounding can explain.
+
+    Probabilities sum to 1, so the gradient of their sum is 0 but for rounding. Where the softmax is saturated, that of
+    the attacks' losses is no larger, and its direction means nothing. Logits have no such sum.
+    """
+    if context.model.outputs != "probabilities":
+        return np.zeros(len(context.x), "float32")
+    return 10 * _in_batches(context, context.model.model.compile(_largest_gradient_of_sum))
+
+
+def _in_batches(context: EvaluationContext, program: Callable[..., Tensor], *arrays: Array) -> Array:
+    parts = [slice(start, start + context.batch_size) for start in range(0, len(context.x), context.batch_size)]
+    return np.concatenate(
+        [ops.convert_to_numpy(program(context.x[part], *(array[part] for array in arrays))) for part in parts]
+    )
+
+
+def _largest_gradient_of_sum(classifier: Classifier, x: Tensor) -> Tensor:
+    """Return the largest element of the gradient of the sum of each row's outputs."""
+    gradient = input_gradient(classifier, lambda outputs: ops.sum(outputs, axis=-1), x)[2]
+    return ops.max(ops.abs(gradient), axis=tuple(range(1, len(gradient.shape))))
 
 
 def _largest_gradient(classifier: Classifier, x: Tensor, y: Tensor, *, loss: str) -> Tensor:
