@@ -294,10 +294,10 @@ def random_delta(shape: tuple[Any, ...], eps: Tensor, norm: Norm, seed: keras.ra
         seed: Where the random numbers come from.
     """
     if norm == "inf":
-        return eps * keras.random.uniform(shape, -1.0, 1.0, seed=seed)
+        return eps * keras.random.uniform(shape, -1.0, 1.0, "float32", seed)
     features = ops.cast(math.prod(shape[1:]), "float32")
-    radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), seed=seed) ** (1 / features)
-    return eps * radius * steepest_ascent(keras.random.normal(shape, seed=seed), norm)
+    radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed) ** (1 / features)
+    return eps * radius * steepest_ascent(keras.random.normal(shape, dtype="float32", seed=seed), norm)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _whole_attack(
 
 def _margin(labels: Tensor, logits: Tensor) -> Tensor:
     """Return the largest non-true logit minus the true one; cleverhans passes these argument names."""
-    is_true = ops.one_hot(labels, logits.shape[-1])
+    is_true = ops.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     # Subtracting 1e9 excludes the true class, and such operations compile in half the time.
     return ops.max(logits - 1e9 * is_true, axis=-1) - ops.sum(logits * is_true, axis=-1)
 

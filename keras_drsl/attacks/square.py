@@ -229,7 +229,8 @@ def _accept(
 
 
 def _signs(drawn: Tensor) -> Tensor:
-    return ops.where(drawn[:, 5:] < 0.5, -1.0, 1.0)[:, None, None, :]
+    # Of two Python numbers, `where` would make the default float type.
+    return 1.0 - 2.0 * ops.cast(drawn[:, 5:] < 0.5, "float32")[:, None, None, :]
 
 
 def _square_step_inf(

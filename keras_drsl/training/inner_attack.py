@@ -74,7 +74,7 @@ class InnerAttack:
             return project(x_adv, x, bounds, norm)
 
         if self.method.start_near_input:
-            delta = 0.001 * self.threat.span * keras.random.normal(ops.shape(x), seed=self.seeds)
+            delta = 0.001 * self.threat.span * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
         else:
             delta = self._random_delta(x, scale)
         start = project(x + delta, x, bounds, norm)
