@@ -136,7 +136,8 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
             )
         x, y = _read_dataset(x, max_samples)
     if len(x) != len(y):
-        raise ValueError(f"`y` must hold one label for each input. Received: {len(x)} inputs, {len(y)} labels")
+        hint = " For one example, give `x[None]`." if len(y) == 1 else ""
+        raise ValueError(f"`y` must hold one label for each input.{hint} Received: {len(x)} inputs, {len(y)} labels")
     if len(x) == 0:
         raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
     if x.ndim < 2:

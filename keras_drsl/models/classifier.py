@@ -1,5 +1,6 @@
 """A function of logits with the programs that are compiled for it."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -96,10 +97,9 @@ class Classifier:
             try:
                 outputs = self.logits_fn(ops.convert_to_tensor(batch), **self._at_inference)
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 raise ValueError(
                     f"`{name}` must take batches of any size, here inputs of shape {batch.shape}."
-                    f"{_unusual(self.logits_fn)} Received: {reason}"
+                    f"{_unusual(self.logits_fn, batch)} Received: {type(error).__name__}: {_reason(error)}"
                 ) from error
             _check_one_output(name, outputs, len(batch))
         self._is_checked = True
@@ -117,16 +117,25 @@ class Classifier:
         return np.concatenate([self.logits(x[start : start + batch_size]) for start in range(0, len(x), batch_size)])
 
 
-def _unusual(function: Any) -> str:
+def _reason(error: Exception) -> str:
+    """Return the line of an error that says what went wrong, without the frame that Keras puts around it."""
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Exception encountered")), "no message")
+
+
+def _unusual(function: Any, batch: Array) -> str:
     """Return a sentence on what keeps a model from taking batches of one input each, or an empty text."""
     inputs = getattr(function, "inputs", None) or []
     if len(inputs) > 1:
         return f" It has {len(inputs)} inputs."
-    stateful = [layer.name for layer in getattr(function, "layers", []) if getattr(layer, "stateful", False)]
+    layers = function._flatten_layers() if isinstance(function, keras.Layer) else []
+    stateful = [layer.name for layer in layers if getattr(layer, "stateful", False) and layer is not function]
     if stateful:
         return f" Its layer {stateful[0]!r} is stateful: give a copy of the model with `stateful=False`."
     if inputs and inputs[0].shape[0] is not None:
         return f" It was built for batches of {inputs[0].shape[0]}."
+    if inputs and len(inputs[0].shape) != batch.ndim:
+        return f" It takes inputs of shape {inputs[0].shape[1:]}: give one input as a batch, `x[None]`."
     return ""
 
 

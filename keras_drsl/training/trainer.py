@@ -11,6 +11,7 @@ from keras import ops
 from keras_drsl import _renamed, _validation
 from keras_drsl._data import class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Tensor
+from keras_drsl.models.classifier import Classifier
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
 from keras_drsl.models.state import check_model, preserve_state, random_counters
 from keras_drsl.predictions import logits_behind_softmax
@@ -373,10 +374,9 @@ class AdversarialTraining(keras.Model):
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
         tried = inputs[:CHECKED_ROWS].astype("float32")
-        with preserve_state(self.model):
+        with preserve_state(self.model, inputs=tried):
+            Classifier(self.model).check(tried)
             outputs = self.model(ops.convert_to_tensor(tried), training=False)
-            if not ops.is_tensor(outputs):
-                raise ValueError(f"`model` must have one output. Received: outputs of type {type(outputs).__name__}")
             safeguards.check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
             self._logits_model = find_logits(self.model, tried)
             class_ids(labels, len(inputs), outputs.shape[-1])
