@@ -395,6 +395,9 @@ def _describe(x: Any) -> Operation | None:
         return Operation("identity", (inputs[x.value_index],))
     if kind in ARITHMETIC:
         return Operation(ARITHMETIC[kind], inputs)
+    # Keras adds a batch of one row in this way.
+    if kind == "BiasAdd" and (operation.get_attr("data_format") == b"NHWC" or len(x.shape) == 2):
+        return Operation("add", inputs)
     if kind in REARRANGEMENTS:
         return Operation("rearrange", *REARRANGEMENTS[kind](operation, x))
     if kind == "Softmax":
