@@ -44,6 +44,7 @@ multi_step = _running.multi_step
 pad_rows = _running.pad_rows
 per_replica_value = _running.per_replica_value
 replica_id = _running.replica_id
+save_native_state = _running.save_native_state
 set_mask = _running.set_mask
 stop_program = _running.stop_program
 sync_state = _running.sync_state

@@ -248,6 +248,11 @@ def custom_vjp(
     return function(*inputs, *constants)
 
 
+def save_native_state(model: keras.Model) -> Callable[[], None]:
+    """Return a function that does nothing: JAX has no variables of its own."""
+    return lambda: None
+
+
 def sync_state(model: keras.Model) -> None:
     """Write the values that training has computed into the model's variables."""
     model.jax_state_sync()

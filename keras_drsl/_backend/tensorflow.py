@@ -305,6 +305,19 @@ def custom_vjp(
     return differentiable(*map(tf.convert_to_tensor, inputs))
 
 
+def save_native_state(model: keras.Model) -> Callable[[], None]:
+    """Return a function that restores the backend's own variables in a model, which Keras does not list."""
+    attributes = [value for layer in model._flatten_layers() for value in vars(layer).values()]
+    variables = [value for value in attributes if isinstance(value, tf.Variable)]
+    values = [tf.identity(variable) for variable in variables]
+
+    def restore() -> None:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return restore
+
+
 def sync_state(model: keras.Model) -> None:
     """Write the values that training has computed into the model's variables; only JAX keeps them elsewhere."""
 

@@ -159,6 +159,19 @@ def custom_vjp(
     raise NotImplementedError("`custom_vjp` needs TensorFlow or JAX.")
 
 
+def save_native_state(model: keras.Model) -> Callable[[], None]:
+    """Return a function that restores the buffers of torch modules in a model."""
+    buffers = list(model.buffers())
+    values = [buffer.clone() for buffer in buffers]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+    return restore
+
+
 def sync_state(model: keras.Model) -> None:
     """Do nothing: variables are current at all times."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_drsl import _backend
 from keras_drsl._typing import Array
 
 
@@ -31,15 +32,21 @@ def preserve_state(*models: Any, inputs: Array | None = None) -> Iterator[None]:
         inputs: Some inputs, shape `(count, ...)`. A model that has no variables yet is built for their shape.
     """
     given = [model for model in models if model is not None]
-    for model in (getattr(model, "logits_fn", model) for model in given):
-        if inputs is not None and isinstance(model, keras.Layer) and not model.built:
+    layers = [
+        layer for layer in (getattr(model, "logits_fn", model) for model in given) if isinstance(layer, keras.Layer)
+    ]
+    for layer in layers:
+        if inputs is not None and not layer.built:
             with suppress(Exception):  # a model that cannot be called is refused later
                 # A symbolic call changes no variable.
-                model(keras.KerasTensor((None, *inputs.shape[1:]), dtype="float32"), training=False)
+                layer(keras.KerasTensor((None, *inputs.shape[1:]), dtype="float32"), training=False)
     variables = [variable for model in given for variable in model.variables]
     before = [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
+    restore_native = [_backend.save_native_state(layer) for layer in layers]
     try:
         yield
     finally:
+        for restore in restore_native:
+            restore()
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
