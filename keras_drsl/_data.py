@@ -18,6 +18,36 @@ def to_array(x: Any) -> Array:
     return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
 
 
+def to_arrays(name: str, x: Any, y: Any) -> tuple[Array, Array]:
+    """Return inputs and labels as arrays.
+
+    Args:
+        name: What an error calls the inputs.
+        x: Inputs, shape `(count, ...)`.
+        y: Their labels, shape `(count, ...)`.
+
+    Raises:
+        ValueError: If either is not one array, or they have other numbers of rows.
+    """
+    if y is None:
+        raise ValueError(f"`y` must hold the true labels where `{name}` is an array. Received: y=None")
+    _check_one_array(name, y)
+    # A list of images is one array; a list of arrays of images is not.
+    if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) != len(y):
+        _check_one_array(name, x)
+    try:
+        x, y = to_array(x), to_array(y)
+    except ValueError as error:
+        raise ValueError(f"`{name}` and `y` must hold rows of equal length. Received: {error}") from error
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        hint = " For one example, give `x[None]` and `[label]`." if y.size == 1 else ""
+        raise ValueError(
+            f"`y` must hold one label for each input.{hint} "
+            f"Received: inputs of shape {x.shape}, labels of shape {y.shape}"
+        )
+    return x, y
+
+
 def digest(*arrays: Array) -> str:
     """Return the SHA-256 of arrays."""
     sha = hashlib.sha256()
@@ -117,17 +147,8 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
     """
-    if isinstance(x, dict) or (isinstance(x, list | tuple) and y is not None and len(x) != np.size(to_array(y))):
-        _check_one_array(x)
-    if isinstance(x, np.ndarray | list | tuple) or ops.is_tensor(x):
-        if y is None:
-            raise ValueError("`y` must hold the true labels where `x_or_dataset` is an array. Received: y=None")
-        x, y = to_array(x), to_array(y)
-        if x.ndim == 0 or y.ndim == 0:
-            raise ValueError(
-                "`y` must hold one label for each input; for one example, give `x[None]` and `[label]`. "
-                f"Received: inputs of shape {x.shape}, labels of shape {y.shape}"
-            )
+    if isinstance(x, np.ndarray | list | tuple | dict) or ops.is_tensor(x):
+        x, y = to_arrays("x_or_dataset", x, y)
     else:
         if y is not None:
             raise ValueError(
@@ -135,9 +156,6 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
                 f"Received: x_or_dataset of {type(x).__name__}, y of {type(y).__name__}"
             )
         x, y = _read_dataset(x, max_samples)
-    if len(x) != len(y):
-        hint = " For one example, give `x[None]`." if len(y) == 1 else ""
-        raise ValueError(f"`y` must hold one label for each input.{hint} Received: {len(x)} inputs, {len(y)} labels")
     if len(x) == 0:
         raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
     if x.ndim < 2:
@@ -231,6 +249,7 @@ def first_batch(x: Any, y: Any) -> tuple[Any, tuple[Array, Array]]:
         raise ValueError("`y` must hold labels, or `x` give batches `(inputs, labels)`. Received: no labels")
     if isinstance(inputs, dict | list | tuple):
         raise ValueError(f"`x` must hold one input per example, not several. Received: {type(inputs).__name__}")
+    _check_one_array("x", labels)
     inputs = np.empty(0) if inputs is None else to_array(_backend.per_replica_value(inputs))
     if inputs.size == 0:
         raise ValueError("`x` must hold at least one example. Received: none")
@@ -248,7 +267,7 @@ def only_input(x: Any) -> Any:
     return x[0] if isinstance(x, list | tuple) and len(x) == 1 else x
 
 
-def _check_one_array(values: Any) -> None:
+def _check_one_array(name: str, values: Any) -> None:
     """Raise `ValueError` for a dictionary or list of arrays."""
     if isinstance(values, dict):
         received = f"a dictionary with keys {list(values)}"
@@ -258,7 +277,7 @@ def _check_one_array(values: Any) -> None:
     else:
         return
     raise ValueError(
-        f"`x_or_dataset` must hold one array of inputs, without a name, and one of labels. Received: {received}"
+        f"`{name}` and `y` must hold one array of inputs and one of labels, without names. Received: {received}"
     )
 
 
@@ -274,7 +293,7 @@ def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
                 f"Received: {type(batch).__name__}"
             )
         for value in batch[:2]:
-            _check_one_array(value)
+            _check_one_array("x_or_dataset", value)
         x, y = to_array(batch[0]), to_array(batch[1])
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
             raise ValueError(

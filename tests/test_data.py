@@ -4,8 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_drsl._data import content_keys, read_examples
+import keras_drsl
+from keras_drsl._data import class_ids, content_keys, read_examples
 from tests.backends import on_tensorflow
+from tests.linear import inputs, linear_model
 
 SIZES = {0: 60, 1: 30, 2: 10}
 
@@ -107,3 +109,49 @@ def test_keys_depend_on_values_only():
     assert len(set(keys.tolist())) == 5
     np.testing.assert_array_equal(content_keys(x[::-1]), keys[::-1])
     np.testing.assert_array_equal(content_keys(np.array([[0.0]])), content_keys(np.array([[-0.0]])))
+
+
+# Labels of three classes that name no single class, and the row that the error shows.
+NOT_ONE_CLASS = {
+    "multi-hot": ([1, 0, 1], r"\[1. 0. 1.\]"),
+    "all": ([1, 1, 1], r"\[1. 1. 1.\]"),
+    "none": ([0, 0, 0], r"\[0. 0. 0.\]"),
+    "halves": ([0.5, 0.5, 0.0], r"\[0.5 0.5 0. \]"),
+    "uniform": ([1 / 3, 1 / 3, 1 / 3], "row 1"),
+    "negative": ([1.5, -0.5, 0.0], r"-0.5"),
+    "twice": ([2, 0, 0], r"\[2. 0. 0.\]"),
+    "nan": ([np.nan, 1, 0], "nan"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE_CLASS)
+@pytest.mark.parametrize("user", ["evaluation", "curve", "attack", "training", "monitor", "pool"])
+def test_labels_of_several_classes_are_refused(name, user):  # B4
+    row, message = NOT_ONE_CLASS[name]
+    x, _ = inputs(4)
+    y = np.array([[1, 0, 0], row, [0, 1, 0], [0, 0, 1]], "float32")
+    model = linear_model()
+    calls = {
+        "evaluation": lambda: keras_drsl.evaluate_robustness(model, x, y, eps=0.1, verbose=0),
+        "curve": lambda: keras_drsl.robustness_curve(model, x, y, eps=[0.1], verbose=0),
+        "attack": lambda: keras_drsl.attacks.PGD(0.1)(model, x, y),
+        "training": lambda: train(model, x, y),
+        "monitor": lambda: train(model, x, y.argmax(1), [keras_drsl.RobustnessMonitor(x, y, eps=0.1)]),
+        "pool": lambda: keras_drsl.attacks.Pool(model, x, y),
+    }
+    with pytest.raises(ValueError, match="`y` must name one class in each row.*" + message):
+        calls[user]()
+
+
+def train(model, x, y, callbacks=()):
+    trained = keras_drsl.AdversarialTraining(model, 0.1, steps=1)
+    loss = keras.losses.CategoricalCrossentropy if y.ndim == 2 else keras.losses.SparseCategoricalCrossentropy
+    trained.compile("sgd", loss(from_logits=True))
+    trained.fit(x, y, callbacks=list(callbacks), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.eye(3)[[2, 0, 1]], 0.1 / 3 + 0.9 * np.eye(3)[[2, 0, 1]], np.eye(3, dtype=bool)[[2, 0, 1]]]
+)
+def test_labels_of_one_class_are_taken(labels):  # B4
+    assert class_ids(labels, 3, 3).tolist() == [2, 0, 1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from keras_drsl import _validation
-from keras_drsl._data import class_ids, content_keys, to_array
+from keras_drsl._data import class_ids, content_keys, to_arrays
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.pool import Pool
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
@@ -229,7 +229,8 @@ class Attack:
             ValueError: If inputs lie outside the clip range, labels do not match or are no classes, or the function
                 returns probabilities.
         """
-        x = np.asarray(to_array(x), dtype="float32")
+        x, y = to_arrays("x", x, y)
+        x = x.astype("float32", copy=False)
         if len(x) == 0:
             return np.empty(x.shape, "float32")
         self.threat.validate("x", x)

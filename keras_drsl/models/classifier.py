@@ -93,7 +93,7 @@ class Classifier:
             return
         name = "model" if isinstance(self.logits_fn, keras.Model) else "logits_fn"
         # Two sizes: recurrent layers with a state, and some others, take one size only.
-        for batch in (x[:1], x[:2]):
+        for batch in (x[:1], x[[0, 0]]):
             try:
                 outputs = self.logits_fn(ops.convert_to_tensor(batch), **self._at_inference)
             except Exception as error:
@@ -134,8 +134,9 @@ def _unusual(function: Any, batch: Array) -> str:
         return f" Its layer {stateful[0]!r} is stateful: give a copy of the model with `stateful=False`."
     if inputs and inputs[0].shape[0] is not None:
         return f" It was built for batches of {inputs[0].shape[0]}."
-    if inputs and len(inputs[0].shape) != batch.ndim:
-        return f" It takes inputs of shape {inputs[0].shape[1:]}: give one input as a batch, `x[None]`."
+    if inputs:
+        hint = " For one input, give `x[None]`." if len(inputs[0].shape) > batch.ndim else ""
+        return f" It takes inputs of shape {inputs[0].shape[1:]}.{hint}"
     return ""
 
 
