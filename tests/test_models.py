@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from keras import layers, ops
 
 import keras_drsl
-from keras_drsl.attacks import PGD
+from keras_drsl import evaluate_robustness, robustness_curve
+from keras_drsl.attacks import PGD, Attack, Square
 from keras_drsl.models import find_logits, fingerprint
-from tests.linear import WEIGHTS, inputs, linear_model
+from tests.backends import BACKEND
+from tests.linear import WEIGHTS, distance, inputs, linear_model
 
 
 def set_weights(layer):
@@ -76,15 +79,15 @@ class Wrapped(keras.Model):
         return self.inner(x)
 
 
-class Spoiled(keras.Model):
-    """Probabilities after further operations on a softmax."""
+class Rounded(keras.Model):
+    """Probabilities in steps."""
 
     def __init__(self):
         super().__init__()
         self.head = layers.Dense(3)
 
     def call(self, x):
-        return ops.softmax(self.head(x)) * 1.0 + 0.0
+        return ops.round(ops.softmax(self.head(x)) * 1000) / 1000
 
 
 def average_op():
@@ -113,7 +116,27 @@ class Guarded(keras.Model):
         return p / ops.sum(p, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("build", [average_op, ensemble, Guarded])
+@pytest.mark.parametrize("build", [average_op, ensemble])
+@pytest.mark.short
+def test_averages_have_exact_logarithms(build):  # B2, B3
+    x, _ = inputs(20)
+    model = build()
+    model.set_weights([200 * weight for weight in model.get_weights()])
+    found = find_logits(model, x, None)
+    assert found.outputs == "softmax"
+    kernels = [np.asarray(weight, "float64") for weight in model.get_weights() if weight.ndim == 2]
+    assert np.abs(x @ kernels[0]).max() > 100
+    logs = []
+    for kernel in kernels:
+        z = x @ kernel
+        z = z - z.max(axis=1, keepdims=True)
+        logs.append(z - np.log(np.exp(z).sum(axis=1, keepdims=True)))
+    largest = np.maximum(*logs)
+    expected = largest + np.log(sum(np.exp(log - largest) for log in logs) / 2)
+    np.testing.assert_allclose(found.classifier.logits(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [Rounded, Guarded])
 @pytest.mark.short
 def test_false_logits_are_not_taken(build):
     x, _ = inputs(20)
@@ -146,7 +169,7 @@ def test_logits_are_found_behind_a_softmax(build):
 
 def test_log_probabilities_replace_missing_logits():
     x, _ = inputs(20)
-    model = Spoiled()
+    model = Rounded()
     model(x)
     found = find_logits(model, x, None)
     assert found.outputs == "probabilities"
@@ -209,11 +232,296 @@ def test_other_threads_may_call_the_model_meanwhile(build):
     assert not any(wrong)
 
 
-def test_two_evaluations_of_one_model_in_two_threads_agree():
-    x, y = inputs(40)
-    model = sequential()
-    options = {"eps": 0.1, "suite": "quick", "verbose": 0}
-    expected = keras_drsl.evaluate_robustness(model, x, y, **options).per_example
+@pytest.mark.parametrize("build", [sequential, Wrapped])
+@pytest.mark.short
+def test_two_threads_evaluate_one_model_ten_times(build):  # B8
+    x, y = inputs(24)
+    model = build()
+    model(x)
+    options = {"eps": 0.1, "attacks": ["fgsm_ce", "pgd_margin"], "suite": "quick", "verbose": 0}
+    expected = keras_drsl.evaluate_robustness(model, x, y, **options)
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(keras_drsl.evaluate_robustness, model, x, y, **options) for _ in range(2)]
-        assert [call.result().per_example for call in calls] == [expected] * 2
+        for _ in range(5):
+            calls = [pool.submit(keras_drsl.evaluate_robustness, model, x, y, **options) for _ in range(2)]
+            for report in (call.result() for call in calls):
+                assert report.per_example == expected.per_example
+                assert report.checks == expected.checks
+
+
+def test_equal_probabilities_follow_their_logits():
+    x, y = inputs(10)[0], np.zeros(10, int)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, dtype="float16"), layers.Softmax(dtype="float16")])
+    model.layers[0].set_weights([np.zeros((4, 2)), np.array([0.0, 1e-4])])  # so both probabilities are 0.5 in float16
+    assert find_logits(model, x).misclassifies(x, y, 10).all()
+    report = evaluate_robustness(model, x, y, eps=0.1, attacks=["noise"], checks=["clean_accuracy"], verbose=0)
+    assert report.clean_accuracy == report.checks[0].value == 1.0  # the model's own answer
+    assert report.robust_accuracy == 0.0
+
+
+class Stateful(keras.Model):
+    """A model that counts its calls, and changes its moving statistics and a random state in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = layers.BatchNormalization()
+        self.dense = layers.Dense(3)
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, dtype="int32")
+        self.seed = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        self.count.assign_add(1)
+        noise = keras.random.normal(ops.shape(x), seed=self.seed)
+        return self.dense(self.normalize(x + 0.01 * noise, training=True)) + 0.01 * self.calls
+
+    def held(self):
+        return [ops.convert_to_numpy(variable).tolist() for variable in self.variables]
+
+
+class Fails(Attack):
+    def run(self, classifier, batch):
+        classifier(ops.convert_to_tensor(batch.x))
+        raise RuntimeError("no")
+
+
+EVALUATIONS = {
+    "find_logits": lambda model, x, y: find_logits(model, x),
+    "attack": lambda model, x, y: PGD(0.1, steps=2)(model, x, y),
+    "evaluation": lambda model, x, y: evaluate_robustness(model, x, y, eps=0.1, suite="quick", verbose=0),
+    "curve": lambda model, x, y: robustness_curve(model, x, y, eps=[0, 0.1], suite="quick", verbose=0),
+    "undefended": lambda model, x, y: evaluate_robustness(
+        linear_model(), x, y, undefended=model, eps=0.1, suite="quick", attacks=["fgsm_ce"], verbose=0
+    ),
+    "failing attack": lambda model, x, y: Fails(0.1)(model, x, y),
+    "failing evaluation": lambda model, x, y: evaluate_robustness(
+        model, x, y, eps=0.1, attacks=[Fails(0.1)], verbose=0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.short
+def test_all_that_a_model_holds_is_put_back(name):  # B1
+    x, y = inputs(20)
+    model = Stateful()
+    model(x)
+    before = model.held()
+    with pytest.raises(RuntimeError, match="no") if "failing" in name else nullcontext():
+        EVALUATIONS[name](model, x, y)
+    assert model.held() == before
+    model(x)
+    assert model.held() != before
+
+
+def test_a_model_that_was_never_called_is_put_back():  # B1
+    x, y = inputs(20)
+    model = Stateful()
+    evaluate_robustness(model, x, y, eps=0.1, attacks=["fgsm_ce"], checks=[], verbose=0)
+    assert model.held()[:3] == [0.0, 0, [0, 0]]
+    assert ops.convert_to_numpy(model.normalize.moving_mean).tolist() == [0.0] * 4
+    assert ops.convert_to_numpy(model.normalize.moving_variance).tolist() == [1.0] * 4
+
+
+class Native(keras.Model):
+    """A model that counts its calls in a variable of the backend, which Keras does not list."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            self.count = tf.Variable(0.0)
+        else:
+            import torch
+
+            self.register_buffer("count", torch.zeros(()))
+
+    def call(self, x):
+        if BACKEND == "tensorflow":
+            self.count.assign_add(1.0)
+        else:
+            self.count += 1
+        return self.dense(x) + self.count
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no variables of its own")
+@pytest.mark.short
+def test_variables_of_the_backend_are_put_back():  # B1
+    x, y = inputs(20)
+    model = Native()
+    model(x)
+    report = evaluate_robustness(model, x, y, eps=0.1, attacks=["fgsm_ce"], checks=["deterministic"], verbose=0)
+    assert float(model.count) == 1
+    assert not report.trustworthy
+
+
+def test_a_monitor_leaves_the_state_as_it_is():  # B1
+    x, y = inputs(20)
+    model = Stateful()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model(x)
+    monitor = keras_drsl.RobustnessMonitor(x, y, eps=0.1)
+    monitor.set_model(model)
+    monitor.set_params({"epochs": 1})
+    before = model.held()
+    monitor.on_train_begin()
+    monitor.on_epoch_end(0, {})
+    assert monitor.report is not None
+    assert model.held() == before
+
+
+def one_output(outputs):
+    x = keras.Input((4,))
+    return keras.Model(x, outputs(layers.Dense(3)(x)))
+
+
+def stateful_rnn():
+    return keras.Sequential([keras.Input(batch_shape=(5, 4)), layers.Reshape((4, 1)), layers.LSTM(3, stateful=True)])
+
+
+class Recurrent(keras.Model):
+    """A recurrent model with a state, whose batch size is that of the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = layers.SimpleRNN(3, stateful=True)
+
+    def call(self, x):
+        return self.recurrent(x[:, :, None])
+
+
+def two_inputs():
+    first, second = keras.Input((4,)), keras.Input((4,))
+    return keras.Model([first, second], layers.Dense(3)(first + second))
+
+
+# Models that cannot be attacked, and what the error says.
+UNUSUAL = {
+    "dictionary": (lambda: one_output(lambda z: {"a": z, "b": z}), "`model` must have one output.*keys .'a', 'b'"),
+    "list": (lambda: one_output(lambda z: [z, z]), "`model` must have one output. Received: outputs of type list"),
+    "sigmoid": (
+        lambda: keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")]),
+        r"classes >= 2\). For one sigmoid unit of logit z, return the logits \[0, z\]. Received: \(1, 1\)",
+    ),
+    "two inputs": (two_inputs, "`model` must take batches .* It has 2 inputs. Received: ValueError"),
+    "stateful": (stateful_rnn, "`model` must take batches of any size.*'lstm.*' is stateful"),
+    "stateful subclass": (Recurrent, "`model` must take batches of any size.*'simple_rnn.*' is stateful"),
+    "one image": (
+        lambda: keras.Sequential([keras.Input((4, 4, 1)), layers.Flatten(), layers.Dense(3)]),
+        r"It takes inputs of shape \(4, 4, 1\). For one input, give `x\[None\]`",
+    ),
+    "another shape": (lambda: keras.Sequential([keras.Input((5,)), layers.Dense(3)]), r"here inputs of shape \(1, 4\)"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.short
+def test_unusual_models_are_one_clear_error(name):  # B9
+    x, y = inputs(10)
+    build, message = UNUSUAL[name]
+    model = build()
+    calls = [
+        lambda: evaluate_robustness(model, x, y, eps=0.1, verbose=0),
+        lambda: robustness_curve(model, x, y, eps=[0.1], verbose=0),
+        lambda: PGD(0.1)(model, x, y),
+        lambda: find_logits(model, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "Exception encountered" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# Inputs and labels in a form that is not taken, and what the error says.
+UNUSUAL_DATA = {
+    "dictionary": (
+        lambda x, y: ({"pixels": x}, y),
+        r"one array of inputs.*Received: a dictionary with keys \['pixels'\]",
+    ),
+    "list": (lambda x, y: ([x], y), r"one array of inputs.*Received: a list of 1 arrays, of shapes \(10, 4\)"),
+    "pair": (lambda x, y: ((x, x), y), r"one array of inputs.*Received: a tuple of 2 arrays"),
+    "labels by name": (lambda x, y: (x, {"class": y}), r"a dictionary with keys \['class'\]"),
+    "labels in a list": (lambda x, y: (x, [keras.utils.to_categorical(y, 3)]), r"a list of 1 arrays"),
+    "one input": (
+        lambda x, y: (x[0], y[0]),
+        r"`y` must hold one label for each input. For one example, give `x\[None\]`",
+    ),
+    "one input, a list of one label": (lambda x, y: (x[0], y[:1]), r"For one example, give `x\[None\]`"),
+    "ragged": (lambda x, y: ([[0.1, 0.2], [0.3]], y[:2]), "rows of equal length"),
+    "ragged labels": (lambda x, y: (x[:2].tolist(), [[0, 1], [2]]), "rows of equal length"),
+    "names": (lambda x, y: (x, ["cat"] * 10), r"class ids"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL_DATA)
+def test_unusual_data_are_one_clear_error(name):  # B9
+    convert, message = UNUSUAL_DATA[name]
+    model = linear_model()
+    x, y = convert(*inputs(10))
+    calls = [
+        lambda: evaluate_robustness(model, x, y, eps=0.1, verbose=0),
+        lambda: robustness_curve(model, x, y, eps=[0.1], verbose=0),
+        lambda: PGD(0.1)(model, x, y),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, list, tuple])
+def test_lists_of_inputs_and_one_hot_labels_are_taken(wrap):
+    x, y = inputs(10)
+    labels = keras.utils.to_categorical(y, 3)
+    reports = [
+        evaluate_robustness(linear_model(), inputs, labels, eps=0.1, attacks=["fgsm_ce"], checks=[], verbose=0)
+        for inputs in (wrap(x), wrap(x.tolist()))
+    ]
+    assert [report.per_example["label"] for report in reports] == [y.tolist()] * 2
+
+
+@pytest.mark.short
+def test_functions_that_return_arrays_are_refused():  # B9
+    x, y = inputs(10)
+    model = linear_model()
+    for function in (model.predict, lambda x: model.predict(x, verbose=0), lambda x: np.asarray(x) @ WEIGHTS):
+        with pytest.raises(ValueError, match="`logits_fn` must return a tensor.*not its `predict`.*NumPy array"):
+            PGD(0.1)(function, x, y)
+
+
+@pytest.fixture
+def float64():
+    """Make float64 the default float type of Keras."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")  # Keras keeps the first one
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("name", ["pgd_ce", "apgd_t_dlr", "square", "noise"])
+@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.short
+def test_float64_gives_the_exact_verdict(float64, name, norm):  # B7
+    x, y = inputs(24, WEIGHTS[:, :2])
+    model = linear_model(WEIGHTS[:, :2], layers.Softmax())
+    assert model.compute_dtype == "float64"
+    sizes = distance(x, y, norm, WEIGHTS[:, :2])
+    x, y, sizes = (values[np.abs(sizes - 0.1) > 0.03] for values in (x, y, sizes))
+    attack = Square(0.1, norm=norm, queries=300) if name == "square" else name
+    report = evaluate_robustness(model, x, y, eps=0.1, norm=norm, suite="quick", attacks=[attack], verbose=0)
+    found = [by is None for by in report.per_example["broken_by"]]
+    if name == "noise":  # which finds some of them
+        assert not np.any((sizes > 0.1) & ~np.array(found))
+    else:
+        assert found == (sizes > 0.1).tolist()
+
+
+@pytest.mark.parametrize("method", ["pgd", "trades", "consistency"])
+def test_float64_trains(float64, method):  # B7
+    x, y = inputs(20)
+    model = keras_drsl.AdversarialTraining(linear_model(), 0.1, method=method, steps=1)
+    model.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
+    assert np.isfinite(model.fit(x, y, verbose=0).history["loss"]).all()

@@ -23,7 +23,8 @@ class LogitsModel(NamedTuple):
 
     Attributes:
         classifier: Maps inputs to logits, with the weights of the model. Attacks follow it.
-        model: Maps inputs to the outputs of the model. Its predictions decide which inputs are misclassified.
+        model: Maps inputs to the outputs of the model. They decide which inputs are misclassified, and logits where
+            two outputs are equal only by rounding.
         outputs: `"logits"` if the model returns them; `"softmax"` if they were found behind its softmax, or behind the
             average of its softmaxes; `"probabilities"` if they were not, and the logarithms of the probabilities
             replace them.
@@ -34,8 +35,15 @@ class LogitsModel(NamedTuple):
     outputs: Literal["logits", "softmax", "probabilities"]
 
     def misclassifies(self, x: Array, y: Array, batch_size: int) -> Array:
-        """Return which inputs the model itself misclassifies, `batch_size` at a time, shape `(count,)`."""
-        return is_misclassified(self.model.logits_in_batches(x, batch_size), y)
+        """Return which inputs the model misclassifies, `batch_size` at a time, shape `(count,)`.
+
+        Two saturated probabilities may be equal where their logits are not. Such an input counts as misclassified
+        although the first of the equal classes may be the true one.
+        """
+        wrong = is_misclassified(self.model.logits_in_batches(x, batch_size), y)
+        if self.outputs == "softmax":
+            wrong |= is_misclassified(self.classifier.logits_in_batches(x, batch_size), y)
+        return wrong
 
 
 def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -> LogitsModel:
