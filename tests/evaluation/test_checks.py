@@ -9,6 +9,7 @@ from keras import ops
 
 import keras_drsl
 from keras_drsl import evaluate_robustness
+from keras_drsl.attacks import Attack
 from keras_drsl.evaluation import Outcome, check
 from keras_drsl.evaluation.checks import CHECKS
 from keras_drsl.evaluation.checks.self_tests import breakable_model
@@ -91,6 +92,112 @@ def test_a_random_model_is_seen():
     assert not report.trustworthy
 
 
+class Nothing(Attack):
+    """An attack that changes nothing, for tests of checks."""
+
+    def run(self, classifier, batch):
+        return batch.x
+
+
+class Dependent(keras.Model):
+    """A linear model with a fault: its answer for a row depends on the batch, or on the calls before."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+        self.normalize = keras.layers.BatchNormalization()
+        self.attention = keras.layers.MultiHeadAttention(1, 2)
+        self.dense = keras.layers.Dense(3)
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        self.last = self.add_weight(shape=(4,), initializer="zeros", trainable=False)
+        self.number = 0
+
+    def call(self, x):
+        return FAULTS[self.fault](self, x)
+
+
+def remember(model, x):
+    """Add the mean of the last batch."""
+    z = model.dense(x) + model.dense(model.last[None])
+    model.last.assign(ops.mean(x, axis=0))
+    return z
+
+
+def count(model, x):
+    model.calls.assign_add(1.0)
+    return model.dense(x) + model.calls * ops.convert_to_tensor([0.0, 0.1, 0.2])
+
+
+def count_in_python(model, x):
+    model.number += 1
+    return model.dense(x) + model.number * ops.convert_to_tensor([0.0, 0.1, 0.2])
+
+
+FAULTS = {
+    "statistics": lambda model, x: model.dense(model.normalize(x, training=True)),
+    "mean": lambda model, x: model.dense(x - ops.mean(x, axis=0)),
+    "largest": lambda model, x: model.dense(x / ops.max(x)),
+    "logits": lambda model, x: (lambda z: z / ops.std(z))(model.dense(x)),
+    "first row": lambda model, x: model.dense(x) + 0.1 * model.dense(x[:1]),
+    "order": lambda model, x: model.dense(x + 0.1 * ops.roll(x, 1, axis=0)),
+    "attention": lambda model, x: model.dense(x + model.attention(x[None], x[None])[0]),
+    "softmax over rows": lambda model, x: ops.softmax(model.dense(x), axis=0),
+    "softmax of a mean": lambda model, x: ops.softmax(model.dense(x - ops.mean(x, axis=0))),
+    "counter": count,
+    "counter behind softmax": lambda model, x: ops.softmax(count(model, x)),
+    "python counter": count_in_python,
+    "python counter behind softmax": lambda model, x: ops.softmax(count_in_python(model, x)),
+    "last batch": remember,
+}
+
+
+@pytest.mark.parametrize("num_examples", [1, 60])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.short
+def test_rows_that_depend_on_others_are_seen(fault, num_examples):  # B1
+    x, y = inputs(60)
+    x, y = x[:num_examples], y[:num_examples]
+    model = Dependent(fault)
+    model(x)
+    options = {"attacks": [Nothing(0.1)], "checks": ["deterministic", "independent_rows"], "verbose": 0}
+    for batch_size in (1, 256):
+        report = evaluate_robustness(model, x, y, eps=0.1, batch_size=batch_size, **options)
+        statuses = {check.name: check.status for check in report.checks}
+        failed = "deterministic" if "counter" in fault or fault == "last batch" else "independent_rows"
+        assert statuses[failed] == "fail", batch_size
+        assert not report.trustworthy
+
+
+def test_equal_inputs_hide_no_dependence():  # B1
+    x, y = np.ones((20, 4), "float32"), np.zeros(20, int)
+    model = Dependent("largest")
+    model(x)
+    options = {"attacks": [Nothing(0.1)], "checks": ["independent_rows"], "verbose": 0}
+    report = evaluate_robustness(model, x, y, eps=0.1, **options)
+    assert report.checks[0].status == "fail"
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("scale", [0.01, 300])
+@pytest.mark.short
+def test_rounding_is_no_dependence_on_rows(policy, scale):  # B1
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((8, 8, 1))])
+    for filters in (16, 32, 32):
+        model.add(layers.Conv2D(filters, 3, padding="same", dtype=policy))
+        model.add(layers.BatchNormalization(dtype=policy))
+        model.add(layers.Activation("relu", dtype=policy))
+    model.add(layers.Flatten())
+    model.add(layers.Dense(10, dtype=policy))
+    model.add(layers.Rescaling(scale, dtype=policy))
+    generator = np.random.default_rng(0)
+    x, y = generator.random((64, 8, 8, 1), "float32"), generator.integers(0, 10, 64)
+    for head in ([], [layers.Softmax()]):
+        options = {"attacks": [Nothing(0.1)], "checks": ["deterministic", "independent_rows"], "verbose": 0}
+        report = evaluate_robustness(keras.Sequential([model, *head]), x, y, eps=0.1, **options)
+        assert [check.status for check in report.checks] == ["pass"] * 2
+
+
 def test_huge_logits_are_seen():
     checks, _ = checks_of(linear_model(WEIGHTS * 1e4))
     assert checks["logit_scale"].status == "warn"
@@ -105,12 +212,48 @@ def test_probabilities_without_logits_are_seen():
             self.inner = linear_model()
 
         def call(self, x):
-            return ops.softmax(self.inner(x)) * 1.0 + 0.0
+            return ops.maximum(ops.softmax(self.inner(x)), 0.0)
 
     checks, _ = checks_of(Spoiled(), suite="quick")
     assert checks["outputs"].status == "warn"
     checks, _ = checks_of(linear_model(WEIGHTS, keras.layers.Activation("sigmoid")), suite="quick")
     assert checks["outputs"].status == "warn"
+
+
+class Hidden(keras.Model):
+    """A linear model that ends in an operation behind which no logits are found."""
+
+    def __init__(self, scale, end):
+        super().__init__()
+        self.inner = linear_model(scale * WEIGHTS)
+        self.end = end
+
+    def call(self, x):
+        return self.end(self.inner(x))
+
+
+ENDS = {
+    "maximum": lambda z: ops.maximum(ops.softmax(z), 0.0),
+    "clip": lambda z: ops.clip(ops.softmax(z), 1e-7, 1 - 1e-7),
+    "average": lambda z: ops.maximum((ops.softmax(z) + ops.softmax(2 * z)) / 2, 0.0),
+    "half": lambda z: ops.cast(ops.maximum(ops.softmax(ops.cast(z, "float16")), 0.0), "float32"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.short
+def test_rounding_noise_is_no_gradient(end):  # B2
+    x, y = inputs(40)
+    options = {"attacks": ["apgd_t_margin"], "checks": ["outputs", "gradients"], "verbose": 0}
+    for scale in (3, 3000):
+        report = evaluate_robustness(Hidden(scale, ENDS[end]), x, y, eps=0.08, **options)
+        statuses = [check.status for check in report.checks]
+        # At scale 3, the gradient is exact, and so is the accuracy.
+        assert statuses == (["warn", "pass"] if scale == 3 else ["warn", "fail"]), scale
+        if scale == 3:
+            assert report.robust_accuracy == (distance(x, y, "inf") > 0.08).mean()
+        else:
+            assert "give a model that returns logits" in report.checks[1].message
 
 
 def test_an_undefended_model_is_checked():

@@ -29,7 +29,7 @@ def gradients(context: EvaluationContext) -> Outcome:
     text = ", ".join(f"{loss} {share:.0%}" for loss, share in vanished.items())
     if vanished["margin"] > 0.01:
         message = f"inputs without a gradient ({text}): gradient attacks do not work there"
-        if noise.any():
+        if context.model.outputs == "probabilities":
             message += "; the probabilities are saturated: give a model that returns logits"
         return Outcome(grade(vanished["margin"], warn_above=0.01, fail_above=0.1), vanished["margin"], message)
     if max(vanished.values()) > 0.05:
