@@ -1,10 +1,12 @@
-"""Run programs in processes of their own."""
+"""Run programs in processes of their own, and mark cases of tests."""
 
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pytest
 
 
 def run_python(code, *args, env=None, check=True, cwd=None, timeout=300):
@@ -68,3 +70,9 @@ def set_nested(content, path, value):
         del content[path[-1]]
     else:
         content[path[-1]] = value
+
+
+def some_short(names, *short):
+    """Return the cases of a test by name, some of which run on all backends in each run of the tests."""
+    assert set(short) <= set(names)
+    return [pytest.param(name, marks=pytest.mark.short) if name in short else name for name in names]

@@ -12,6 +12,7 @@ from keras_drsl import evaluate_robustness, robustness_curve
 from keras_drsl.attacks import PGD, Attack, Square
 from keras_drsl.models import find_logits, fingerprint
 from tests.backends import BACKEND
+from tests.helpers import some_short
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 
 
@@ -232,8 +233,7 @@ def test_other_threads_may_call_the_model_meanwhile(build):
     assert not any(wrong)
 
 
-@pytest.mark.parametrize("build", [sequential, Wrapped])
-@pytest.mark.short
+@pytest.mark.parametrize("build", [sequential, pytest.param(Wrapped, marks=pytest.mark.short)])
 def test_two_threads_evaluate_one_model_ten_times(build):  # B8
     x, y = inputs(24)
     model = build()
@@ -300,8 +300,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
-@pytest.mark.short
+@pytest.mark.parametrize("name", some_short(EVALUATIONS, "attack", "failing evaluation"))
 def test_all_that_a_model_holds_is_put_back(name):  # B1
     x, y = inputs(20)
     model = Stateful()
@@ -416,8 +415,7 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
-@pytest.mark.short
+@pytest.mark.parametrize("name", some_short(UNUSUAL, "sigmoid", "stateful"))
 def test_unusual_models_are_one_clear_error(name):  # B9
     x, y = inputs(10)
     build, message = UNUSUAL[name]
@@ -501,9 +499,8 @@ def float64():
     keras.config.set_dtype_policy("float32")
 
 
-@pytest.mark.parametrize("name", ["pgd_ce", "apgd_t_dlr", "square", "noise"])
+@pytest.mark.parametrize("name", some_short(["pgd_ce", "apgd_t_dlr", "square", "noise"], "square"))
 @pytest.mark.parametrize("norm", ["inf", 2])
-@pytest.mark.short
 def test_float64_gives_the_exact_verdict(float64, name, norm):  # B7
     x, y = inputs(24, WEIGHTS[:, :2])
     model = linear_model(WEIGHTS[:, :2], layers.Softmax())
