@@ -167,7 +167,8 @@ def save_native_state(model: keras.Model) -> Callable[[], None]:
     def restore() -> None:
         with torch.no_grad():
             for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
     return restore
 
