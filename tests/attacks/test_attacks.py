@@ -326,9 +326,7 @@ class TestBadInput:
 
     def test_labels_must_match(self, linear):
         x, y = inputs(5)
-        with pytest.raises(
-            ValueError, match=r"`y` must hold one label for each of the 5 inputs and 3 classes. Received"
-        ):
+        with pytest.raises(ValueError, match=r"`y` must hold one label for each input. Received"):
             FGSM(0.1)(linear, x, y[:4])
         with pytest.raises(ValueError, match=r"`y` must hold class ids in \[0, 3\). Received: 3"):
             FGSM(0.1)(linear, x, y + 3 * (np.arange(5) == 0) - y * (np.arange(5) == 0))

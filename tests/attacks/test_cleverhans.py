@@ -220,7 +220,7 @@ class TestBadInput:
         x, y = inputs(5)
         with pytest.raises(
             ValueError,
-            match=r"`y` must hold one label for each of the 5 inputs and 3 classes. Received: y.shape=\(4,\)",
+            match=r"`y` must hold one label for each input. Received: inputs of shape \(5, 4\), labels of shape \(4,\)",
         ):
             cleverhans.FastGradientMethod(0.1)(linear, x, y[:4])
 

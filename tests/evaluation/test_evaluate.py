@@ -424,7 +424,10 @@ class TestBadInput:
             ),
             (lambda x, y: (np.where(x > 0.5, np.nan, x), y), "`x_or_dataset` must lie in .* Received: values from nan"),
             (lambda x, y: (x[:0], y[:0]), "`x_or_dataset` must hold at least one example. Received: none"),
-            (lambda x, y: (x, y[:3]), "`y` must hold one label for each input. Received: 5 inputs, 3 labels"),
+            (
+                lambda x, y: (x, y[:3]),
+                r"`y` must hold one label for each input. Received: inputs of shape \(5, 4\), labels of shape \(3,\)",
+            ),
             (lambda x, y: (x, y + 5), r"`y` must hold class ids in \[0, 3\). Received"),
             (lambda x, y: (x, None), "`y` must hold the true labels where `x_or_dataset` is an array"),
             (lambda x, y: (iter([]), None), "`x_or_dataset` must hold at least one example. Received: none"),
