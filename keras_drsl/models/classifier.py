@@ -36,7 +36,7 @@ class Classifier:
     def __init__(self, logits_fn: Callable[[Tensor], Tensor]) -> None:
         self.logits_fn = logits_fn
         self._programs: dict[Any, Callable[..., Any]] = {}
-        self._is_checked = False
+        self._checked_shape: tuple[int, ...] | None = None
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -87,9 +87,9 @@ class Classifier:
         """Raise `ValueError` unless the function maps batches of any size to tensors of shape `(batch, C >= 2)`.
 
         Args:
-            x: Some inputs, shape `(batch, ...)`. Calls after the first return at once.
+            x: Some inputs, shape `(batch, ...)`. A second call with inputs of one shape returns at once.
         """
-        if self._is_checked:
+        if self._checked_shape == x.shape[1:]:
             return
         name = "model" if isinstance(self.logits_fn, keras.Model) else "logits_fn"
         # Two sizes: recurrent layers with a state, and some others, take one size only.
@@ -102,7 +102,7 @@ class Classifier:
                     f"{_unusual(self.logits_fn, batch)} Received: {type(error).__name__}: {_reason(error)}"
                 ) from error
             _check_one_output(name, outputs, len(batch))
-        self._is_checked = True
+        self._checked_shape = x.shape[1:]
 
     def logits(self, x: Array) -> Array:
         """Compute the logits of an array `(batch, ...)`, shape `(batch, C)`."""

@@ -4,6 +4,7 @@ Attacks follow logits: the gradient of a saturated softmax is 0. The program tha
 its softmaxes were given. No layer is changed for it, so other threads can call the model meanwhile.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
-from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities
+from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
 from keras_drsl.models.state import preserve_state
 from keras_drsl.spread import class_values
 
@@ -59,6 +60,8 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
       from the log-softmaxes. They are exact where the average itself is 0 or 1 in float32.
     - Behind other operations on a softmax, such as rounding, no logits are found: `outputs` is then `"probabilities"`.
     - Calling the model may change its state, such as a counter: all variables are restored.
+    - The model keeps the programs that are compiled for it, for the next call. They are compiled anew if its list of
+      variables or its outputs for `x` changed.
 
     Args:
         model: A classifier.
@@ -83,23 +86,57 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
 
 
 def _find_logits(model: keras.Model, x: Array, from_logits: bool | None) -> LogitsModel:
-    own = Classifier(model)
-    own.check(x)
-    outputs = own.logits(x)
+    found = _Classifiers.of(model, x)
+    outputs = found.outputs.logits(x)
     _check_outputs(model, outputs, from_logits)
     if not looks_like_probabilities(outputs):
-        return LogitsModel(own, own, "logits")
+        return LogitsModel(found.outputs, found.outputs, "logits")
     # Random inputs as well: a candidate may equal the logits on the data alone.
     tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
-    behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
     try:
-        logits = behind_softmax.logits(tried)
+        logits = found.behind_softmax.logits(tried)
     except LookupError:
         logits = None
-    if logits is not None and not looks_like_probabilities(logits) and _is_softmax_of(own.logits(tried), logits):
-        return LogitsModel(behind_softmax, own, "softmax")
-    logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
-    return LogitsModel(logarithms, own, "probabilities")
+    if logits is None or looks_like_probabilities(logits) or not _is_softmax_of(found.outputs.logits(tried), logits):
+        return LogitsModel(found.logarithms, found.outputs, "probabilities")
+    return LogitsModel(found.behind_softmax, found.outputs, "softmax")
+
+
+class _Classifiers:
+    """The classifiers that the logits of a model are looked for with. The model keeps them, and their programs.
+
+    Attributes:
+        outputs: Returns the outputs of the model.
+        behind_softmax: Returns what its softmaxes were given.
+        logarithms: Returns the logarithms of its outputs.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.outputs = Classifier(model)
+        self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
+        self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
+        self._variables = list(model.variables)
+
+    @classmethod
+    def of(cls, model: keras.Model, x: Array) -> "_Classifiers":
+        """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
+        kept: _Classifiers | None = vars(model).get("_keras_drsl_classifiers")
+        if kept is None or not kept._are_of(model, x):
+            kept = cls(model)
+            kept.outputs.check(x)
+            # Keras would look into an attribute that it is told of when it saves the model.
+            object.__setattr__(model, "_keras_drsl_classifiers", kept)
+        return kept
+
+    def _are_of(self, model: keras.Model, x: Array) -> bool:
+        """Return whether the compiled programs still compute what the model does."""
+        variables = model.variables
+        if len(variables) != len(self._variables) or any(map(operator.is_not, variables, self._variables)):
+            return False
+        self.outputs.check(x)
+        now, then = ops.convert_to_numpy(self.outputs(ops.convert_to_tensor(x))), self.outputs.logits(x)
+        tolerance = 100 * compute_rounding(self.outputs) * max(np.abs(now).max(), 1.0)
+        return np.allclose(now, then, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def log_probabilities(probabilities: Tensor) -> Tensor:
