@@ -33,7 +33,7 @@ def to_arrays(name: str, x: Any, y: Any) -> tuple[Array, Array]:
         raise ValueError(f"`y` must hold the true labels where `{name}` is an array. Received: y=None")
     _check_one_array(name, y)
     # A list of images is one array; a list of arrays of images is not.
-    if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) != len(y):
+    if not isinstance(x, list | tuple) or np.ndim(y) == 0 or len(x) != len(y):
         _check_one_array(name, x)
     try:
         x, y = to_array(x), to_array(y)
@@ -64,13 +64,14 @@ def content_keys(x: Array) -> Array:
     return np.frombuffer(b"".join(keys), dtype="<u8").astype("uint64")
 
 
-def class_ids(y: Any, count: int, num_classes: int) -> Array:
+def class_ids(y: Any, count: int, num_classes: int, *, allow_ties: bool = False) -> Array:
     """Return labels of any form as class ids `(count,)`, int32.
 
     Args:
         y: Class ids `(count,)` or `(count, 1)`, or one-hot labels or label distributions `(count, num_classes)`.
         count: The number of examples.
         num_classes: The number of classes.
+        allow_ties: Whether a distribution may have its largest value at several classes. The first one is returned.
 
     Raises:
         ValueError: If the labels have another shape or are no classes, or a row of labels does not sum to 1, has
@@ -78,7 +79,7 @@ def class_ids(y: Any, count: int, num_classes: int) -> Array:
     """
     y = to_array(y)
     if y.ndim == 2 and y.shape[1] == num_classes > 1:
-        y = _largest_labels(y)
+        y = _largest_labels(y, allow_ties)
     elif y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (count,):
@@ -93,12 +94,12 @@ def class_ids(y: Any, count: int, num_classes: int) -> Array:
     return ids
 
 
-def _largest_labels(y: Array) -> Array:
+def _largest_labels(y: Array, allow_ties: bool) -> Array:
     """Return the class with the largest label in each row of one-hot labels or label distributions."""
     values = np.asarray(y, dtype="float64")
     is_distribution = (values >= 0).all(axis=1) & np.isclose(values.sum(axis=1), 1.0, rtol=0, atol=0.01)
     names_one_class = (values == values.max(axis=1, keepdims=True)).sum(axis=1) == 1
-    wrong = np.flatnonzero(~(is_distribution & names_one_class))
+    wrong = np.flatnonzero(~(is_distribution & (names_one_class | allow_ties)))
     if len(wrong):
         row = np.array2string(values[wrong[0]], threshold=10)
         raise ValueError(

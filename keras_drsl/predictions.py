@@ -396,6 +396,7 @@ def _check_distributions(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, 
     def error(wrong: Any) -> str:
         return (
             "`y_true` must hold class ids or label distributions: finite numbers >= 0 that sum to 1 per position. "
+            "For positions to ignore, use a mask, or class ids and `ignore_class`. "
             f"Received: a position that sums to {_first(total, wrong)}"
         )
 

@@ -10,8 +10,9 @@ from keras import layers, ops
 import keras_drsl
 from keras_drsl import evaluate_robustness, robustness_curve
 from keras_drsl.attacks import PGD, Attack, Square
-from keras_drsl.models import find_logits, fingerprint
-from tests.backends import BACKEND
+from keras_drsl.models import Classifier, find_logits, fingerprint
+from keras_drsl.models.state import preserve_state
+from tests.backends import BACKEND, on_tensorflow
 from tests.helpers import some_short
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 
@@ -355,6 +356,56 @@ def test_variables_of_the_backend_are_put_back():  # B1
     report = evaluate_robustness(model, x, y, eps=0.1, attacks=["fgsm_ce"], checks=["deterministic"], verbose=0)
     assert float(model.count) == before
     assert not report.trustworthy
+
+
+@on_tensorflow
+def test_variables_of_tensorflow_in_containers_are_put_back():  # B1
+    import tensorflow as tf
+
+    model = Native()
+    model.more, model.source = {"a": [tf.Variable(1)]}, tf.random.Generator.from_seed(0)
+    model(inputs(2)[0])
+    before = model.source.state.numpy()
+    with preserve_state(model):
+        model.more["a"][0].assign(5)
+        model.source.normal(())
+    assert int(model.more["a"][0]) == 1
+    np.testing.assert_array_equal(model.source.state.numpy(), before)
+
+
+@pytest.mark.short
+def test_overlapping_calls_restore_what_the_first_one_found():  # B1
+    model = Stateful()
+    model(inputs(2)[0])
+    before = model.held()
+    first, second = preserve_state(model), preserve_state(Classifier(model))
+    first.__enter__()
+    model(inputs(2)[0])
+    second.__enter__()
+    model(inputs(2)[0])
+    first.__exit__(None, None, None)
+    assert model.held() != before
+    second.__exit__(None, None, None)
+    assert model.held() == before
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="is about torch")
+@pytest.mark.short
+def test_an_answer_written_in_place_is_no_softmax():
+    class InPlace(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, x):
+            p = ops.softmax(self.dense(x))
+            p[x[:, 0] > 0.5] = ops.convert_to_tensor([1.0, 0.0, 0.0])
+            return p
+
+    x = inputs(20)[0]
+    found = find_logits(InPlace(), x)
+    assert found.outputs == "probabilities"
+    assert not found.misclassifies(x, found.model.logits(x).argmax(1), 20).any()
 
 
 def test_a_monitor_leaves_the_state_as_it_is():  # B1

@@ -49,48 +49,63 @@ def logits_of(output: Tensor, describe: Describe) -> Tensor:
     if operation is not None and operation.kind == "softmax" and operation.detail in (-1, len(x.shape) - 1):
         logits = operation.inputs[0]
     else:
-        logits = _log(x, describe)
+        try:
+            logits = _Logs(describe).of(x)
+        except RecursionError:  # a program of very many operations
+            logits = None
     if logits is None:
         raise LookupError("The function does not end in softmaxes, or in operations on softmaxes that are known.")
     return logits
 
 
-def _log(x: Any, describe: Describe) -> Tensor | None:
-    """Return the logarithm of a tensor in float32, or None where no softmax is found behind it."""
-    operation = describe(x)
-    if operation is None:
-        return None
-    kind, inputs, detail = operation
-    if kind == "softmax":
-        return ops.log_softmax(ops.cast(inputs[0], "float32"), axis=detail)
-    if kind == "exp":
-        return ops.cast(inputs[0], "float32")
-    if kind == "sigmoid":
-        return -ops.softplus(-ops.cast(inputs[0], "float32"))
-    if kind == "subtract":
-        return _log_complement(inputs[0], inputs[1], describe)
-    found = [_log(value, describe) for value in inputs]
-    if all(log is None for log in found):
-        return None
-    logs = [_log_of_value(value) if log is None else log for log, value in zip(found, inputs, strict=True)]
-    return _RULES[kind](logs, detail)
+class _Logs:
+    """The logarithms of the tensors of one program, each computed once."""
+
+    def __init__(self, describe: Describe) -> None:
+        self._describe = describe
+        # Tensors are kept beside their logarithms, as ids of freed objects are used again.
+        self._known: dict[int, tuple[Any, Tensor | None]] = {}
+
+    def of(self, x: Any) -> Tensor | None:
+        """Return the logarithm of a tensor in float32, finite, or None where no softmax is found behind it."""
+        if id(x) not in self._known:
+            self._known[id(x)] = x, self._compute(x)
+        return self._known[id(x)][1]
+
+    def _compute(self, x: Any) -> Tensor | None:
+        operation = self._describe(x)
+        if operation is None:
+            return None
+        kind, inputs, detail = operation
+        if kind == "softmax":
+            return ops.log_softmax(ops.cast(inputs[0], "float32"), axis=detail)
+        if kind == "exp":
+            return ops.cast(inputs[0], "float32")
+        if kind == "sigmoid":
+            return -ops.softplus(-ops.cast(inputs[0], "float32"))
+        if kind == "subtract":
+            return self._log_complement(*inputs)
+        found = [self.of(value) for value in inputs]
+        if all(log is None for log in found):
+            return None
+        logs = [_log_of_value(value) if log is None else log for log, value in zip(found, inputs, strict=True)]
+        return _RULES[kind](logs, detail)
+
+    def _log_complement(self, whole: Any, part: Any) -> Tensor | None:
+        """Return `log(1 - sigmoid(z))`, or None for another difference."""
+        operation = self._describe(part)
+        while operation is not None and operation.kind == "identity":
+            operation = self._describe(operation.inputs[0])
+        if operation is None or operation.kind != "sigmoid":
+            return None
+        # With another minuend than 1 this is wrong, and is refused when it is compared with the outputs.
+        shape_of = ops.zeros_like(ops.cast(ops.convert_to_tensor(whole), "float32"))
+        return shape_of - ops.softplus(ops.cast(operation.inputs[0], "float32"))
 
 
 def _log_of_value(x: Any) -> Tensor:
-    """Return the logarithm of a number or tensor: -inf for 0, NaN for a negative one."""
-    return ops.log(ops.cast(ops.convert_to_tensor(x), "float32"))
-
-
-def _log_complement(whole: Any, part: Any, describe: Describe) -> Tensor | None:
-    """Return `log(1 - sigmoid(z))`, or None for another difference."""
-    operation = describe(part)
-    while operation is not None and operation.kind == "identity":
-        operation = describe(operation.inputs[0])
-    if operation is None or operation.kind != "sigmoid":
-        return None
-    z = ops.cast(operation.inputs[0], "float32")
-    # For another minuend than 1 this is no number, and is refused when it is compared with the outputs.
-    return ops.where(ops.cast(ops.convert_to_tensor(whole), "float32") == 1.0, -ops.softplus(z), float("nan"))
+    """Return the logarithm of a number or tensor; a very low finite number for 0 and below."""
+    return ops.log(ops.maximum(ops.cast(ops.convert_to_tensor(x), "float32"), 1e-37))
 
 
 def _add(logs: list[Tensor], detail: Any) -> Tensor:

@@ -307,15 +307,29 @@ def custom_vjp(
 
 def save_native_state(model: keras.Model) -> Callable[[], None]:
     """Return a function that restores the backend's own variables in a model, which Keras does not list."""
-    attributes = [value for layer in model._flatten_layers() for value in vars(layer).values()]
-    variables = [value for value in attributes if isinstance(value, tf.Variable)]
+    variables = [found for layer in model._flatten_layers() for found in _native_variables(list(vars(layer).values()))]
     values = [tf.identity(variable) for variable in variables]
 
     def restore() -> None:
         for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
+            if not tf.reduce_all(variable == value):
+                variable.assign(value)
 
     return restore
+
+
+def _native_variables(value: Any) -> list[tf.Variable]:
+    """Return the variables of TensorFlow that an attribute of a layer holds."""
+    if isinstance(value, tf.Variable):
+        return [value]
+    if isinstance(value, tf.random.Generator):
+        return [value.state]
+    if isinstance(value, tf.Module):
+        return list(value.variables)
+    if isinstance(value, list | tuple | dict):
+        items = value.values() if isinstance(value, dict) else value
+        return [found for item in items for found in _native_variables(item)]
+    return []
 
 
 def sync_state(model: keras.Model) -> None:

@@ -212,6 +212,8 @@ class _RecordOperations(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # of a property such as `x.T`
             name = func.__self__.__name__
+        if name == "__setitem__":
+            self._forget(args[0])
         known = name in SOURCES or any(value in self._recorded for value in inputs)
         for index, result in enumerate(output if isinstance(output, tuple) else [output]):
             if not known or not isinstance(result, torch.Tensor):
@@ -221,8 +223,17 @@ class _RecordOperations(TorchFunctionMode):
                 if operation is not None:
                     self._recorded[id(result)] = result, operation
             elif name not in IDENTITIES:  # an operation in place
-                self._recorded.pop(id(result), None)
+                self._forget(result)
         return output
+
+    def _forget(self, written: Tensor) -> None:
+        """Forget all operations if one of their results is written to, perhaps through a view."""
+        if any(_base(written) is _base(x) for x, _ in self._recorded.values()):
+            self._recorded.clear()
+
+
+def _base(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
 
 
 def _operation(name: str, args: Any, kwargs: Any, index: int | None) -> Operation | None:

@@ -111,7 +111,7 @@ class DRSLoss(ClassificationLoss):
     - Half-precision predictions are computed in float32. The gradient of a float16 softmax is up to `1 / p` and
       overflows where its logits cannot be found. On JAX and PyTorch, end a model of mixed precision in logits or in
       a float32 softmax.
-    - Probabilities must sum to 1 within 0.01, which those of half precision do for up to a million classes.
+    - Probabilities must sum to 1 within 0.01, which those of half precision do for up to 300,000 classes.
     - A compiled program keeps its `lam`. To change it during training, see `keras_drsl.losses.ClassificationLoss`.
 
     Args:

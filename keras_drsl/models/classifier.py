@@ -12,6 +12,8 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 
+MAX_PROGRAMS = 64  # a classifier keeps; the suite "standard" needs about 20
+
 
 class Classifier:
     """Logits in float32, and the programs compiled for them, each once.
@@ -68,20 +70,26 @@ class Classifier:
         The program is kept for the same function and static values, which must be hashable. So pass a function of the
         module: a lambda or a nested function is another one in each call, and is compiled anew.
         """
-        key = (function, *sorted(static.items()))
-        if key not in self._programs:
-            self._programs[key] = _backend.compile_function(partial(function, self, **static), self.variables)
-        return self._programs[key]
+        return self._keep(
+            (function, *sorted(static.items())), _backend.compile_function, partial(function, self, **static)
+        )
 
     def compile_steps(self, step: Callable[..., Any], **static: Any) -> Callable[..., Any]:
         """Compile `step(classifier, rows, *tensors, **static)` to a function of the rows and of stacked tensors.
 
         The function runs one step per element of the tensors' first axis.
         """
-        key = ("steps", step, *sorted(static.items()))
-        if key not in self._programs:
-            self._programs[key] = _backend.multi_step(partial(step, self, **static), self.variables)
-        return self._programs[key]
+        return self._keep(("steps", step, *sorted(static.items())), _backend.multi_step, partial(step, self, **static))
+
+    def _keep(self, key: Any, compile_: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the program of a key, and compile it if there is none. New ones replace the oldest ones."""
+        program = self._programs.get(key)
+        if program is None:
+            program = compile_(function, self.variables)
+            while len(self._programs) >= MAX_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            self._programs[key] = program
+        return program
 
     def check(self, x: Array) -> None:
         """Raise `ValueError` unless the function maps batches of any size to tensors of shape `(batch, C >= 2)`.

@@ -4,9 +4,8 @@ Attacks follow logits: the gradient of a saturated softmax is 0. The program tha
 its softmaxes were given. No layer is changed for it, so other threads can call the model meanwhile.
 """
 
-import operator
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import keras
 import numpy as np
@@ -17,6 +16,8 @@ from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
 from keras_drsl.models.state import preserve_state
 from keras_drsl.spread import class_values
+
+KEPT = "_keras_drsl_classifiers"  # the attribute in which a model keeps its classifiers
 
 
 class LogitsModel(NamedTuple):
@@ -41,9 +42,12 @@ class LogitsModel(NamedTuple):
         Two saturated probabilities may be equal where their logits are not. Such an input counts as misclassified
         although the first of the equal classes may be the true one.
         """
-        wrong = is_misclassified(self.model.logits_in_batches(x, batch_size), y)
+        outputs = self.model.logits_in_batches(x, batch_size)
+        wrong = is_misclassified(outputs, y)
         if self.outputs == "softmax":
-            wrong |= is_misclassified(self.classifier.logits_in_batches(x, batch_size), y)
+            second, first = np.sort(outputs, axis=1)[:, -2:].T
+            tied = first - second <= 4 * compute_rounding(self.model) * first
+            wrong |= tied & is_misclassified(self.classifier.logits_in_batches(x, batch_size), y)
         return wrong
 
 
@@ -60,8 +64,10 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
       from the log-softmaxes. They are exact where the average itself is 0 or 1 in float32.
     - Behind other operations on a softmax, such as rounding, no logits are found: `outputs` is then `"probabilities"`.
     - Calling the model may change its state, such as a counter: all variables are restored.
-    - The model keeps the programs that are compiled for it, for the next call. They are compiled anew if its list of
-      variables or its outputs for `x` changed.
+    - The model keeps the programs that are compiled for it, for the next call. They are compiled anew if its variables,
+      an attribute of one of its layers, or its outputs for `x` changed. A change elsewhere, such as in a global
+      variable that `call` reads, is noticed by the outputs only.
+    - On TensorFlow, nothing is found inside a `call` that is a `tf.function`.
 
     Args:
         model: A classifier.
@@ -115,28 +121,60 @@ class _Classifiers:
         self.outputs = Classifier(model)
         self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
         self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
-        self._variables = list(model.variables)
+        self._attributes = _attributes(model)
 
     @classmethod
     def of(cls, model: keras.Model, x: Array) -> "_Classifiers":
         """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
-        kept: _Classifiers | None = vars(model).get("_keras_drsl_classifiers")
+        kept: _Classifiers | None = vars(model).get(KEPT)
         if kept is None or not kept._are_of(model, x):
             kept = cls(model)
             kept.outputs.check(x)
+            kept._attributes = _attributes(model)  # a first call may add some
             # Keras would look into an attribute that it is told of when it saves the model.
-            object.__setattr__(model, "_keras_drsl_classifiers", kept)
+            object.__setattr__(model, KEPT, kept)
         return kept
 
     def _are_of(self, model: keras.Model, x: Array) -> bool:
         """Return whether the compiled programs still compute what the model does."""
-        variables = model.variables
-        if len(variables) != len(self._variables) or any(map(operator.is_not, variables, self._variables)):
+        if not _are_same(_attributes(model), self._attributes):
             return False
         self.outputs.check(x)
         now, then = ops.convert_to_numpy(self.outputs(ops.convert_to_tensor(x))), self.outputs.logits(x)
         tolerance = 100 * compute_rounding(self.outputs) * max(np.abs(now).max(), 1.0)
         return np.allclose(now, then, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _attributes(model: keras.Model) -> list[Any]:
+    """Return the variables of a model and all attributes of its layers, containers copied."""
+    layers = [model, *model._flatten_layers(include_self=False)]
+    attributes = [{name: value for name, value in vars(layer).items() if name != KEPT} for layer in layers]
+    return [list(model.variables), _copy(attributes)]
+
+
+def _copy(value: Any) -> Any:
+    """Return a value with its containers and arrays copied."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    if isinstance(value, set | np.ndarray):
+        return value.copy()
+    return value
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Return whether values are the same objects, equal numbers or texts, or containers of such."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_are_same(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_are_same, first, second))
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    if isinstance(first, set) and isinstance(second, set):
+        return first == second
+    is_plain = isinstance(first, bool | int | float | str | bytes)
+    return first is second or (is_plain and type(first) is type(second) and first == second)
 
 
 def log_probabilities(probabilities: Tensor) -> Tensor:
@@ -148,12 +186,12 @@ class _Function:
     """A function of a model, with the variables that it reads."""
 
     def __init__(self, model: keras.Model, function: Callable[[Tensor], Tensor]) -> None:
-        self._model = model
+        self.model = model
         self._function = function
 
     @property
     def variables(self) -> list[keras.Variable]:
-        return list(self._model.variables)
+        return list(self.model.variables)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._function(x)

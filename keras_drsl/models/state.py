@@ -1,7 +1,8 @@
 """What a model holds beside its weights, and how to leave it unchanged."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import keras
@@ -22,33 +23,70 @@ def random_counters(model: keras.Model) -> list[keras.Variable]:
     return [variable for variable in model.variables if "float" not in variable.dtype]
 
 
+# For each model at work, by its id: how many calls of `preserve_state` are open, and what restores the model.
+_open: dict[int, list[Any]] = {}
+_lock = threading.Lock()
+
+
 @contextmanager
 def preserve_state(*models: Any, inputs: Array | None = None) -> Iterator[None]:
     """Restore all variables of models at the end, also after an exception.
+
+    Where calls for one model are nested, or overlap in several threads, the last one to end restores what the first one
+    found.
 
     Args:
         *models: Keras models, classifiers, or other objects with a list `variables` of Keras variables; None is
             skipped.
         inputs: Some inputs, shape `(count, ...)`. A model that has no variables yet is built for their shape.
     """
-    given = [model for model in models if model is not None]
-    layers = [
-        layer for layer in (getattr(model, "logits_fn", model) for model in given) if isinstance(layer, keras.Layer)
-    ]
-    for layer in layers:
-        if inputs is not None and not layer.built:
-            with suppress(Exception):  # a model that cannot be called is refused later
-                # A symbolic call changes no variable.
-                layer(keras.KerasTensor((None, *inputs.shape[1:]), dtype="float32"), training=False)
-    variables = [variable for model in given for variable in model.variables]
-    before = [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
-    restore_native = [_backend.save_native_state(layer) for layer in layers]
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(_preserve(_owner(model), inputs))
+        yield
+
+
+def _owner(model: Any) -> Any:
+    """Return the Keras model or other object whose variables a classifier or function reads."""
+    function = getattr(model, "logits_fn", model)
+    if isinstance(function, keras.Layer):
+        return function
+    return getattr(function, "model", None) or getattr(function, "__self__", function)
+
+
+@contextmanager
+def _preserve(model: Any, inputs: Array | None) -> Iterator[None]:
+    with _lock:
+        if id(model) not in _open:
+            _open[id(model)] = [0, _save(model, inputs)]
+        _open[id(model)][0] += 1
     try:
         yield
     finally:
-        for restore in restore_native:
-            restore()
+        with _lock:
+            _open[id(model)][0] -= 1
+            if not _open[id(model)][0]:
+                _open.pop(id(model))[1]()
+
+
+def _save(model: Any, inputs: Array | None) -> Callable[[], None]:
+    """Return a function that restores what a model holds now."""
+    is_layer = isinstance(model, keras.Layer)
+    if is_layer and inputs is not None and not model.built:
+        with suppress(Exception):  # a model that cannot be called is refused later
+            # A symbolic call changes no variable.
+            model(keras.KerasTensor((None, *inputs.shape[1:]), dtype="float32"), training=False)
+    variables = list(getattr(model, "variables", ()))
+    before = [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
+    restore_native = _backend.save_native_state(model) if is_layer else None
+
+    def restore() -> None:
+        if restore_native is not None:
+            restore_native()
         for variable, value in zip(variables, before, strict=True):
             # Torch refuses the gradient of another thread once its weights are written, even with equal values.
             if not ops.all(ops.equal(variable, value)):
                 variable.assign(value)
+
+    return restore

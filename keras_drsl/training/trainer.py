@@ -379,7 +379,7 @@ class AdversarialTraining(keras.Model):
             outputs = self.model(ops.convert_to_tensor(tried), training=False)
             safeguards.check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
             self._logits_model = find_logits(self.model, tried)
-            class_ids(labels, len(inputs), outputs.shape[-1])
+            class_ids(labels, len(inputs), outputs.shape[-1], allow_ties=True)  # as mixed images have them
             safeguards.check_value_per_sample(loss, labels[:CHECKED_ROWS], outputs)
         if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
             # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.

@@ -129,6 +129,11 @@ def count(model, x):
     return model.dense(x) + model.calls * ops.convert_to_tensor([0.0, 0.1, 0.2])
 
 
+def alternate(model, x):
+    model.calls.assign_add(1.0)
+    return model.dense(x) * (1 - 2 * (model.calls % 2))
+
+
 def count_in_python(model, x):
     model.number += 1
     return model.dense(x) + model.number * ops.convert_to_tensor([0.0, 0.1, 0.2])
@@ -145,6 +150,7 @@ FAULTS = {
     "softmax over rows": lambda model, x: ops.softmax(model.dense(x), axis=0),
     "softmax of a mean": lambda model, x: ops.softmax(model.dense(x - ops.mean(x, axis=0))),
     "counter": count,
+    "counter that alternates": alternate,
     "counter behind softmax": lambda model, x: ops.softmax(count(model, x)),
     "python counter": count_in_python,
     "python counter behind softmax": lambda model, x: ops.softmax(count_in_python(model, x)),
@@ -166,6 +172,18 @@ def test_rows_that_depend_on_others_are_seen(fault, num_examples):  # B1
         failed = "deterministic" if "counter" in fault or fault == "last batch" else "independent_rows"
         assert statuses[failed] == "fail", batch_size
         assert not report.trustworthy
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision_hides_no_dependence(policy):  # B1
+    x, y = inputs(60)
+    dense = keras.layers.Dense(3, dtype=policy)
+    z = dense(image := keras.Input((4,)))
+    model = keras.Model(image, z + 0.3 * ops.mean(z, axis=0))
+    dense.set_weights([10 * WEIGHTS, np.zeros(3)])
+    options = {"attacks": [Nothing(0.1)], "checks": ["independent_rows"], "verbose": 0}
+    (check,) = evaluate_robustness(model, x, y, eps=0.1, **options).checks
+    assert check.status == "fail"
 
 
 def test_equal_inputs_hide_no_dependence():  # B1

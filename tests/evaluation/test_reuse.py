@@ -93,6 +93,38 @@ def test_a_changed_model_is_compiled_anew(model, change):
     np.testing.assert_allclose(found.model.logits(X), ops.convert_to_numpy(model(X)), atol=1e-6)
 
 
+class Defended(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.defend = False
+        self.options = {"levels": [1.0]}
+        self.dense = keras.layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        levels = self.options["levels"][0]
+        return self.dense(ops.round(x * levels) / levels if self.defend else x)
+
+
+@pytest.mark.short
+def test_a_change_that_clean_inputs_do_not_show_is_seen():
+    keras.utils.set_random_seed(0)
+    x, model = np.round(X), Defended()
+    y = ops.convert_to_numpy(model(x)).argmax(1)
+
+    def robust():
+        options = {"eps": 0.4, "attacks": ["pgd_margin"], "checks": [], "verbose": 0}
+        return keras_drsl.evaluate_robustness(model, x, y, **options).robust_accuracy
+
+    undefended = robust()
+    model.defend = True
+    assert robust() == 1.0 > undefended
+    model.options["levels"][0] = 1000.0
+    logits = find_logits(model, x).classifier.logits
+    assert np.abs(logits(x + 0.1) - logits(x)).max() > 1e-3
+    model.defend = False
+    assert robust() == undefended
+
+
 def test_an_evaluated_model_is_saved_and_copied_as_before(model, tmp_path):
     model.save(tmp_path / "before.keras")
     outcome(model)
