@@ -33,7 +33,8 @@ def to_arrays(name: str, x: Any, y: Any) -> tuple[Array, Array]:
         raise ValueError(f"`y` must hold the true labels where `{name}` is an array. Received: y=None")
     _check_one_array(name, y)
     # A list of images is one array; a list of arrays of images is not.
-    if not isinstance(x, list | tuple) or np.ndim(y) == 0 or len(x) != len(y):
+    num_labels = len(y) if hasattr(y, "__len__") and getattr(y, "ndim", True) else None
+    if not isinstance(x, list | tuple) or len(x) != num_labels:
         _check_one_array(name, x)
     try:
         x, y = to_array(x), to_array(y)

@@ -139,6 +139,9 @@ def test_labels_of_several_classes_are_refused(name, user):  # B4
         "monitor": lambda: train(model, x, y.argmax(1), [keras_drsl.RobustnessMonitor(x, y, eps=0.1)]),
         "pool": lambda: keras_drsl.attacks.Pool(model, x, y),
     }
+    if user == "training" and name in ("halves", "uniform"):  # labels of mixed images: only an attack needs one class
+        calls[user]()
+        return
     with pytest.raises(ValueError, match="`y` must name one class in each row.*" + message):
         calls[user]()
 

@@ -104,8 +104,9 @@ class _Logs:
 
 
 def _log_of_value(x: Any) -> Tensor:
-    """Return the logarithm of a number or tensor; a very low finite number for 0 and below."""
-    return ops.log(ops.maximum(ops.cast(ops.convert_to_tensor(x), "float32"), 1e-37))
+    """Return the logarithm of a number or tensor; for 0 and below, a finite number that adds nothing to a sum."""
+    x = ops.cast(ops.convert_to_tensor(x), "float32")
+    return ops.where(x > 0, ops.log(ops.maximum(x, 1e-37)), -1e30)
 
 
 def _add(logs: list[Tensor], detail: Any) -> Tensor:
