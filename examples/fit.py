@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +41,6 @@ STEPS, RESTARTS = 20, 5  # of PGD: more restarts find more on these models than 
 # The attack of the suite "standard" that finds the most, with 30 steps in place of 100: it finds nearly as much.
 APGD = {"loss": "margin", "targeted": True, "steps": 30}
 CURVE = (0, 1 / 3, 2 / 3, 1, 4 / 3)  # the radii of the picture, in units of --eps
-CURVE_ATTACK = partial(keras_drsl.attacks.PGD, loss="margin", steps=STEPS, restarts=RESTARTS)
 LOSSES = {"ce": "cross-entropy", "drs": "DRSLoss"}
 COLUMNS = {
     "clean": "clean accuracy",
@@ -144,7 +142,7 @@ def evaluate(model, x, y, eps):
     report = keras_drsl.evaluate_robustness(model, x, y, eps=eps, attacks=[apgd], checks="quick", verbose=0)
     print(report, flush=True)
     radii = [factor * eps for factor in CURVE]
-    curve = keras_drsl.robustness_curve(model, x, y, eps=radii, attacks=[CURVE_ATTACK], checks=[], verbose=0)
+    curve = keras_drsl.robustness_curve(model, x, y, eps=radii, suite="quick", checks=[], verbose=0)
     p = model.predict(x, batch_size=500, verbose=0).astype("float64")
     wrong = np.log(np.maximum(p, 1e-30))[np.arange(p.shape[1]) != y[:, None]].reshape(len(y), -1)
     return {
@@ -195,7 +193,7 @@ def label(row, args):
 def plot(rows, args, stem):
     """Draw two pictures of the first seed: accuracy against eps, and the wrong classes."""
     pictures = {
-        "": ("curve", "eps (L∞)", "accuracy under PGD on the margin (%)"),
+        "": ("curve", "eps (L∞)", "accuracy under the quick suite (%)"),
         "_rivals": ("rivals", "wrong classes of an image, the likeliest first", "mean log-softmax value"),
     }
     for suffix, (key, x_label, y_label) in pictures.items():

@@ -26,8 +26,8 @@ class FastGradientMethod(Attack):
 
     Args:
         eps: The radius of the ball, > 0, in units of the input.
-        loss: The loss that the attack increases: `"ce"`, the cross-entropy, or `"margin"`, the largest non-true logit
-            minus the true one. Only this class and `ProjectedGradientDescent` take `"margin"`.
+        loss: The loss to increase: `"ce"`, the cross-entropy, or, here and in `ProjectedGradientDescent`, `"margin"`,
+            the largest non-true logit minus the true one.
         restarts: How many searches per example, >= 1.
         **options: `norm`, `clip_min`, `clip_max`, `threat` and `seed` of `keras_drsl.attacks.Attack`.
 
@@ -41,14 +41,14 @@ class FastGradientMethod(Attack):
 
     _function, _short_name = "fast_gradient_method", "fgm"  # in cleverhans, and in reports
     _losses: tuple[str, ...] = ("ce", "margin")
-    _random_start = False
+    _start: dict[str, Any] = {}  # noqa: RUF012 -- never changed
 
     def __init__(self, eps: float | None = None, *, loss: str = "ce", restarts: int = 1, **options: Any) -> None:
         _backend.require_tensorflow("cleverhans")
         _load(self._function)  # reports a missing library before hours of training
         super().__init__(eps, **options)
         self.loss = _validation.check_choice("loss", loss, self._losses)
-        self._steps: dict[str, Any] = {}  # the arguments of the library's function that only attacks of many steps take
+        self._steps: dict[str, Any] = {}  # what only attacks of many steps pass to the library
         self.restarts = _validation.check_integer("restarts", restarts, at_least=1)
 
     @property
@@ -59,10 +59,10 @@ class FastGradientMethod(Attack):
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search by the library's function; see the base class for arguments and result."""
         start = np.zeros_like(batch.x)
-        if self._random_start:
+        if self._start:
             start = self.threat.sample(batch.generators(self), batch.x.shape[1:])
-        options = {"loss": self.loss, **self.threat.to_dict(), **self._steps}
-        program = classifier.compile(_whole_attack, attack=self._function, **options)
+        params = self.threat.to_dict() | self._steps
+        program = classifier.compile(_whole_attack, attack=self._function, loss=self.loss, **params)
         return np.asarray(program(batch.x, batch.y.astype("int64"), start))
 
 
@@ -95,7 +95,7 @@ class BasicIterativeMethod(FastGradientMethod):
         step_size = min(2.5 * self.eps / self.steps, self.eps) if step_size is None else step_size
         rule = f"a number in (0, eps] = (0, {self.eps:g}]"
         self.step_size = _validation.check_number("step_size", step_size, rule, lambda size: 0 < size <= self.eps)
-        self._steps = {"eps_iter": self.step_size, "nb_iter": self.steps}
+        self._steps = {"eps_iter": self.step_size, "nb_iter": self.steps} | self._start
 
     @property
     def num_evaluations(self) -> int:
@@ -129,7 +129,7 @@ class ProjectedGradientDescent(BasicIterativeMethod):
     Reference: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv:1706.06083.
     """
 
-    _short_name, _random_start = "pgd", True
+    _short_name, _start = "pgd", {"rand_init": True}
     _losses: tuple[str, ...] = ("ce", "margin")
 
 
@@ -152,10 +152,10 @@ def _whole_attack(
     classifier: Classifier, x: Tensor, y: Tensor, start: Tensor, *, attack: str, loss: str, norm: Norm, **params: Any
 ) -> Tensor:
     """Run all steps of an attack of the library; projected gradient descent begins at `x + start`."""
-    function = _load(attack)
+    original = _load(attack)
     # The library takes no start as an argument. Only this copy of its function draws `start`.
-    names = {**function.__globals__, "random_lp_vector": lambda *args, **options: start}
-    function = FunctionType(function.__code__, names, argdefs=function.__defaults__)
+    names = {**original.__globals__, "random_lp_vector": lambda *args, **options: start}
+    function = FunctionType(original.__code__, names, argdefs=original.__defaults__)
     params |= {"norm": math.inf if norm == "inf" else norm} | ({"loss_fn": _margin} if loss == "margin" else {})
     return ops.convert_to_tensor(function(lambda x: classifier(x), x, y=y, sanity_checks=False, **params))
 

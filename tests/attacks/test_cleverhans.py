@@ -119,6 +119,22 @@ def test_starts_depend_on_seed_and_example_only():
     assert np.unique(whole[:, 0]).size == 10
 
 
+def test_the_library_starts_at_the_random_points():
+    x, y = inputs(60)
+    model = linear_model(WEIGHTS / 1e3)  # no start breaks an example
+    y = model.predict(x, verbose=0).argmax(1)
+
+    def moved(attack, **options):
+        return attack(0.05, steps=1, step_size=1e-6, **options)(model, x, y) - x
+
+    for attack in (cleverhans.ProjectedGradientDescent, cleverhans.MadryEtAl):
+        first, second = moved(attack), moved(attack, seed=1)
+        assert np.abs(first).max() > 0.04
+        assert np.abs(first - second).max() > 0.01
+    for attack in (cleverhans.BasicIterativeMethod, cleverhans.MomentumIterativeMethod):
+        assert np.abs(moved(attack)).max() < 2e-6
+
+
 def test_a_model_is_compiled_once(linear):
     x, y = inputs()
     calls = []
