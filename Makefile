@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 .PHONY: demo test test-short test-backends test-slow test-oldest mutants lint figures clean
 
 demo: .venv/examples
-	$(BIN)/python examples/fit.py --seeds 2 --out demo --overwrite
+	$(BIN)/python examples/fit.py --seeds 1 --out demo --overwrite
 
 # All behaviour on TensorFlow.
 test: .venv/test
