@@ -7,7 +7,7 @@ worst case, the table has the robust accuracy by `keras_drsl.evaluate_robustness
 Expected: one row per model. At `--eps`, the worst case is clearly higher for DRSLoss, at the same clean accuracy and
 training time. Weak attacks show a larger gap than strong ones: believe the worst case.
 
-On two cores: about five minutes for scikit-learn's digits (1,797 images, no download). MNIST and CIFAR-10 are loaded
+On two cores: about six minutes for scikit-learn's digits (1,797 images, no download). MNIST and CIFAR-10 are loaded
 by tensorflow-datasets and take longer.
 
     python examples/fit.py
