@@ -292,7 +292,9 @@ def main(arguments=None):
     groups = dict.fromkeys(mutant.group for mutant in todo)
     unchanged = [Mutant(group, files(GROUPS[group][0])[0], "", 0) for group in groups]
     run(unchanged + todo, args.jobs, note)
-    records = [known[key(mutant)] for mutant in drawn]
+    # Those of groups that were not asked for stay.
+    records = [record for (mutant, _), record in known.items() if mutant.group not in args.groups]
+    records += [known[key(mutant)] for mutant in drawn]
     RESULTS.write_text("".join(json.dumps(record) + "\n" for record in records))
     TABLE.write_text(table(records, args))
 
