@@ -187,6 +187,14 @@ def match_weights(sample_weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     return weights, values
 
 
+class Reduction(keras.losses.Loss):
+    """Reduce values that are computed already, with sample weights, their Keras mask and replicas, as any loss does."""
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return the values, which are given twice."""
+        return y_pred
+
+
 def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple[Tensor, bool]:
     """Return the logits behind a softmax output. Where they cannot be found, return `y_pred` itself.
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_integer, check_non_negative
-from keras_drsl.predictions import LossInputs, match_weights, read_inputs
+from keras_drsl.predictions import LossInputs, Reduction, match_weights, read_inputs
 from keras_drsl.spread import class_values, finite
 
 
@@ -129,7 +129,7 @@ class ClassificationLoss(keras.losses.Loss):
             values = _backend.set_mask(values, valid)
             # On PyTorch, Keras multiplies weights by the mask in place.
             sample_weight = None if sample_weight is None else ops.copy(sample_weight)
-        return _Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)(values, values, sample_weight)
+        return Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)(values, values, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Compute one value per position, without sample weights and reduction.
@@ -182,13 +182,6 @@ class ClassificationLoss(keras.losses.Loss):
         own = {name: getattr(self, name) for name in (*self.hyperparameters, "from_logits", "ignore_class", "axis")}
         own = {name: float(value) if isinstance(value, keras.Variable) else value for name, value in own.items()}
         return {**super().get_config(), **own, "dtype": self._own_dtype}
-
-
-class _Reduction(keras.losses.Loss):
-    """Reduce values that are computed already, with sample weights and their Keras mask, as Keras does."""
-
-    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return y_pred
 
 
 def check_strength(name: str, value: Any) -> Any:

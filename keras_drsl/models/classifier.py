@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
+from keras_drsl.predictions import SUM_TOLERANCE
 
 MAX_PROGRAMS = 64  # a classifier keeps; the suite "standard" needs about 20
 
@@ -193,4 +194,4 @@ def compute_rounding(classifier: Classifier) -> float:
 
 def looks_like_probabilities(outputs: Array) -> bool:
     """Return whether outputs `(batch, C)` are non-negative and sum to 1, up to the rounding of half precision."""
-    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=1e-2))
+    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=-1), 1.0, atol=SUM_TOLERANCE))

@@ -117,20 +117,19 @@ class _Classifiers:
         logarithms: Returns the logarithms of its outputs.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, x: Array) -> None:
         self.outputs = Classifier(model)
         self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
         self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
-        self._attributes = _attributes(model)
+        self.outputs.check(x)
+        self._attributes = _attributes(model)  # after a call, as the first one may add some
 
     @classmethod
     def of(cls, model: keras.Model, x: Array) -> "_Classifiers":
         """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
         kept: _Classifiers | None = vars(model).get(KEPT)
         if kept is None or not kept._are_of(model, x):
-            kept = cls(model)
-            kept.outputs.check(x)
-            kept._attributes = _attributes(model)  # a first call may add some
+            kept = cls(model, x)
             # Keras would look into an attribute that it is told of when it saves the model.
             object.__setattr__(model, KEPT, kept)
         return kept

@@ -14,7 +14,7 @@ from keras_drsl._typing import Norm, Tensor
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
 from keras_drsl.models.state import check_model, preserve_state, random_counters
-from keras_drsl.predictions import logits_behind_softmax
+from keras_drsl.predictions import Reduction, logits_behind_softmax
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import safeguards
 from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds, as_class_ids
@@ -259,7 +259,7 @@ class AdversarialTraining(keras.Model):
             return loss
         log_p, log_q = self._log_probabilities(y_pred.clean), self._log_probabilities(y_pred.adversarial)
         penalty = self.method.penalty(log_p, log_q, as_class_ids(y, log_p), self.beta)
-        average = _Average(name="penalty", reduction=getattr(self.loss, "reduction", "sum_over_batch_size"))
+        average = Reduction(name="penalty", reduction=getattr(self.loss, "reduction", "sum_over_batch_size"))
         return loss + average(penalty, penalty, sample_weight=sample_weight)
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:
@@ -385,10 +385,3 @@ class AdversarialTraining(keras.Model):
             # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.
             self.optimizer.build(self.trainable_variables)
         return x
-
-
-class _Average(keras.losses.Loss):
-    """Average given values over sample weights and replicas as any loss does."""
-
-    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return y_pred
