@@ -169,6 +169,47 @@ def test_logits_are_found_behind_a_softmax(build):
     np.testing.assert_allclose(found.classifier.logits(x), x @ (WEIGHTS * 10), rtol=1e-4, atol=1e-4)
 
 
+@on_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("build", [Subclassed, Computed, average_op, Rounded])
+def test_logits_are_found_inside_a_function_of_tensorflow(build, jit_compile):
+    import tensorflow as tf
+
+    class Compiled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = build()
+            self.compiled = tf.function(lambda x: self.inner(x), jit_compile=jit_compile)
+
+        def call(self, x):
+            return self.compiled(x)
+
+    x, _ = inputs(20)
+    model = Compiled()
+    model(x)
+    expected, found = find_logits(model.inner, x), find_logits(model, x)
+    assert found.outputs == expected.outputs == ("probabilities" if build is Rounded else "softmax")
+    np.testing.assert_allclose(found.classifier.logits(x), expected.classifier.logits(x), rtol=1e-5, atol=1e-6)
+
+
+@on_tensorflow
+def test_logits_are_found_while_functions_run_eagerly():
+    import tensorflow as tf
+
+    x, _ = inputs(20)
+    model = nested()
+    expected = find_logits(model, x).classifier.logits(x)
+    again = keras.models.clone_model(model)  # it keeps no compiled program
+    again.set_weights(model.get_weights())
+    tf.config.run_functions_eagerly(True)
+    try:
+        found = find_logits(again, x)
+        assert found.outputs == "softmax"
+        np.testing.assert_allclose(found.classifier.logits(x), expected, atol=1e-5)
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
 def test_log_probabilities_replace_missing_logits():
     x, _ = inputs(20)
     model = Rounded()

@@ -407,9 +407,16 @@ def logits_behind(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     def logits(x: Tensor) -> Tensor:
         return logits_of(function(x), _describe)
 
-    # Only a graph records which operation made a tensor.
-    program = tf.function(logits, autograph=False, reduce_retracing=True)
-    return lambda x: logits(x) if tf.inside_function() else program(x)
+    program = tf.function(logits, autograph=False)
+
+    def call(x: Tensor) -> Tensor:
+        if tf.inside_function():
+            return logits(x)
+        # Only a graph records which operation made a tensor, also under `tf.config.run_functions_eagerly`.
+        traced = program.get_concrete_function(tf.TensorSpec((None, *x.shape[1:]), x.dtype))
+        return traced(x)
+
+    return call
 
 
 def _describe(x: Any) -> Operation | None:
@@ -420,6 +427,8 @@ def _describe(x: Any) -> Operation | None:
     inputs = tuple(operation.inputs)
     if kind in IDENTITIES:
         return Operation("identity", (inputs[x.value_index],))
+    if kind in ("PartitionedCall", "StatefulPartitionedCall"):
+        return Operation("identity", (_inline(x),))
     if kind in ARITHMETIC:
         return Operation(ARITHMETIC[kind], inputs)
     # Keras adds a batch of one row in this way.
@@ -443,6 +452,16 @@ def _describe(x: Any) -> Operation | None:
             "contract", inputs, matmul_equation(*ranks, transpose=transpose, transpose_other=transpose_other)
         )
     return None
+
+
+def _inline(x: Any) -> Tensor:
+    """Return the result of a call of a `tf.function`, computed by its operations instead of the call."""
+    call = x.op
+    body = call.graph._get_function(call.get_attr("f").name).graph
+    inputs = {inner.name: outer for inner, outer in zip(body.inputs, call.inputs, strict=True)}
+    output: Tensor
+    (output,) = tf.graph_util.import_graph_def(body.as_graph_def(), inputs, [body.outputs[x.value_index].name])
+    return output
 
 
 # Operations that return their input, perhaps in another dtype.

@@ -67,7 +67,6 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
     - The model keeps the programs that are compiled for it, for the next call. They are compiled anew if its variables,
       an attribute of one of its layers, or its outputs for `x` changed. A change elsewhere, such as in a global
       variable that `call` reads, is noticed by the outputs only.
-    - On TensorFlow, nothing is found inside a `call` that is a `tf.function`.
 
     Args:
         model: A classifier.
