@@ -1,7 +1,8 @@
 """Change the package in small ways, one at a time, and count how many changes the tests notice.
 
 For each group of modules, cosmic-ray lists all changes that its operators can make to the source. A number of them is
-drawn. For each one, a copy of the repository is changed, and the tests of the module run on it until one fails.
+drawn. For each one, a copy of the repository is changed, and the tests that run the changed line are run on it until
+one fails. Where no test runs it, or the line runs when its module is imported, these are all tests of the group.
 
 The outcome of each change is written to `results/mutants.jsonl` as it comes, so a run that was stopped goes on. An
 outcome is used again as long as the module has the same text. A table, and each change that no test noticed, go to
@@ -27,12 +28,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "results" / "mutants.jsonl", ROOT / "docs" / "results" / "mutants.md"
+SIGNATURES = "tests/test_signatures.py"
 # The modules of each group, and the tests that run on them.
 GROUPS = {
-    "losses": (["keras_drsl/losses", "keras_drsl/spread.py"], ["tests/losses", "tests/test_spread.py"]),
-    "metrics": (["keras_drsl/metrics.py"], ["tests/test_metrics.py"]),
-    "attacks": (["keras_drsl/attacks"], ["tests/attacks", "tests/test_threat.py"]),
-    "evaluation": (["keras_drsl/evaluation"], ["tests/evaluation", "tests/test_cli.py"]),
+    "losses": (["keras_drsl/losses", "keras_drsl/spread.py"], [SIGNATURES, "tests/losses", "tests/test_spread.py"]),
+    "metrics": (["keras_drsl/metrics.py"], [SIGNATURES, "tests/test_metrics.py"]),
+    "attacks": (["keras_drsl/attacks"], [SIGNATURES, "tests/attacks", "tests/test_threat.py"]),
+    "evaluation": (["keras_drsl/evaluation"], [SIGNATURES, "tests/evaluation", "tests/test_cli.py"]),
 }
 SILENCE = 240  # seconds after which a run without a finished test counts as hanging
 IMPORTED = ("keras", "hypothesis", "pytest", "sklearn.datasets", "rich.progress", "matplotlib.figure")
@@ -82,11 +84,28 @@ def files(folders):
     return sorted(path for path in listed.splitlines() if (ROOT / path).exists())
 
 
-def files_of_tests(mutant):
-    """Return the files of tests of a change, those named after its module first."""
-    paths = [path for path in files(GROUPS[mutant.group][1]) if Path(path).name.startswith("test_")]
+def files_of_tests(group):
+    return [path for path in files(GROUPS[group][1]) if Path(path).name.startswith("test_")]
+
+
+def select_tests(mutant, line, contexts):
+    """Return the tests of a change, first those of signatures and those named after its module.
+
+    Args:
+        mutant: The change.
+        line: Where it begins.
+        contexts: By file and line, what ran the line: "" for an import, or a test and its phase, "file::test|run".
+    """
+    running = contexts.get(mutant.path, {}).get(line, [])
+    is_known = running and "" not in running
+    tests = {context.rpartition("|")[0] for context in running} if is_known else files_of_tests(mutant.group)
     stem = Path(mutant.path).stem
-    return sorted(paths, key=lambda path: (Path(path).stem.removeprefix("test_") not in (stem, f"{stem}s"), path))
+
+    def order(test):
+        path = test.partition("::")[0]
+        return path != SIGNATURES, Path(path).stem.removeprefix("test_") not in (stem, f"{stem}s"), test
+
+    return sorted(tests, key=order)
 
 
 class Recorder:
@@ -117,7 +136,7 @@ class Slot:
             shutil.copy2(ROOT / path, folder / path)
         self.mutant = None
 
-    def start(self, mutant, text, tests):
+    def start(self, mutant, text, tests, options=()):
         """Run the tests on a changed file in a process that is forked from this one, with all libraries imported."""
         self.mutant, self._began = mutant, time.time()
         (self.folder / "outcome").unlink(missing_ok=True)
@@ -126,7 +145,7 @@ class Slot:
         (self.folder / mutant.path).write_text(text)
         self._process = os.fork()
         if self._process == 0:
-            run_tests(self.folder, tests)
+            run_tests(self.folder, [*options, *tests])
 
     def poll(self):
         """Return the outcome, or None while the tests run."""
@@ -147,7 +166,7 @@ class Slot:
         return {"outcome": outcome, "by": by, "seconds": round(time.time() - self._began, 1)}
 
 
-def run_tests(folder, tests):
+def run_tests(folder, arguments):
     """Run tests in a folder until one fails, write which one, and end the process."""
     try:
         os.setsid()
@@ -160,30 +179,49 @@ def run_tests(folder, tests):
         import pytest
 
         recorder = Recorder(folder)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[recorder])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments], plugins=[recorder])
         (folder / "outcome").write_text(recorder.failed or ("" if code == 0 else "import of conftest.py"))
     finally:
         os._exit(0)
 
 
-def run(mutants, jobs, note):
-    """Test changes, several at a time, and pass each with its outcome to `note`."""
-    for module in IMPORTED:
-        __import__(module)
-    with tempfile.TemporaryDirectory() as folder:
-        slots = [Slot(Path(folder) / str(number)) for number in range(jobs)]
-        waiting = list(mutants)
-        while waiting or any(slot.mutant for slot in slots):
-            for slot in slots:
-                if slot.mutant and (outcome := slot.poll()):
-                    note(slot.mutant, outcome)
-                    slot.mutant = None
-                if not slot.mutant and waiting:
-                    mutant = waiting.pop(0)
-                    slot.start(
-                        mutant, mutate(mutant)[1] if mutant.operator else text_of(mutant.path), files_of_tests(mutant)
-                    )
-            time.sleep(0.05)
+def run(jobs, slots, note):
+    """Test changes, one per slot at a time.
+
+    Args:
+        jobs: For each change the arguments of `Slot.start`.
+        slots: The slots.
+        note: Takes a change, its outcome, and the folder it was tested in.
+    """
+    waiting = list(jobs)
+    while waiting or any(slot.mutant for slot in slots):
+        for slot in slots:
+            if slot.mutant and (outcome := slot.poll()):
+                note(slot.mutant, outcome, slot.folder)
+                slot.mutant = None
+            if not slot.mutant and waiting:
+                slot.start(*waiting.pop(0))
+        time.sleep(0.05)
+
+
+def find_contexts(groups, slots):
+    """Run the tests of each group on the package as it is, and return what ran each line."""
+    from coverage import CoverageData
+
+    contexts = {}
+
+    def read(mutant, outcome, folder):
+        if outcome["outcome"] == "killed":
+            sys.exit(f"The tests of {mutant.group} fail without a change: {outcome['by']}")
+        data = CoverageData(folder / ".coverage")
+        data.read()
+        for path in files(GROUPS[mutant.group][0]):
+            contexts[path] = data.contexts_by_lineno(str(folder / path))
+
+    unchanged = [Mutant(group, files(GROUPS[group][0])[0], "", 0) for group in groups]
+    options = ["--cov=keras_drsl", "--cov-context=test", "--cov-report="]
+    run([(some, text_of(some.path), files_of_tests(some.group), options) for some in unchanged], slots, read)
+    return contexts
 
 
 def text_of(path):
@@ -272,11 +310,7 @@ def main(arguments=None):
     def key(mutant):
         return mutant, digest([mutant.path])
 
-    def note(mutant, outcome):
-        if not mutant.operator:
-            if outcome["outcome"] == "killed":
-                sys.exit(f"The tests of {mutant.group} fail without a change: {outcome['by']}")
-            return
+    def note(mutant, outcome, folder):
         record = mutant._asdict() | {"source": key(mutant)[1], "possible": possible[mutant.group]}
         record |= describe(mutant) | outcome
         known[key(mutant)] = record
@@ -289,9 +323,13 @@ def main(arguments=None):
         for mutant in drawn
         if key(mutant) not in known or (args.retry and known[key(mutant)]["outcome"] == "survived")
     ]
-    groups = dict.fromkeys(mutant.group for mutant in todo)
-    unchanged = [Mutant(group, files(GROUPS[group][0])[0], "", 0) for group in groups]
-    run(unchanged + todo, args.jobs, note)
+    for module in IMPORTED:
+        __import__(module)
+    with tempfile.TemporaryDirectory() as folder:
+        slots = [Slot(Path(folder) / str(number)) for number in range(args.jobs)]
+        contexts = find_contexts(dict.fromkeys(mutant.group for mutant in todo), slots)
+        jobs = [(some, mutate(some)[1], select_tests(some, describe(some)["line"], contexts)) for some in todo]
+        run(jobs, slots, note)
     # Those of groups that were not asked for stay.
     records = [record for (mutant, _), record in known.items() if mutant.group not in args.groups]
     records += [known[key(mutant)] for mutant in drawn]

@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from tests.mutants import GROUPS, Mutant, draw, files_of_tests, table
+from tests.mutants import GROUPS, SIGNATURES, Mutant, draw, files_of_tests, select_tests, table
 
 POSSIBLE = [Mutant("losses", path, "core/NumberReplacer", number) for path in ("a.py", "b.py") for number in range(50)]
 
@@ -18,10 +18,17 @@ def test_a_longer_file_keeps_what_was_drawn_from_others():
     assert len(kept) >= 16
 
 
-def test_tests_named_after_the_module_run_first():
-    mutant = Mutant("attacks", "keras_drsl/attacks/pool.py", "core/NumberReplacer", 0)
-    assert files_of_tests(mutant)[0] == "tests/attacks/test_pool.py"
-    assert len(files_of_tests(mutant)) > 1
+def test_tests_that_run_the_changed_line_are_chosen():
+    mutant = Mutant("metrics", "keras_drsl/metrics.py", "core/NumberReplacer", 0)
+    own, other = "tests/test_metrics.py::test_a[x|y]", "tests/losses/test_drs.py::test_b"
+    everything = files_of_tests("metrics")
+    assert "tests/test_metrics.py" in everything
+    everything.sort(key=lambda path: path != SIGNATURES)
+    contexts = {mutant.path: {7: [f"{other}|run", f"{own}|run", f"{own}|setup"], 8: ["tests/c.py::test|run"]}}
+    assert select_tests(mutant, 7, contexts) == [own, other]
+    # A line that no test runs, or that is run by an import.
+    assert select_tests(mutant, 7, {}) == everything
+    assert select_tests(mutant, 7, {mutant.path: {7: ["", f"{own}|run"]}}) == everything
 
 
 def test_the_table_counts_and_lists_what_was_not_noticed():
