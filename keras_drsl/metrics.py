@@ -181,6 +181,6 @@ def _diversity_per_position(inputs: LossInputs, measure: str, space: str) -> Ten
 def _weight_per_position(sample_weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights of the rank of the values, and the values. As in Keras, a weight per sample has all its steps."""
     sample_weight = ops.convert_to_tensor(sample_weight)
-    while 0 < len(sample_weight.shape) < len(values.shape):
+    while len(sample_weight.shape) < len(values.shape):
         sample_weight = ops.expand_dims(sample_weight, -1)
     return match_weights(sample_weight, values)

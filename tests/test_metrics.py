@@ -66,6 +66,19 @@ def test_sample_weights_multiply_in_the_mean(weights_shape, ignore_class):
     np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights_shape", [(), (2,), (2, 3), (2, 3, 4), (2, 3, 4, 1), (2, 1, 1), (1, 3)])
+def test_weights_of_fewer_axes_hold_for_all_positions_of_the_others(weights_shape):
+    z, ids, one_hot = draw((2, 3, 4, 5))
+    weights = np.random.default_rng(1).uniform(0.1, 1, weights_shape)
+    axes = weights_shape[:3] + (1,) * (3 - len(weights_shape[:3]))
+    expected = np.average(
+        reference.each(reference.diversity, one_hot, z), weights=np.broadcast_to(weights.reshape(axes), (2, 3, 4))
+    )
+    metric = SoftmaxDiversity(from_logits=True)
+    metric.update_state(ids, z, sample_weight=weights)
+    np.testing.assert_allclose(values(metric.result()), expected, rtol=1e-5)
+
+
 @pytest.mark.short
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ignore_class", [None, 1, -1])
