@@ -9,8 +9,8 @@ from tests.backends import BACKEND
 from tests.helpers import run_module
 
 ROOT = Path(__file__).parents[2]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("step_overhead", "linear_head")]
-BENCHMARKS = ["loss_speed", "attack_speed", *SLOW]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("loss_speed", "step_overhead", "linear_head")]
+BENCHMARKS = ["attack_speed", *SLOW]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -143,6 +143,7 @@ class TestAdversarialTraining:
             load("adversarial_training").main(["--out", str(out)])
 
 
+@pytest.mark.slow
 class TestEvaluateRobustness:
     ARGUMENTS = ("--max-images", "20", "--epochs", "1", "--suite", "quick", "--eps", "0.1")
 
