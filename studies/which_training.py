@@ -155,3 +155,7 @@ def describe(setting):
     """Return the numbers of a setting as text."""
     numbers = setting.get("setting", {}) | {name: setting[name] for name in ("lam", "noise") if setting.get(name)}
     return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+
+
+if __name__ == "__main__":
+    main()
