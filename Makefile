@@ -25,11 +25,16 @@ test-short: .venv-jax/test .venv-torch/test
 # Everything that is not about TensorFlow, on all backends.
 BACKEND_TESTS := tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
 	tests/test_distribution.py tests/test_metrics.py tests/test_models.py tests/test_spread.py tests/test_threat.py
+# One function in every form, also those that are slow.
+EVERY_VERDICT := -m slow tests/evaluation/test_same_verdict.py
 
 test-backends: .venv/test .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS)
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(EVERY_VERDICT)
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(EVERY_VERDICT)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(EVERY_VERDICT)
 
 # Tests of several minutes: other libraries, killed processes, studies. torchattacks asks for a version of requests that
 # is too old for others.

@@ -108,8 +108,14 @@ SHORT = [
     ("weighted", "wrapped"),
     ("saturated average", "nested"),
 ]
+# Beside these, each head in one form. The others run in `make test-slow`, and on all backends in `make test-backends`.
+FAST = [*SHORT, *((head, [*FORMS][number % len(FORMS)]) for number, head in enumerate(HEADS))]
 CELLS = [
-    pytest.param(head, form, marks=[pytest.mark.short] if (head, form) in SHORT else [])
+    pytest.param(
+        head,
+        form,
+        marks=[pytest.mark.short] * ((head, form) in SHORT) + [pytest.mark.slow] * ((head, form) not in FAST),
+    )
     for head in HEADS
     for form in FORMS
 ]

@@ -116,6 +116,7 @@ class TestFit:
             load("fit").main(arguments)
 
 
+@pytest.mark.slow
 class TestAdversarialTraining:
     @pytest.fixture(scope="class")
     def out(self, tmp_path_factory):
