@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_drsl import _validation
 from keras_drsl._data import class_ids, read_examples
-from keras_drsl._typing import Norm
+from keras_drsl._typing import Norm, Numbers
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.metrics import softmax_diversity
@@ -48,9 +48,10 @@ class RobustnessMonitor(keras.callbacks.Callback):
             between repeat the last values. Callbacks with `patience` count these epochs too.
         prefix: The beginning of the names in the logs.
         norm: `"inf"` (the default) or 2.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
-        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
+        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -78,20 +79,21 @@ class RobustnessMonitor(keras.callbacks.Callback):
         x: Any,
         y: Any = None,
         *,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         suite: str = "quick",
         max_samples: int | None = 500,
         every: int = 1,
         prefix: str = "val_",
         norm: Norm | None = None,
-        clip_min: float | None = None,
-        clip_max: float | None = None,
+        clip_min: Numbers | None = None,
+        clip_max: Numbers | None = None,
+        mask: Any = None,
         threat: ThreatModel | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask)
         self.every = _validation.check_integer("every", every, at_least=1)
         if not isinstance(prefix, str):
             raise ValueError(f"`prefix` must be a string. Received: prefix={prefix!r}")

@@ -1,11 +1,12 @@
 """The threat model: an attacker may move an input within a ball and within the valid range.
 
-`ThreatModel` holds its four numbers, and is the one place that defines their units. Compiled programs take the numbers
-as tensors (`ThreatModel.bounds`), so that one program serves every radius; the functions below work on these.
+`ThreatModel` holds its numbers, and is the one place that defines their units. Compiled programs take the numbers as
+tensors (`ThreatModel.bounds`), so that one program serves every radius; the functions below work on these.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -14,22 +15,25 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl._typing import Array, Norm, Numbers, Tensor
 
 NORMS: tuple[Norm, ...] = ("inf", 2)
 NORM_NAMES: dict[str, Norm] = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 
 
 class Bounds(NamedTuple):
-    """Hold the numbers of a threat model as compiled programs take them, float32 scalars.
+    """Hold the numbers of a threat model as compiled programs take them, float32.
 
     Attributes:
-        eps: The radius of the ball.
-        clip_min: The smallest valid input value.
-        clip_max: The largest valid input value.
+        eps: The largest radius, a scalar.
+        scale: The radius of each feature over the largest one, 0 where a feature may not change; a scalar 1, or an
+            array that fits the shape of an input.
+        clip_min: The smallest valid input value, a scalar or such an array.
+        clip_max: The largest valid input value, a scalar or such an array.
     """
 
     eps: Tensor
+    scale: Tensor
     clip_min: Tensor
     clip_max: Tensor
 
@@ -39,23 +43,28 @@ class ThreatModel:
     """Define which perturbed inputs an attack may return.
 
     Use it where several calls share one threat model: attacks, `evaluate_robustness`, `robustness_curve`,
-    `RobustnessMonitor` and `AdversarialTraining` take it as `threat=`. They also take its four numbers as arguments
-    of their own.
+    `RobustnessMonitor` and `AdversarialTraining` take it as `threat=`. They also take its numbers as arguments of their
+    own.
 
-    Formula: `||x_adv - x|| <= eps` in the norm, and `clip_min <= x_adv <= clip_max` for every value.
+    Formula: `||x_adv - x|| <= eps` in the norm, and `clip_min <= x_adv <= clip_max` for every value. With several
+    values of `eps`: `||(x_adv - x) / eps|| <= 1`. Where `mask` is True, `x_adv = x`.
 
     Note:
 
     - All numbers are in units of the input. Images in [0, 1] have `eps=8 / 255`; images in [0, 255] have `eps=8` and
       `clip_max=255`; images in [-1, 1] have `eps=16 / 255` and `clip_min=-1`.
+    - Several numbers for `eps`, `clip_min`, `clip_max` or `mask` are an array or nested lists whose shape fits that of
+      an input as in NumPy: `(channels,)` for one number per channel, in the layout `channels_last`. They are kept as
+      nested tuples.
     - Threat models with equal numbers are equal and have equal hashes.
 
     Args:
-        eps: The radius of the ball around each input, > 0, a number or a ratio as "8/255". In L-inf no larger than
-            `clip_max - clip_min`.
+        eps: The radius of the ball around each input, > 0, a number or a ratio as "8/255"; or one number >= 0 per
+            channel or feature, of which 0 leaves the feature as it is. In L-inf no larger than `clip_max - clip_min`.
         norm: `"inf"` or 2. Other names of them, such as `"Linf"` and `"L2"`, are read as these.
-        clip_min: The smallest valid input value.
-        clip_max: The largest valid input value, above `clip_min`.
+        clip_min: The smallest valid input value; or one per channel or feature.
+        clip_max: The largest valid input value, above `clip_min`; or one per channel or feature.
+        mask: True for each channel or feature that may not change; None to let all change.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -64,7 +73,7 @@ class ThreatModel:
 
     >>> threat = keras_drsl.ThreatModel(eps=8, clip_max=255)
     >>> threat
-    ThreatModel(eps=8.0, norm='inf', clip_min=0.0, clip_max=255.0)
+    ThreatModel(eps=8.0, norm='inf', clip_min=0.0, clip_max=255.0, mask=None)
     >>> x, y = np.full((2, 8), 100.0), np.array([0, 1])
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Rescaling(1 / 255), keras.layers.Dense(2)])
     >>> x_adv = keras_drsl.attacks.FGSM(threat=threat)(model, x, y)
@@ -72,38 +81,52 @@ class ThreatModel:
     [True, True]
     """
 
-    eps: float
+    eps: Numbers
     norm: Norm = "inf"
-    clip_min: float = 0.0
-    clip_max: float = 1.0
+    clip_min: Numbers = 0.0
+    clip_max: Numbers = 1.0
+    mask: Any = None
 
     def __post_init__(self) -> None:
         checked = {
-            "eps": _validation.check_positive("eps", _read_ratio(self.eps)),
+            "eps": _check_eps(_read_ratio(self.eps)),
             "norm": _check_norm(self.norm),
-            "clip_min": _validation.check_number("clip_min", self.clip_min, "a finite number", lambda value: True),
-            "clip_max": _validation.check_number("clip_max", self.clip_max, "a finite number", lambda value: True),
+            "clip_min": _check_numbers("clip_min", self.clip_min, "a finite number", lambda value: True),
+            "clip_max": _check_numbers("clip_max", self.clip_max, "a finite number", lambda value: True),
+            "mask": _check_mask(self.mask),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if not self.clip_min < self.clip_max:
+        numbers = [np.asarray(getattr(self, name)) for name in ("eps", "clip_min", "clip_max")]
+        try:
+            np.broadcast_shapes(*(values.shape for values in numbers), np.shape(self.mask or 0))
+        except ValueError:
+            raise ValueError(
+                "`eps`, `clip_min`, `clip_max` and `mask` must have shapes that fit each other. Received: shapes "
+                f"{', '.join(str(values.shape) for values in numbers)} and {np.shape(self.mask or 0)}"
+            ) from None
+        eps, low, high = numbers
+        if not (low < high).all():
             raise ValueError(
                 f"`clip_min` must be below `clip_max`. Received: clip_min={self.clip_min}, clip_max={self.clip_max}"
             )
-        if self.norm == "inf" and self.eps > self.span:
+        if self.norm == "inf" and (eps > high - low).any():
             raise ValueError(
-                f"`eps` must be no larger than the range, clip_max - clip_min = {self.span:g}. "
-                f"Received: eps={self.eps:g}"
+                f"`eps` must be no larger than the range, clip_max - clip_min = {_format(self.span)}. "
+                f"Received: eps={_format(self.eps)}"
             )
+        if self.radius == 0:
+            raise ValueError("`mask` must leave at least one feature that may change. Received: True for all")
 
     @classmethod
     def from_arguments(
         cls,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         norm: Norm | None = None,
-        clip_min: float | None = None,
-        clip_max: float | None = None,
+        clip_min: Numbers | None = None,
+        clip_max: Numbers | None = None,
         threat: "ThreatModel | None" = None,
+        mask: Any = None,
     ) -> "ThreatModel":
         """Return the threat model that a function's arguments describe.
 
@@ -112,13 +135,14 @@ class ThreatModel:
             norm: As in the class, or None for the default.
             clip_min: As in the class, or None for the default.
             clip_max: As in the class, or None for the default.
-            threat: A threat model in place of the four, or None.
+            threat: A threat model in place of the others, or None.
+            mask: As in the class.
 
         Raises:
-            ValueError: If an argument is out of its range, if `threat` is given together with one of the four, or if
+            ValueError: If an argument is out of its range, if `threat` is given together with one of the others, or if
                 both `threat` and `eps` are None.
         """
-        arguments = {"eps": eps, "norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+        arguments = {"eps": eps, "norm": norm, "clip_min": clip_min, "clip_max": clip_max, "mask": mask}
         given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         if threat is None:
             if eps is None:
@@ -129,32 +153,64 @@ class ThreatModel:
         if given:
             received = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise ValueError(
-                f"`threat` must be given without `eps`, `norm`, `clip_min` and `clip_max`, which it holds. "
+                f"`threat` must be given without `eps`, `norm`, `clip_min`, `clip_max` and `mask`, which it holds. "
                 f"Received: threat={threat!r} and {received}"
             )
         return threat
 
     @property
-    def span(self) -> float:
-        """The length of the valid range."""
-        return self.clip_max - self.clip_min
+    def _eps_of_features(self) -> Array:
+        """The radius of each feature, 0 where a feature may not change."""
+        eps = np.asarray(self.eps, dtype="float64")
+        return eps if self.mask is None else np.where(np.asarray(self.mask), 0.0, eps)
+
+    @property
+    def radius(self) -> float:
+        """The largest radius of a feature: `eps` itself where it is one number."""
+        return float(self._eps_of_features.max())
+
+    @property
+    def scale(self) -> Array:
+        """The radius of each feature over the largest one, a scalar 1 where `eps` is one number without a mask."""
+        return self._eps_of_features / self.radius
+
+    @property
+    def span(self) -> Numbers:
+        """The length of the valid range, one number or one per feature."""
+        span: Numbers = _as_tuples(np.asarray(self.clip_max) - np.asarray(self.clip_min))
+        return span
 
     @property
     def bounds(self) -> Bounds:
         """The numbers as compiled programs take them."""
-        return Bounds(np.float32(self.eps), np.float32(self.clip_min), np.float32(self.clip_max))
+        numbers = (self.radius, self.scale, self.clip_min, self.clip_max)
+        return Bounds(*(np.asarray(values, dtype="float32") for values in numbers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the four numbers by name, as JSON takes them."""
-        return dataclasses.asdict(self)
+        """Return the numbers by name, as JSON takes them; the mask only where there is one."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {
+            name: np.asarray(value).tolist() if isinstance(value, tuple) else value for name, value in values.items()
+        }
+        return {name: value for name, value in lists.items() if name != "mask" or value is not None}
 
     def replace(self, **changes: Any) -> "ThreatModel":
         """Return a threat model with some numbers changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_radius(self, radius: float) -> "ThreatModel":
+        """Return the threat model with all of `eps` scaled so that the largest radius is another one."""
+        is_one = not isinstance(self.eps, tuple)
+        return self.replace(eps=radius if is_one else np.asarray(self.eps) * (radius / self.radius))
+
     def largest_eps(self, shape: tuple[int, ...]) -> float:
         """Return the radius of a ball that holds every valid input of a shape `(...)`."""
-        return self.span if self.norm == "inf" else self.span * math.sqrt(math.prod(shape))
+        scale, span = (np.broadcast_to(values, shape) for values in (self.scale, self.span))
+        free = scale > 0
+        needed = span[free] / scale[free]
+        return float(
+            needed.max() if self.norm == "inf" else needed.max() * math.sqrt(((needed / needed.max()) ** 2).sum())
+        )
 
     def validate(self, name: str, x: Array) -> None:
         """Check that inputs fit the threat model.
@@ -164,24 +220,43 @@ class ThreatModel:
             x: Inputs, shape `(count, ...)`.
 
         Raises:
-            ValueError: If a value lies outside the valid range or is NaN, or if `eps` exceeds the largest distance
-                between valid inputs of this shape.
+            ValueError: If a value lies outside the valid range or is NaN, if `eps`, a limit or the mask has no shape
+                that fits the inputs, or if `eps` exceeds the largest distance between valid inputs of this shape.
         """
-        if not (x.min() >= self.clip_min and x.max() <= self.clip_max):
+        shape = x.shape[1:]
+        for field in ("eps", "clip_min", "clip_max", "mask"):
+            of_field = np.shape(getattr(self, field)) if isinstance(getattr(self, field), tuple) else ()
+            if not _fits(of_field, shape):
+                raise ValueError(
+                    f"`{field}` must be one number or fit inputs of shape {shape}, as ({shape[-1]},) does. "
+                    f"Received: shape {of_field}"
+                )
+        if not ((x >= np.asarray(self.clip_min)) & (x <= np.asarray(self.clip_max))).all():
             raise ValueError(
-                f"`{name}` must lie in [clip_min, clip_max] = [{self.clip_min:g}, {self.clip_max:g}]. "
+                f"`{name}` must lie in [clip_min, clip_max] = [{_format(self.clip_min)}, {_format(self.clip_max)}]. "
                 f"Received: values from {x.min():g} to {x.max():g}.{_hint(x)}"
             )
-        largest = self.largest_eps(x.shape[1:])
-        if self.eps > largest:
+        largest = self.largest_eps(shape)
+        if self.radius > largest:
             raise ValueError(
                 f"`eps` must be no larger than the range * sqrt(features) = {largest:g} in L2. "
-                f"Received: eps={self.eps:g}"
+                f"Received: eps={_format(self.eps)}"
             )
 
     def size(self, delta: Array) -> Array:
-        """Return the norm of each perturbation of shape `(count, ...)`, float64, shape `(count,)`."""
-        delta = np.abs(delta.reshape(len(delta), -1).astype("float64"))
+        """Return the norm of each perturbation, float64, shape `(count,)`.
+
+        It is measured in units of the largest radius: with one number for `eps`, in those of the input. It is infinite
+        where a feature has changed that may not.
+
+        Args:
+            delta: Perturbations of shape `(count, ...)`.
+        """
+        delta = np.abs(delta.astype("float64"))
+        if self.scale.ndim:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                delta = np.where(delta > 0, delta / self.scale, 0.0)
+        delta = delta.reshape(len(delta), -1)
         size: Array = delta.max(axis=1, initial=0) if self.norm == "inf" else np.sqrt((delta**2).sum(axis=1))
         return size
 
@@ -192,14 +267,17 @@ class ThreatModel:
             x_adv: Perturbed inputs, shape `(count, ...)`.
             x: The inputs themselves, of the same shape.
         """
-        slack = 1e-6 * self.span
+        slack = 1e-6 * np.asarray(self.span)
+        # In units of the largest radius, rounding is larger for features of a smaller one.
+        scale = self.scale
+        rounding = (slack / np.where(scale > 0, scale, np.inf)).max()
         axes = tuple(range(1, x.ndim))
         with np.errstate(invalid="ignore"):
             allowed: Array = (
                 np.isfinite(x_adv).all(axis=axes)
-                & (self.size(x_adv.astype("float64") - x) <= self.eps * (1 + 1e-5) + slack)
-                & (x_adv.min(axis=axes) >= self.clip_min - slack)
-                & (x_adv.max(axis=axes) <= self.clip_max + slack)
+                & (self.size(x_adv.astype("float64") - x) <= self.radius * (1 + 1e-5) + rounding)
+                & (x_adv >= np.asarray(self.clip_min) - slack).all(axis=axes)
+                & (x_adv <= np.asarray(self.clip_max) + slack).all(axis=axes)
             )
         return allowed
 
@@ -215,14 +293,14 @@ class ThreatModel:
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""
         if self.norm == "inf":
-            points = [generator.uniform(-self.eps, self.eps, shape) for generator in generators]
+            points = [generator.uniform(-self.radius, self.radius, shape) for generator in generators]
         else:
-            points = []
+            points, free = [], np.broadcast_to(self.scale > 0, shape)
             for generator in generators:
-                point = generator.standard_normal(shape)
-                radius = self.eps * generator.uniform() ** (1 / point.size)
+                point = generator.standard_normal(shape) * free
+                radius = self.radius * generator.uniform() ** (1 / free.sum())
                 points.append(point * radius / np.sqrt((point**2).sum()))
-        return np.asarray(points, dtype="float32").reshape(-1, *shape)
+        return np.asarray(np.asarray(points) * self.scale, dtype="float32").reshape(-1, *shape)
 
 
 def _hint(x: Array) -> str:
@@ -233,6 +311,93 @@ def _hint(x: Array) -> str:
     if low >= 0 and 1 < high <= 255:
         return " Images in [0, 255] need clip_max=255; the usual 8/255 of [0, 1] is eps=8 there."
     return ""
+
+
+def _check_eps(eps: Any) -> Numbers:
+    """Return one radius, or several as nested tuples."""
+    if not _is_several(eps):
+        return _validation.check_positive("eps", eps)
+    several = _check_numbers("eps", eps, "a number >= 0", lambda value: value >= 0)
+    if not np.any(several):
+        raise ValueError("`eps` must hold a positive number. Received: 0 for all features")
+    return several
+
+
+def _check_numbers(name: str, values: Any, rule: str, obeys: Callable[[float], bool]) -> Numbers:
+    """Return one number, or several as nested tuples."""
+    if not _is_several(values):
+        return _validation.check_number(name, values, rule, obeys)
+    array = _to_array(name, values)
+    for value in array.ravel().tolist():
+        _validation.check_number(name, value, rule, obeys)
+    numbers: Numbers = _as_tuples(array.astype("float64"))
+    return numbers
+
+
+def _check_mask(mask: Any) -> Any:
+    """Return a mask as nested tuples of bool, or None."""
+    if mask is None:
+        return None
+    array = _to_array("mask", mask)
+    if array.ndim == 0 or not np.isin(array, (False, True)).all():
+        raise ValueError(f"`mask` must hold True or False for each channel or feature. Received: {mask!r:.60}")
+    return _as_tuples(array.astype(bool)) if array.any() else None
+
+
+def _to_array(name: str, values: Any) -> Array:
+    """Return nested lists, an array or a tensor as an array of numbers."""
+    try:
+        array = np.asarray(ops.convert_to_numpy(values) if ops.is_tensor(values) else values)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must hold rows of equal length. Received: {error}") from error
+    if array.size == 0 or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise ValueError(f"`{name}` must hold numbers. Received: shape {array.shape}, dtype {array.dtype}")
+    return array
+
+
+def _is_several(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        or getattr(values, "ndim", 0) > 0
+        or (ops.is_tensor(values) and len(values.shape) > 0)
+    )
+
+
+def _as_tuples(values: Any) -> Any:
+    """Return an array as nested tuples, which are equal and hashable by value; a single value as a number."""
+    if isinstance(values, np.ndarray | np.generic):
+        values = values.item() if values.size == 1 else values.tolist()
+    return tuple(map(_as_tuples, values)) if isinstance(values, list) else values
+
+
+def _fits(shape: tuple[int, ...], of_input: tuple[int, ...]) -> bool:
+    """Return whether an array broadcasts to the shape of an input."""
+    try:
+        return np.broadcast_shapes(shape, of_input) == tuple(of_input)
+    except ValueError:
+        return False
+
+
+def describe_radius(settings: Mapping[str, Any], *, limits: bool = True) -> str:
+    """Return, for a reader, the radius of a threat model and the range of the inputs: "eps 8 of 0..255".
+
+    Args:
+        settings: The numbers as `ThreatModel.to_dict` returns them.
+        limits: Whether to name the range.
+    """
+    text = f"eps {_format(settings['eps'], '.4g')}"
+    if limits and "clip_min" in settings:
+        low, high = np.min(settings["clip_min"]), np.max(settings["clip_max"])
+        text += f" of {low:g}..{high:g}"
+    if settings.get("mask") is not None:
+        text += ", masked"
+    return text
+
+
+def _format(numbers: Any, form: str = "g") -> str:
+    """Return one number as text, or the range of several."""
+    low, high = np.min(numbers), np.max(numbers)
+    return f"{high:{form}}" if low == high else f"{low:{form}} to {high:{form}}, by feature"
 
 
 def _check_norm(norm: Any) -> Any:
@@ -262,42 +427,52 @@ def project(x_adv: Tensor, x: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
         norm: `"inf"` or 2.
     """
     if norm == "inf":
-        x_adv = ops.clip(x_adv, x - bounds.eps, x + bounds.eps)
+        eps = bounds.eps * bounds.scale
+        x_adv = ops.clip(x_adv, x - eps, x + eps)
     else:
-        delta = x_adv - x
-        x_adv = x + delta * ops.minimum(1.0, bounds.eps / ops.maximum(_length(delta), 1e-30))
+        delta = unscale(x_adv - x, bounds)
+        x_adv = x + bounds.scale * delta * ops.minimum(1.0, bounds.eps / ops.maximum(_length(delta), 1e-30))
     return ops.clip(x_adv, bounds.clip_min, bounds.clip_max)
 
 
-def steepest_ascent(gradient: Tensor, norm: Norm) -> Tensor:
+def unscale(delta: Tensor, bounds: Bounds) -> Tensor:
+    """Return a perturbation in units in which each feature has the largest radius, 0 where it may not change."""
+    free = ops.cast(bounds.scale > 0, "float32")
+    return free * delta / ops.where(bounds.scale > 0, bounds.scale, 1.0)
+
+
+def steepest_ascent(gradient: Tensor, norm: Norm, scale: Tensor = 1.0) -> Tensor:
     """Return the step of size 1 that gains the most: the sign of the gradient, or the gradient at length 1.
 
     Args:
         gradient: Shape `(batch, ...)`. Where it is 0, so is the step.
         norm: `"inf"` or 2.
+        scale: See `Bounds`.
     """
     if norm == "inf":
-        return ops.sign(gradient)
+        return scale * ops.sign(gradient)
+    gradient = scale * gradient
     # The square of a small gradient would underflow.
     largest = ops.max(ops.abs(gradient), axis=tuple(range(1, len(gradient.shape))), keepdims=True)
     gradient = gradient / ops.maximum(largest, 1e-30)
-    return gradient / ops.maximum(_length(gradient), 1e-30)
+    return scale * gradient / ops.maximum(_length(gradient), 1e-30)
 
 
-def random_delta(shape: tuple[Any, ...], eps: Tensor, norm: Norm, seed: keras.random.SeedGenerator) -> Tensor:
+def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras.random.SeedGenerator) -> Tensor:
     """Draw points of the ball around 0, uniformly, in a program that trains.
 
     Args:
         shape: `(batch, ...)`.
-        eps: The radius, a scalar.
+        bounds: See `ThreatModel.bounds`.
         norm: `"inf"` or 2.
         seed: Where the random numbers come from.
     """
     if norm == "inf":
-        return eps * keras.random.uniform(shape, -1.0, 1.0, "float32", seed)
-    features = ops.cast(math.prod(shape[1:]), "float32")
-    radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed) ** (1 / features)
-    return eps * radius * steepest_ascent(keras.random.normal(shape, dtype="float32", seed=seed), norm)
+        return bounds.eps * bounds.scale * keras.random.uniform(shape, -1.0, 1.0, "float32", seed)
+    free = ops.cast(ops.broadcast_to(bounds.scale > 0, shape[1:]), "float32")
+    radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed)
+    direction = steepest_ascent(free * keras.random.normal(shape, dtype="float32", seed=seed), norm)
+    return bounds.eps * bounds.scale * radius ** (1 / ops.sum(free)) * direction
 
 
 def _length(x: Tensor) -> Tensor:

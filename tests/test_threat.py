@@ -100,7 +100,7 @@ def test_a_threat_model_is_frozen():
         ({"threat": 0.1}, "`threat` must be a keras_drsl.ThreatModel. Received: threat=0.1"),
         (
             {"threat": ThreatModel(0.1), "eps": 0.1, "clip_max": 1.0},
-            "`threat` must be given without `eps`, `norm`, `clip_min` and `clip_max`, which it holds. "
+            "`threat` must be given without `eps`, `norm`, `clip_min`, `clip_max` and `mask`, which it holds. "
             r"Received: threat=ThreatModel\(.*\) and eps=0.1, clip_max=1.0",
         ),
     ],

@@ -85,7 +85,7 @@ class APGD(GradientAttack):
             "best_loss": np.full(count, -np.inf, "float32"),
             "checked_loss": np.full(count, -np.inf, "float32"),
             "last_loss": np.full(count, np.inf, "float32"),
-            "step_size": np.full(count, 2 * self.eps, "float32"),
+            "step_size": np.full(count, 2 * self.threat.radius, "float32"),
             "rises": np.zeros(count, "float32"),
             "halved": np.ones(count, bool),
             "broken": np.zeros(count, bool),
@@ -124,7 +124,8 @@ def _apgd_step(
 ) -> dict[str, Tensor]:
     """Take one step, and check progress where `span`, the number of steps since the last check, is not 0."""
     size = ops.reshape(rows["step_size"], (-1,) + (1,) * (len(rows["x"].shape) - 1))
-    ahead = project(rows["x_adv"] + size * steepest_ascent(rows["gradient"], norm), rows["x"], bounds, norm)
+    step = size * steepest_ascent(rows["gradient"], norm, bounds.scale)
+    ahead = project(rows["x_adv"] + step, rows["x"], bounds, norm)
     inertia = params["inertia"]
     moved = rows["x_adv"] + (1 - inertia) * (ahead - rows["x_adv"]) + inertia * (rows["x_adv"] - rows["x_old"])
     x_adv = project(moved, rows["x"], bounds, norm)

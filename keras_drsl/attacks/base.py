@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_drsl import _validation
 from keras_drsl._data import class_ids, content_keys, to_arrays
-from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks.pool import Pool
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
 from keras_drsl.models.state import preserve_state
@@ -72,9 +72,10 @@ class Attack:
     Args:
         eps: The radius of the ball around each input, > 0, in units of the input.
         norm: `"inf"` (the default) or 2.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
-        threat: A `keras_drsl.ThreatModel` in place of the four.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
+        threat: A `keras_drsl.ThreatModel` in place of these.
         seed: The seed of all randomness, an integer >= 0. The random numbers of an example depend on it, the name of
             the attack, the restart and the id of the example, but not on the batch.
 
@@ -100,15 +101,16 @@ class Attack:
 
     def __init__(
         self,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         *,
         norm: Norm | None = None,
-        clip_min: float | None = None,
-        clip_max: float | None = None,
+        clip_min: Numbers | None = None,
+        clip_max: Numbers | None = None,
+        mask: Any = None,
         threat: ThreatModel | None = None,
         seed: int = 0,
     ) -> None:
-        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask)
         self.seed = _validation.check_integer("seed", seed, at_least=0)
         self._classifier: Classifier | None = None
 
@@ -120,7 +122,7 @@ class Attack:
         super().__setattr__(name, value)
 
     @property
-    def eps(self) -> float:
+    def eps(self) -> Numbers:
         """The radius of the ball."""
         return self.threat.eps
 
@@ -130,14 +132,19 @@ class Attack:
         return self.threat.norm
 
     @property
-    def clip_min(self) -> float:
+    def clip_min(self) -> Numbers:
         """The smallest valid input value."""
         return self.threat.clip_min
 
     @property
-    def clip_max(self) -> float:
+    def clip_max(self) -> Numbers:
         """The largest valid input value."""
         return self.threat.clip_max
+
+    @property
+    def mask(self) -> Any:
+        """Which channels or features may not change, or None."""
+        return self.threat.mask
 
     @property
     def name(self) -> str:
@@ -154,7 +161,9 @@ class Attack:
                 names = [parameter.name for parameter in parameters if parameter.kind not in _VARIADIC] + names
                 if all(parameter.kind not in _VARIADIC for parameter in parameters):
                     break
-        return {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "threat")}
+        values = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "threat")}
+        # Attacks without a mask have the settings that they had before there were masks.
+        return {name: value for name, value in values.items() if name != "mask" or value is not None}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

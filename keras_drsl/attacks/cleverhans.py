@@ -47,6 +47,12 @@ class FastGradientMethod(Attack):
         _backend.require_tensorflow("cleverhans")
         _load(self._function)  # reports a missing library before hours of training
         super().__init__(eps, **options)
+        for name in ("eps", "clip_min", "clip_max", "mask"):
+            if isinstance(getattr(self, name), tuple):
+                raise ValueError(
+                    f"`{name}` must be one number for attacks of cleverhans. For one per channel or feature, use suite "
+                    f"'standard' or 'quick'. Received: {name}={getattr(self, name)!r:.60}"
+                )
         self.loss = _validation.check_choice("loss", loss, self._losses)
         self._steps: dict[str, Any] = {}  # what only attacks of many steps pass to the library
         self.restarts = _validation.check_integer("restarts", restarts, at_least=1)

@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
 from keras_drsl.attacks.loop import run_steps, where_rows
@@ -60,7 +60,7 @@ class PGD(GradientAttack):
 
     def __init__(
         self,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         *,
         loss: str = "ce",
         targeted: bool = False,
@@ -74,7 +74,7 @@ class PGD(GradientAttack):
     ) -> None:
         super().__init__(eps, loss=loss, targeted=targeted, targets=targets, steps=steps, restarts=restarts, **options)
         self.step_size = _validation.check_positive(
-            "step_size", min(2.5 * self.eps / self.steps, self.eps) if step_size is None else step_size
+            "step_size", min(2.5 / self.steps, 1.0) * self.threat.radius if step_size is None else step_size
         )
         self.momentum = _validation.check_number(
             "momentum", momentum, "a number in [0, 1]", lambda number: 0 <= number <= 1
@@ -111,9 +111,10 @@ class FGSM(PGD):
         eps: The size of the perturbation, > 0, in units of the input.
         loss: `"ce"`, `"margin"` or `"dlr"`, as in `PGD`.
         norm: `"inf"` (the default) or 2.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
-        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
+        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         seed: Accepted as by all attacks; nothing is random here.
 
     Raises:
@@ -133,16 +134,17 @@ class FGSM(PGD):
 
     def __init__(
         self,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         *,
         loss: str = "ce",
         norm: Norm | None = None,
-        clip_min: float | None = None,
-        clip_max: float | None = None,
+        clip_min: Numbers | None = None,
+        clip_max: Numbers | None = None,
+        mask: Any = None,
         threat: ThreatModel | None = None,
         seed: int = 0,
     ) -> None:
-        threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask)
         super().__init__(loss=loss, steps=1, random_start=False, threat=threat, seed=seed)
 
 
@@ -157,7 +159,7 @@ def _pgd_step(
     norm: Norm,
 ) -> dict[str, Tensor]:
     """Take one step and evaluate the point that it leads to."""
-    step = params["step_size"] * steepest_ascent(rows["velocity"], norm)
+    step = params["step_size"] * steepest_ascent(rows["velocity"], norm, bounds.scale)
     x_adv = project(rows["x_adv"] + step, rows["x"], bounds, norm)
     values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
     axes = tuple(range(1, len(x_adv.shape)))

@@ -13,7 +13,7 @@ from keras_drsl.attacks.base import Attack, Batch
 from keras_drsl.attacks.loop import run_steps
 from keras_drsl.attacks.noise import gradient_free_rows, keep_better
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import Bounds
+from keras_drsl.threat import Bounds, unscale
 
 # The side of the squares shrinks after these shares of the queries: their area is halved.
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -108,7 +108,7 @@ class Square(Attack):
             delta = np.broadcast_to(stripes, (len(stripes), height, width, channels))
         else:
             delta = np.array([tiling(height, width, channels, generator) for generator in generators])
-        return (self.eps * delta).astype("float32")
+        return (self.threat.radius * delta).astype("float32")
 
     def _params(self, query: int, shape: tuple[int, ...]) -> dict[str, Any]:
         """Return the size of the window of a query and, in L2, the bumps of that size."""
@@ -222,7 +222,7 @@ def _accept(
     classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, shape: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """Return the rows with the changed perturbation where it raises the margin."""
-    x_adv = ops.clip(rows["x"] + _from_images(delta, shape), bounds.clip_min, bounds.clip_max)
+    x_adv = ops.clip(rows["x"] + bounds.scale * _from_images(delta, shape), bounds.clip_min, bounds.clip_max)
     kept = keep_better(classifier, rows, x_adv)
     better = ops.logical_or(kept["margin"] > rows["margin"], kept["broken"])
     return kept | {"delta": ops.where(ops.reshape(better, (-1, 1, 1, 1)), delta, rows["delta"])}
@@ -265,8 +265,9 @@ def _square_step_2(
         return ops.sqrt(ops.sum(ops.square(values), axis=axes, keepdims=True))
 
     # The length that clipping takes away can be used elsewhere.
-    x_clean = _to_images(rows["x"], shape)
-    held = ops.clip(x_clean + rows["delta"], bounds.clip_min, bounds.clip_max) - x_clean
+    x = rows["x"]
+    x_adv = ops.clip(x + bounds.scale * _from_images(rows["delta"], shape), bounds.clip_min, bounds.clip_max)
+    held = _to_images(unscale(x_adv - x, bounds), shape)
     row, column = _window(params, drawn[:, :2], image)
     first, second = (
         _inside(params, row, column),

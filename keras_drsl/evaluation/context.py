@@ -95,8 +95,8 @@ class EvaluationContext:
         return self.select(np.array([name is None for name in self.broken_by]))
 
     def make_attack(self, family: Callable[..., Attack], *, eps: float | None = None, **options: Any) -> Attack:
-        """Make an attack with the seed and threat model of the evaluation; `eps` replaces that of the threat model."""
-        threat = self.threat if eps is None else self.threat.replace(eps=eps)
+        """Make an attack with the seed and threat model of the evaluation; `eps` is another radius."""
+        threat = self.threat if eps is None else self.threat.with_radius(eps)
         return family(threat=threat, **{"seed": self.seed} | options)
 
     def withstood(self, attack: Attack, model: LogitsModel | None = None) -> Array:

@@ -10,9 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _files
+from keras_drsl import _files, _validation
 from keras_drsl._data import class_ids, read_examples
-from keras_drsl._typing import Norm
+from keras_drsl._typing import Norm, Numbers
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.report_format import to_json_values
@@ -141,8 +141,9 @@ def robustness_curve(
     *,
     eps: Sequence[float],
     norm: Norm | None = None,
-    clip_min: float | None = None,
-    clip_max: float | None = None,
+    clip_min: Numbers | None = None,
+    clip_max: Numbers | None = None,
+    mask: Any = None,
     threat: ThreatModel | None = None,
     suite: str = "standard",
     attacks: Iterable[Any] | None = None,
@@ -165,9 +166,10 @@ def robustness_curve(
         y: As in `evaluate_robustness`.
         eps: The radii, each 0 or more and rising; at 0 the curve has the clean accuracy.
         norm: `"inf"` (the default) or 2.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
-        threat: A `keras_drsl.ThreatModel` in place of `norm`, `clip_min` and `clip_max`. Its `eps` is not used.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
+        threat: A `keras_drsl.ThreatModel` in place of `norm`, `clip_min`, `clip_max` and `mask`. Its `eps` is not used.
         suite: As in `evaluate_robustness`.
         attacks: Names of attacks, in place of those of the suite.
         checks: As in `evaluate_robustness`.
@@ -193,7 +195,7 @@ def robustness_curve(
     True
     """
     check_model("model", model)
-    threats = _threats(eps, norm, clip_min, clip_max, threat)
+    threats = _threats(eps, norm, clip_min, clip_max, mask, threat)
     # Each radius makes its own evaluator, so a generator must not be used up by the first one.
     attacks = list(attacks) if isinstance(attacks, Iterator) else attacks
     checks = list(checks) if isinstance(checks, Iterator) else checks
@@ -231,7 +233,7 @@ def robustness_curve(
 
 
 def _threats(
-    eps: Any, norm: Norm | None, clip_min: float | None, clip_max: float | None, threat: ThreatModel | None
+    eps: Any, norm: Norm | None, clip_min: Any, clip_max: Any, mask: Any, threat: ThreatModel | None
 ) -> dict[float, ThreatModel]:
     """Return the threat model of each radius. Radius 0 has a tiny one, which is never attacked."""
     if isinstance(eps, str) or not isinstance(eps, Iterable):
@@ -239,14 +241,21 @@ def _threats(
     radii = list(eps)
     if threat is None:
         # The smallest positive number fits any range, so an error is about the range.
-        threat = ThreatModel.from_arguments(math.ulp(0.0), norm, clip_min, clip_max)
+        threat = ThreatModel.from_arguments(math.ulp(0.0), norm, clip_min, clip_max, mask=mask)
     else:
-        threat = ThreatModel.from_arguments(None, norm, clip_min, clip_max, threat)
-    base = threat.replace(eps=1e-6 * threat.span)
+        threat = ThreatModel.from_arguments(None, norm, clip_min, clip_max, threat, mask)
+    base = threat.with_radius(1e-6 * float(np.min(threat.span)))
     threats = {}
     for radius in radii:
-        known = base if isinstance(radius, numbers.Real) and radius == 0 else base.replace(eps=radius)
-        threats[0.0 if known is base else known.eps] = known
+        known = base if isinstance(radius, numbers.Real) and radius == 0 else _with_eps(base, radius)
+        threats[0.0 if known is base else known.radius] = known
     if not radii or list(threats) != sorted(threats) or len(threats) != len(radii):
         raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={radii}")
     return threats
+
+
+def _with_eps(threat: ThreatModel, eps: Any) -> ThreatModel:
+    """Return a threat model with another radius, or with others for its features."""
+    if isinstance(threat.eps, tuple) and isinstance(eps, numbers.Real):
+        return threat.with_radius(_validation.check_positive("eps", eps))
+    return threat.replace(eps=eps)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_drsl._data import read_examples
-from keras_drsl._typing import Norm
+from keras_drsl._typing import Norm, Numbers
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.models.state import check_model, preserve_state
@@ -19,10 +19,11 @@ def evaluate_robustness(
     x_or_dataset: Any,
     y: Any = None,
     *,
-    eps: float | None = None,
+    eps: Numbers | None = None,
     norm: Norm | None = None,
-    clip_min: float | None = None,
-    clip_max: float | None = None,
+    clip_min: Numbers | None = None,
+    clip_max: Numbers | None = None,
+    mask: Any = None,
     threat: ThreatModel | None = None,
     suite: str = "standard",
     attacks: Iterable[Any] | None = None,
@@ -68,9 +69,10 @@ def evaluate_robustness(
         y: The true labels of an array of inputs: class ids `(count,)` or `(count, 1)`, or one-hot `(count, C)`.
         eps: The radius of the ball around each input, > 0, in units of the input.
         norm: `"inf"` (the default) or 2.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
-        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
+        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         suite: `"quick"`, `"cleverhans"` or `"standard"`: which attacks and which checks run. `"autoattack"` is another
             name of `"standard"`, which has targeted APGD on the margin in place of FAB.
         attacks: Attacks of `keras_drsl.attacks` or their names, in place of those of the suite.
@@ -110,7 +112,7 @@ def evaluate_robustness(
     """
     check_model("model", model)
     evaluator = Evaluator(
-        ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat),
+        ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask),
         suite=suite,
         attacks=attacks,
         checks=checks,

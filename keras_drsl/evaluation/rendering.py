@@ -7,6 +7,7 @@ import textwrap
 from keras_drsl import _escape
 from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import new_figure, norm_label, save_figure
+from keras_drsl.threat import describe_radius
 
 WIDTH = 80
 LOSS_LABELS = {"ce": "cross-entropy", "margin": "margin", "dlr": "logit ratio"}
@@ -92,9 +93,8 @@ def _examples(report: EvaluationResults) -> str:
 def _threat(report: EvaluationResults) -> str:
     """Return norm, radius, range and suite, escaped for a terminal."""
     settings = report.settings
-    limits = f" of {settings['clip_min']:g}..{settings['clip_max']:g}" if "clip_min" in settings else ""
     suite = _escape.for_terminal(settings["suite"])
-    return f"norm {settings['norm']}, eps {settings['eps']:.4g}{limits}, suite {suite}"
+    return f"norm {settings['norm']}, {describe_radius(settings)}, suite {suite}"
 
 
 def _shards_line(report: EvaluationResults) -> list[str]:
@@ -163,8 +163,8 @@ def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
     doubt = "\nan upper bound" if settings["suite"] in UPPER_BOUND else ""
     doubt += "" if report.trustworthy else "\nNOT TRUSTWORTHY: a check failed"
     axes.set_title(
-        f"suite {_escape.for_figure(settings['suite'])}, {norm_label(settings['norm'])}, eps {settings['eps']:.4g}, "
-        f"{report.num_examples} examples{doubt}",
+        f"suite {_escape.for_figure(settings['suite'])}, {norm_label(settings['norm'])}, "
+        f"{describe_radius(settings, limits=False)}, {report.num_examples} examples{doubt}",
         fontsize=10,
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_drsl import _backend
@@ -66,22 +67,24 @@ class InnerAttack:
     def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
         """Return the point after the last step."""
         x, norm = batch.x, self.threat.norm
-        bounds = self.threat.bounds._replace(eps=scale * self.threat.eps)
+        bounds = self.threat.bounds._replace(eps=scale * self.threat.radius)
 
         def step(x_adv: Tensor) -> Tensor:
             _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
-            x_adv = x_adv + scale * self.step_size * steepest_ascent(replace_nonfinite(gradient), norm)
+            x_adv = x_adv + scale * self.step_size * steepest_ascent(replace_nonfinite(gradient), norm, bounds.scale)
             return project(x_adv, x, bounds, norm)
 
         if self.method.start_near_input:
-            delta = 0.001 * self.threat.span * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
+            spread = 0.001 * np.asarray(self.threat.span, dtype="float32")
+            delta = spread * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
         else:
             delta = self._random_delta(x, scale)
         start = project(x + delta, x, bounds, norm)
         return _backend.fori_loop(step, self.steps, start, classifier.variables)
 
     def _random_delta(self, x: Tensor, scale: Tensor) -> Tensor:
-        return random_delta(ops.shape(x), scale * self.threat.eps, self.threat.norm, self.seeds)
+        bounds = self.threat.bounds._replace(eps=scale * self.threat.radius)
+        return random_delta(ops.shape(x), bounds, self.threat.norm, self.seeds)
 
 
 def as_class_ids(y: Tensor, logits: Tensor) -> Tensor:

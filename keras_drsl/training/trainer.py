@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_drsl import _renamed, _validation
 from keras_drsl._data import class_ids, first_batch, only_input
-from keras_drsl._typing import Norm, Tensor
+from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
 from keras_drsl.models.state import check_model, preserve_state, random_counters
@@ -99,12 +99,13 @@ class AdversarialTraining(keras.Model):
         norm: `"inf"` (the default) or 2.
         beta: The weight `beta` above, >= 0. By default 6 for `"trades"` and `"mart"`, and 0.3 for `"consistency"`.
             Ignored by the other methods.
-        clip_min: The smallest valid input value, 0 by default.
-        clip_max: The largest valid input value, 1 by default.
+        clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
+        clip_max: The largest valid input value, 1 by default; or one per channel or feature.
+        mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
         warmup_epochs: The number of epochs with a radius below `eps`, >= 0. The radius increases evenly. Each `fit`
             starts the warm-up again, unless it is given an `initial_epoch`.
         seed: The seed of the random starts, >= 0.
-        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min` and `clip_max`.
+        threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -128,7 +129,7 @@ class AdversarialTraining(keras.Model):
     def __init__(
         self,
         model: keras.Model,
-        eps: float | None = None,
+        eps: Numbers | None = None,
         *,
         method: str | Method = "pgd",
         steps: int = 10,
@@ -136,8 +137,9 @@ class AdversarialTraining(keras.Model):
         attack_loss: str | None = None,
         norm: Norm | None = None,
         beta: float | None = None,
-        clip_min: float | None = None,
-        clip_max: float | None = None,
+        clip_min: Numbers | None = None,
+        clip_max: Numbers | None = None,
+        mask: Any = None,
         warmup_epochs: int = 0,
         seed: int = 0,
         threat: ThreatModel | None = None,
@@ -150,12 +152,12 @@ class AdversarialTraining(keras.Model):
         super().__init__(dtype=model.dtype_policy, autocast=False)
         if eps is None and threat is None:
             eps = 8 / 255
-        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat)
+        self.threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask)
         self.method = self._read_method(method, attack_loss)
         steps = _validation.check_integer("steps", steps, at_least=1)
         self.steps = 1 if self.method.single_step else steps
         if step_size is None:
-            radius = self.threat.eps
+            radius = self.threat.radius
             step_size = 1.25 * radius if self.method.single_step else min(2.5 * radius / steps, radius)
         self.step_size = _validation.check_positive("step_size", step_size)
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
@@ -193,8 +195,8 @@ class AdversarialTraining(keras.Model):
 
     @property
     def current_eps(self) -> float:
-        """The radius of the attack in the current epoch: smaller than `threat.eps` during the warm-up."""
-        return self.threat.eps * float(ops.convert_to_numpy(self._eps_scale))
+        """The radius of the attack in the current epoch: smaller than `threat.radius` during the warm-up."""
+        return self.threat.radius * float(ops.convert_to_numpy(self._eps_scale))
 
     def call(self, inputs: Tensor | AttackedBatch, training: bool | None = None) -> Tensor | Outputs:
         """Return the outputs `(batch, C)` for inputs `(batch, ...)`, and `Outputs` for an `AttackedBatch`."""

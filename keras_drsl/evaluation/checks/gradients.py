@@ -109,7 +109,7 @@ def larger_eps(context: EvaluationContext) -> Outcome:
     context = context.correct
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE
-    radii = sorted({min(factor * context.threat.eps, context.largest_eps) for factor in (0.5, 1, 2)})
+    radii = sorted({min(factor * context.threat.radius, context.largest_eps) for factor in (0.5, 1, 2)})
     attacks = [context.make_attack(PGD, eps=eps, loss="margin", steps=20) for eps in radii]
     reached = [context.accuracy_under(attack) for attack in attacks]
     rise = max((later - sooner for sooner, later in pairwise(reached)), default=0.0)

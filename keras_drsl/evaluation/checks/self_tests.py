@@ -16,7 +16,7 @@ from keras_drsl.threat import ThreatModel
 @check(suites=["quick", "cleverhans", "standard"])
 def perturbations(context: EvaluationContext) -> Outcome:
     """Check that the attacks stayed within the threat model."""
-    share = context.audit.largest / context.threat.eps
+    share = context.audit.largest / context.threat.radius
     if context.audit.outside:
         return Outcome("fail", share, "an attack left the ball or the valid range: such images did not count as broken")
     return Outcome("pass", share, "largest perturbation in units of eps; all lie in the ball and in the valid range")
@@ -25,15 +25,15 @@ def perturbations(context: EvaluationContext) -> Outcome:
 @check(suites=["standard"])
 def attack_self_test(context: EvaluationContext) -> Outcome:
     """Check that the attack breaks a linear model whose worst perturbations are known."""
-    threat = context.threat.replace(eps=min(context.threat.eps, context.threat.span / 4))
+    low, high = float(np.min(context.threat.clip_min)), float(np.max(context.threat.clip_max))
+    threat = ThreatModel(min(context.threat.radius, (high - low) / 4), context.threat.norm, low, high)
     weights, x, y = breakable_model(context.x.shape[1:], threat, context.seed)
 
     def linear(x: Tensor) -> Tensor:
-        centre = (threat.clip_min + threat.clip_max) / 2
-        return ops.matmul(ops.reshape(x, (-1, len(weights))) - centre, weights)
+        return ops.matmul(ops.reshape(x, (-1, len(weights))) - (low + high) / 2, weights)
 
     classifier = Classifier(linear)
-    attack = context.make_attack(APGD, eps=threat.eps, loss="margin", targeted=True)
+    attack = APGD(threat=threat, seed=context.seed, loss="margin", targeted=True)
     left = float((~is_misclassified(classifier.logits(attack(classifier, x, y)), y)).mean())
     message = "accuracy of a linear model on points that are known to fall at 90 % of eps"
     return Outcome("pass" if left == 0 else "fail", left, message)

@@ -2,18 +2,21 @@
 
 import math
 
+import numpy as np
+
 from keras_drsl.attacks import PGD
 from keras_drsl.evaluation.checks.registry import Outcome, check
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.results import CLEAN
+from keras_drsl.threat import describe_radius
 
 
 @check(suites=None)
 def units(context: EvaluationContext) -> Outcome:
     """Check that `eps` has the units of the inputs: that it is not far too small."""
     threat = context.threat
-    grey_levels = 255 * threat.eps / threat.span
-    eps = f"eps {threat.eps:.4g} of {threat.clip_min:g}..{threat.clip_max:g}"
+    grey_levels = 255 * float((threat.radius * threat.scale / np.asarray(threat.span)).max())
+    eps = describe_radius(threat.to_dict())
     if grey_levels < 0.5:
         message = f"{eps} is below half a grey level of 8-bit images: it must be in the units of the inputs"
         return Outcome("warn", grey_levels, message)
@@ -21,7 +24,7 @@ def units(context: EvaluationContext) -> Outcome:
         return Outcome("skipped", math.nan, "no image is classified correctly")
     if any(name not in (None, CLEAN) for name in context.broken_by):
         return Outcome("pass", grey_levels, f"{eps}, in grey levels of 8-bit images; some images fall at it")
-    larger = min(2 * threat.eps, context.largest_eps)
+    larger = min(2 * threat.radius, context.largest_eps)
     if context.robust.accuracy_under(context.make_attack(PGD, eps=larger, loss="margin", steps=20)) == 1:
         message = f"no image falls at {eps} or at twice that: it must be in the units of the inputs"
         return Outcome("warn", grey_levels, message)
