@@ -186,6 +186,11 @@ class ThreatModel:
         numbers = (self.radius, self.scale, self.clip_min, self.clip_max)
         return Bounds(*(np.asarray(values, dtype="float32") for values in numbers))
 
+    @property
+    def tensors(self) -> Bounds:
+        """The numbers as tensors, for a program that keeps them."""
+        return Bounds(*map(ops.convert_to_tensor, self.bounds))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers by name, as JSON takes them; the mask only where there is one."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -288,7 +293,7 @@ class ThreatModel:
             x_adv: Tensors or arrays of shape `(batch, ...)`.
             x: The centres of the balls, of the same shape, within the range.
         """
-        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.bounds, self.norm)
+        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.tensors, self.norm)
 
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""

@@ -67,7 +67,7 @@ class InnerAttack:
     def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
         """Return the point after the last step."""
         x, norm = batch.x, self.threat.norm
-        bounds = self.threat.bounds._replace(eps=scale * self.threat.radius)
+        bounds = self.threat.tensors._replace(eps=scale * self.threat.radius)
 
         def step(x_adv: Tensor) -> Tensor:
             _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
@@ -75,15 +75,15 @@ class InnerAttack:
             return project(x_adv, x, bounds, norm)
 
         if self.method.start_near_input:
-            spread = 0.001 * np.asarray(self.threat.span, dtype="float32")
-            delta = spread * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
+            spread = ops.convert_to_tensor(np.asarray(self.threat.span, dtype="float32"))
+            delta = 0.001 * spread * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
         else:
             delta = self._random_delta(x, scale)
         start = project(x + delta, x, bounds, norm)
         return _backend.fori_loop(step, self.steps, start, classifier.variables)
 
     def _random_delta(self, x: Tensor, scale: Tensor) -> Tensor:
-        bounds = self.threat.bounds._replace(eps=scale * self.threat.radius)
+        bounds = self.threat.tensors._replace(eps=scale * self.threat.radius)
         return random_delta(ops.shape(x), bounds, self.threat.norm, self.seeds)
 
 
