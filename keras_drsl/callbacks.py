@@ -52,6 +52,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
+        output: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -89,6 +90,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         clip_max: Numbers | None = None,
         mask: Any = None,
         threat: ThreatModel | None = None,
+        output: str | int | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -99,7 +101,9 @@ class RobustnessMonitor(keras.callbacks.Callback):
             raise ValueError(f"`prefix` must be a string. Received: prefix={prefix!r}")
         self.prefix = prefix
         self.report: RobustnessReport | None = None
-        self._evaluator = Evaluator(threat, suite=suite, seed=seed, batch_size=batch_size, max_samples=max_samples)
+        self._evaluator = Evaluator(
+            threat, suite=suite, seed=seed, batch_size=batch_size, max_samples=max_samples, output=output
+        )
         self._examples = self._evaluator.check_examples(read_examples(x, y, max_samples=max_samples))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -115,7 +119,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         """Add the values of the last evaluation to the logs."""
         is_last = epoch + 1 == self.params.get("epochs")
         if self._values is None or epoch % self.every == 0 or is_last:
-            with preserve_state(self._logits_model.model.logits_fn):
+            with preserve_state(self._logits_model.model):
                 self._values = self._evaluate()
         if logs is not None:
             for name, value in self._values.items():

@@ -149,6 +149,7 @@ def robustness_curve(
     attacks: Iterable[Any] | None = None,
     checks: str | Iterable[Any] | None = None,
     from_logits: bool | None = None,
+    output: str | int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     x_pool: Any = None,
@@ -174,6 +175,7 @@ def robustness_curve(
         attacks: Names of attacks, in place of those of the suite.
         checks: As in `evaluate_robustness`.
         from_logits: As in `evaluate_robustness`.
+        output: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
@@ -199,7 +201,7 @@ def robustness_curve(
     # Each radius makes its own evaluator, so a generator must not be used up by the first one.
     attacks = list(attacks) if isinstance(attacks, Iterator) else attacks
     checks = list(checks) if isinstance(checks, Iterator) else checks
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples, "output": output}
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
         for radius, threat in threats.items()

@@ -29,6 +29,7 @@ def evaluate_robustness(
     attacks: Iterable[Any] | None = None,
     checks: str | Iterable[Any] | None = None,
     from_logits: bool | None = None,
+    output: str | int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -63,7 +64,8 @@ def evaluate_robustness(
       a check warns.
 
     Args:
-        model: A classifier: any `keras.Model` with one input and outputs `(batch, C)`, C >= 2, logits or probabilities.
+        model: A classifier: any `keras.Model` with one input and outputs `(batch, C)`, logits or probabilities. A
+            single unit (C = 1) is read as two classes, with the logits `[0, z]`.
         x_or_dataset: Inputs `(count, ...)` within the valid range, an array or tensor; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches `(inputs, labels)`.
         y: The true labels of an array of inputs: class ids `(count,)` or `(count, 1)`, or one-hot `(count, C)`.
@@ -79,6 +81,7 @@ def evaluate_robustness(
         checks: Another suite, whose checks run; or checks of `keras_drsl.evaluation.check` or their names, in place of
             those of the suite.
         from_logits: Whether the outputs are logits; None to find out.
+        output: The name or position of the output that holds the classes; None for a model with one output.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
         max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
             depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
@@ -120,6 +123,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         max_samples=max_samples,
         shard=shard,
+        output=output,
     )
     examples = evaluator.check_examples(read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard))
     with preserve_state(model, undefended, inputs=examples.x):

@@ -25,7 +25,7 @@ from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.logits import LogitsModel, find_logits
-from keras_drsl.models.state import check_model
+from keras_drsl.models.state import check_model, owner
 from keras_drsl.threat import ThreatModel
 
 NUM_TRIED = 32  # how many inputs the logits of a model are looked for on
@@ -52,8 +52,10 @@ class Evaluator:
         batch_size: int = 256,
         max_samples: int | None = None,
         shard: tuple[int, int] | None = None,
+        output: str | int | None = None,
     ) -> None:
         self.threat = threat
+        self.output = output
         suite = check_suite(suite)
         attack_seed = _validation.check_integer("seed", seed, at_least=0)
         by_name = make_attacks(suite, attacks, threat, attack_seed)
@@ -70,7 +72,7 @@ class Evaluator:
             if max_samples is None
             else _validation.check_integer("max_samples", max_samples, at_least=1),
             "shard": None if shard is None else list(_check_shard(shard)),
-        }
+        } | ({} if output is None else {"output": output})
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
@@ -79,7 +81,7 @@ class Evaluator:
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
-        return find_logits(model, examples.x[:NUM_TRIED], from_logits)
+        return find_logits(model, examples.x[:NUM_TRIED], from_logits, output=self.output)
 
     def find_undefended(self, undefended: Any, model: LogitsModel, examples: Examples) -> LogitsModel:
         """Find the logits of an undefended model, or raise `ValueError` if it does not fit the other model."""
@@ -327,8 +329,8 @@ def _provenance(
         except PackageNotFoundError:  # run from a folder that was not installed
             versions[package] = "unknown"
     return {
-        "model": fingerprint(model.model.logits_fn),
-        "undefended": None if undefended is None else fingerprint(undefended.model.logits_fn),
+        "model": fingerprint(owner(model.model)),
+        "undefended": None if undefended is None else fingerprint(owner(undefended.model)),
         "data": examples.digest,
         "pool": pool_facts,
         "versions": versions,

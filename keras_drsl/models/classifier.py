@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
+from keras_drsl.models.state import owner
 from keras_drsl.predictions import SUM_TOLERANCE
 
 MAX_PROGRAMS = 64  # a classifier keeps; the suite "standard" needs about 20
@@ -100,7 +101,8 @@ class Classifier:
         """
         if self._checked_shape == x.shape[1:]:
             return
-        name = "model" if isinstance(self.logits_fn, keras.Model) else "logits_fn"
+        model = owner(self)
+        name = "model" if isinstance(model, keras.Model) else "logits_fn"
         # Two sizes: recurrent layers with a state, and some others, take one size only.
         for batch in (x[:1], x[[0, 0]]):
             try:
@@ -108,7 +110,7 @@ class Classifier:
             except Exception as error:
                 raise ValueError(
                     f"`{name}` must take batches of any size, here inputs of shape {batch.shape}."
-                    f"{_unusual(self.logits_fn, batch)} Received: {type(error).__name__}: {_reason(error)}"
+                    f"{_unusual(model, batch)} Received: {type(error).__name__}: {_reason(error)}"
                 ) from error
             _check_one_output(name, outputs, len(batch))
         self._checked_shape = x.shape[1:]
@@ -186,7 +188,7 @@ def is_misclassified(logits: Array, y: Array) -> Array:
 
 def compute_rounding(classifier: Classifier) -> float:
     """Return the largest relative rounding error of a number in the layers of a model; float32's of any function."""
-    model = classifier.logits_fn
+    model = owner(classifier)
     layers = model._flatten_layers() if isinstance(model, keras.Layer) else []
     half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
     return max((half.get(layer.compute_dtype, 2.0**-24) for layer in layers), default=2.0**-24)

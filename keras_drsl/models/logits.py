@@ -14,6 +14,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
+from keras_drsl.models.heads import Head, Unit, select_output
 from keras_drsl.models.state import preserve_state
 from keras_drsl.spread import class_values
 
@@ -51,7 +52,9 @@ class LogitsModel(NamedTuple):
         return wrong
 
 
-def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -> LogitsModel:
+def find_logits(
+    model: keras.Model, x: Array, from_logits: bool | None = None, *, output: str | int | None = None
+) -> LogitsModel:
     """Find the logits of a model, behind its softmax if it ends with one.
 
     Use it to attack a model that ends with a softmax: `find_logits(model, x).classifier` is what attacks take.
@@ -63,6 +66,8 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
     - For a weighted average of softmax outputs, with positive weights, they are the logarithms of the average, computed
       from the log-softmaxes. They are exact where the average itself is 0 or 1 in float32.
     - Behind other operations on a softmax, such as rounding, no logits are found: `outputs` is then `"probabilities"`.
+    - A single unit is read as two classes, with the logits `[0, z]`. It counts as a probability if all its values lie
+      in [0, 1], also on random inputs; `from_logits` says otherwise.
     - Calling the model may change its state, such as a counter: all variables are restored.
     - The model keeps the programs that are compiled for it, for the next call. They are compiled anew if its variables,
       an attribute of one of its layers, or its outputs for `x` changed. A change elsewhere, such as in a global
@@ -72,13 +77,14 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
         model: A classifier.
         x: A few inputs to try the model on, shape `(batch, ...)`.
         from_logits: Whether the outputs are said to be logits; None to find out.
+        output: The name or position of the output that holds the classes; None for a model with one output.
 
     Returns:
         A `LogitsModel`.
 
     Raises:
-        ValueError: If the model cannot be called on batches of any size of such inputs, or its outputs are not of shape
-            `(batch, C >= 2)`, not finite, or not as `from_logits` says.
+        ValueError: If the model cannot be called on batches of any size of such inputs, has no such output, or its
+            outputs are not of shape `(batch, C)`, not finite, or not as `from_logits` says.
 
     Example:
 
@@ -87,17 +93,17 @@ def find_logits(model: keras.Model, x: Array, from_logits: bool | None = None) -
     'softmax'
     """
     with preserve_state(model, inputs=x):
-        return _find_logits(model, x, from_logits)
+        return _find_logits(model, x, from_logits, output)
 
 
-def _find_logits(model: keras.Model, x: Array, from_logits: bool | None) -> LogitsModel:
-    found = _Classifiers.of(model, x)
+def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, output: str | int | None) -> LogitsModel:
+    # Random inputs as well: what holds on the data alone may not hold elsewhere.
+    tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
+    found = _Classifiers.of(model, x, output, _unit(model, tried, from_logits, output))
     outputs = found.outputs.logits(x)
     _check_outputs(model, outputs, from_logits)
     if not looks_like_probabilities(outputs):
         return LogitsModel(found.outputs, found.outputs, "logits")
-    # Random inputs as well: a candidate may equal the logits on the data alone.
-    tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
     try:
         logits = found.behind_softmax.logits(tried)
     except LookupError:
@@ -105,6 +111,21 @@ def _find_logits(model: keras.Model, x: Array, from_logits: bool | None) -> Logi
     if logits is None or looks_like_probabilities(logits) or not _is_softmax_of(found.outputs.logits(tried), logits):
         return LogitsModel(found.logarithms, found.outputs, "probabilities")
     return LogitsModel(found.behind_softmax, found.outputs, "softmax")
+
+
+def _unit(model: keras.Model, x: Array, from_logits: bool | None, output: str | int | None) -> Unit | None:
+    """Return what the single unit of a model returns, or None if it has several."""
+    try:
+        outputs = model(ops.convert_to_tensor(x), training=False)
+    except Exception:  # `Classifier.check` says why
+        return None
+    outputs = select_output(model, outputs, output)
+    if not ops.is_tensor(outputs) or tuple(outputs.shape) != (len(x), 1):
+        return None
+    if from_logits is not None:
+        return "logit" if from_logits else "probability"
+    values = ops.convert_to_numpy(ops.cast(outputs, "float32"))
+    return "probability" if ((values >= 0) & (values <= 1)).all() else "logit"
 
 
 class _Classifiers:
@@ -116,19 +137,21 @@ class _Classifiers:
         logarithms: Returns the logarithms of its outputs.
     """
 
-    def __init__(self, model: keras.Model, x: Array) -> None:
-        self.outputs = Classifier(model)
-        self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(lambda x: model(x, training=False))))
-        self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(model(x, training=False))))
+    def __init__(self, model: keras.Model, x: Array, output: str | int | None, unit: Unit | None) -> None:
+        head = Head(model, output, unit)
+        self._head = (output, unit)
+        self.outputs = Classifier(model if self._head == (None, None) else head)
+        self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(head)))
+        self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(head(x))))
         self.outputs.check(x)
         self._attributes = _attributes(model)  # after a call, as the first one may add some
 
     @classmethod
-    def of(cls, model: keras.Model, x: Array) -> "_Classifiers":
+    def of(cls, model: keras.Model, x: Array, output: str | int | None, unit: Unit | None) -> "_Classifiers":
         """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
         kept: _Classifiers | None = vars(model).get(KEPT)
-        if kept is None or not kept._are_of(model, x):
-            kept = cls(model, x)
+        if kept is None or kept._head != (output, unit) or not kept._are_of(model, x):
+            kept = cls(model, x, output, unit)
             # Keras would look into an attribute that it is told of when it saves the model.
             object.__setattr__(model, KEPT, kept)
         return kept

@@ -43,11 +43,11 @@ def preserve_state(*models: Any, inputs: Array | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         for model in models:
             if model is not None:
-                stack.enter_context(_preserve(_owner(model), inputs))
+                stack.enter_context(_preserve(owner(model), inputs))
         yield
 
 
-def _owner(model: Any) -> Any:
+def owner(model: Any) -> Any:
     """Return the Keras model or other object whose variables a classifier or function reads."""
     function = getattr(model, "logits_fn", model)
     if isinstance(function, keras.Layer):

@@ -1,0 +1,187 @@
+"""Models with a single unit or several outputs get the verdict of the same classifier with two logits."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_drsl
+from keras_drsl import AdversarialTraining, RobustnessMonitor, evaluate_robustness, robustness_curve
+from keras_drsl.attacks import APGD, PGD, Square
+from keras_drsl.models import find_logits
+from tests.backends import values
+from tests.helpers import some_short
+
+EPS = 0.1
+WEIGHT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
+
+
+def data(count=80):
+    """Return inputs away from the limits, their labels, and the size of the perturbation that changes the class."""
+    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
+    z = (x - 0.5) @ WEIGHT.astype("float64")
+    return x, (z > 0).astype("int32"), np.abs(z) / np.abs(WEIGHT).sum()
+
+
+def unit(activation=None, scale=1.0):
+    """Return a model of one linear unit with an activation."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation)])
+    model.layers[0].set_weights([scale * WEIGHT[:, None], np.array([-scale * WEIGHT.sum() / 2])])
+    return model
+
+
+class Computed(keras.Model):
+    """One unit with an operation in place of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = unit()
+
+    def call(self, x):
+        return ops.sigmoid(self.inner(x))
+
+
+def average():
+    x = keras.Input((4,))
+    return keras.Model(x, layers.Average()([unit("sigmoid")(x), unit("sigmoid", 3.0)(x)]))
+
+
+HEADS = {
+    "logit": unit,
+    "sigmoid": lambda: unit("sigmoid"),
+    "saturated sigmoid": lambda: unit("sigmoid", 2000.0),
+    "sigmoid op": Computed,
+    "average": average,
+    "nested": lambda: keras.Sequential([keras.Input((4,)), unit(), layers.Activation("sigmoid")]),
+    "training": lambda: AdversarialTraining(unit("sigmoid"), EPS),
+}
+
+
+@pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
+@pytest.mark.parametrize("name", some_short(HEADS, "logit", "saturated sigmoid", "average"))
+def test_one_unit_gets_the_exact_verdict(name, labels):
+    x, y, size = data()
+    if labels != "ids" and name != "sigmoid":
+        pytest.skip("each form of the labels with one head")
+    forms = {
+        "ids": y,
+        "column": y[:, None],
+        "one-hot": np.eye(2)[y],
+        "bool": y.astype(bool),
+        "float": y.astype("float32"),
+    }
+    attacks = [PGD(EPS, steps=10), APGD(EPS, loss="margin", targeted=True, steps=10)]
+    model = HEADS[name]()
+    checks = ["outputs", "gradients", "independent_rows"]
+    report = evaluate_robustness(model, x, forms[labels], eps=EPS, attacks=attacks, checks=checks, verbose=0)
+    clear = np.abs(size - EPS) > 1e-3
+    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
+    assert 10 < (size > EPS).sum() < 70
+    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert report.clean_accuracy == 1
+    assert report.trustworthy
+    assert report.settings["outputs"] == ("logits" if name == "logit" else "softmax")
+
+
+def test_a_logit_between_0_and_1_is_a_logit_if_said_so():
+    x = data()[0]
+    model = unit()
+    model.layers[0].set_weights([0.1 * WEIGHT[:, None], np.array([0.5])])
+    assert find_logits(model, x).outputs == "probabilities"
+    found = find_logits(model, x, from_logits=True)
+    assert found.outputs == "logits"
+    np.testing.assert_allclose(found.classifier.logits(x), np.c_[np.zeros(len(x)), values(model(x))], atol=1e-6)
+    with pytest.raises(ValueError, match="`from_logits=False`, but the outputs of `model` are no probabilities"):
+        find_logits(unit(scale=20.0), x, from_logits=False)
+
+
+def two_outputs(kind):
+    x = keras.Input((4,))
+    wanted, other = unit("sigmoid"), keras.Sequential([layers.Dense(7, "relu")])
+    outputs = [other(x), wanted(x)]
+    if kind == "list":
+        return keras.Model(x, outputs), 1
+    if kind == "names":
+        named = [layers.Identity(name="depth")(outputs[0]), layers.Identity(name="cat")(outputs[1])]
+        return keras.Model(x, named), "cat"
+    return keras.Model(x, {"depth": outputs[0], "cat": outputs[1]}), "cat"
+
+
+@pytest.mark.parametrize("kind", ["list", "names", "dict"])
+@pytest.mark.short
+def test_one_of_several_outputs_is_evaluated(kind):
+    model, output = two_outputs(kind)
+    x, y, size = data()
+    attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
+    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, output=output, verbose=0)
+    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
+    clear = np.abs(size - EPS) > 1e-3
+    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert report.settings["output"] == output
+
+
+def evaluate(model, x, y, output):
+    return evaluate_robustness(model, x, y, eps=EPS, suite="quick", output=output, verbose=0).settings["output"]
+
+
+def curve(model, x, y, output):
+    return robustness_curve(model, x, y, eps=[EPS], suite="quick", output=output, verbose=0).settings["output"]
+
+
+def monitor(model, x, y, output):
+    callback = RobustnessMonitor(x, y, eps=EPS, output=output)
+    callback.set_model(model)
+    callback.set_params({})
+    callback.on_train_begin()
+    callback.on_epoch_end(0, {})
+    return callback.report.settings["output"]
+
+
+@pytest.mark.parametrize("call", [evaluate, curve, monitor])
+def test_each_call_takes_an_output(call):
+    model, output = two_outputs("dict")
+    x, y, _ = data()
+    assert call(model, x, y, output) == output
+    for wrong in (None, "dog", 5, True):
+        received = rf"`output` must name one of the outputs of `model`: 'depth', 'cat'. Received: output={wrong!r}"
+        with pytest.raises(ValueError, match=received):
+            call(model, x, y, wrong)
+    with pytest.raises(ValueError, match="`output` must be None for a model with one output. Received: output='cat'"):
+        call(unit(), x, y, "cat")
+
+
+def test_square_and_noise_break_one_unit():
+    x, y, size = data()
+    model = find_logits(unit("sigmoid"), x).classifier
+    x_adv = Square(EPS, queries=400)(model, x, y)
+    broken = values(model(ops.convert_to_tensor(x_adv))).argmax(1) != y
+    assert not broken[size > EPS].any()
+    assert broken[size < 0.8 * EPS].mean() > 0.9
+
+
+def test_an_undefended_unit_is_a_second_model():
+    x, y, _ = data()
+    report = evaluate_robustness(
+        unit("sigmoid"), x, y, eps=EPS, suite="quick", undefended=unit(scale=5.0), checks="standard", verbose=0
+    )
+    assert report.provenance["undefended"] is not None
+
+
+def test_a_report_keeps_the_output(tmp_path):
+    model, output = two_outputs("dict")
+    x, y, _ = data()
+    report = evaluate_robustness(model, x, y, eps=EPS, suite="quick", output=output, verbose=0)
+    report.to_json(tmp_path / "report.json")
+    again = keras_drsl.RobustnessReport.from_json(tmp_path / "report.json")
+    assert again.settings["output"] == output
+    parts = [
+        evaluate_robustness(model, x, y, eps=EPS, suite="quick", output=output, shard=(i, 2), verbose=0)
+        for i in range(2)
+    ]
+    merged = keras_drsl.RobustnessReport.merge(parts)
+    assert merged.per_example == report.per_example
+    depth = evaluate_robustness(
+        model, x, y, eps=EPS, suite="quick", output="depth", from_logits=True, shard=(1, 2), verbose=0
+    )
+    with pytest.raises(ValueError, match="`reports` must be of one evaluation. Received: two of different settings"):
+        keras_drsl.RobustnessReport.merge([parts[0], depth])
