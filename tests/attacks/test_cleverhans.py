@@ -119,6 +119,10 @@ def test_starts_depend_on_seed_and_example_only():
     assert np.unique(whole[:, 0]).size == 10
 
 
+def test_the_work_of_a_search_is_estimated():
+    assert cleverhans.ProjectedGradientDescent(0.1, steps=7).num_evaluations == 21
+
+
 def test_the_library_starts_at_the_random_points():
     x, y = inputs(60)
     model = linear_model(WEIGHTS / 1e3)  # no start breaks an example
