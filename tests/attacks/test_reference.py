@@ -1,4 +1,4 @@
-"""PGD and APGD follow, step by step, loops in NumPy written from their papers, on a small network."""
+"""PGD, APGD and Square follow, step by step, loops in NumPy written from their papers, on small models."""
 
 import zlib
 
@@ -162,6 +162,107 @@ def test_an_attack_takes_the_steps_of_its_paper(name, norm):
     broken = logits(found).argmax(1) != y
     assert 0.2 < broken[1::2].mean() < 0.9
     np.testing.assert_array_equal(broken, logits(expected).argmax(1) != y)
+
+
+HEIGHT, WIDTH, CHANNELS, QUERIES = 6, 7, 2, 120
+IMAGES = RNG.uniform(0.02, 0.98, (30, HEIGHT, WIDTH, CHANNELS)).astype("float32")
+LINEAR = RNG.normal(0, 1, (IMAGES[0].size, 4))
+# The paper halves the area of the squares after these queries of 10,000.
+HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def length(values):
+    return np.sqrt((values**2).sum((0, 1)))
+
+
+def bump(height, width):
+    """Return a peak of nested squares in the upper half and its negative in the lower one, of length 1."""
+    whole = np.zeros((height, width))
+    for top, rows, sign in ((0, height // 2, 1), (height // 2, height - height // 2, -1)):
+        for row in range(rows):
+            for column in range(width):
+                away = max(abs(row - rows // 2), abs(column - width // 2))
+                rings = range(max(rows // 2, width // 2) + 1)
+                whole[top + row, column] = sign * sum(1 / (ring + 1) ** 2 for ring in rings if ring >= away)
+    return whole / np.sqrt((whole**2).sum())
+
+
+def windows(drawn, height, width):
+    """Return the two windows of a query as slices."""
+    rooms = (HEIGHT - height + 1, WIDTH - width + 1)
+    corners = [int(share * np.float32(room)) for share, room in zip(drawn[:4], rooms * 2, strict=True)]
+    return [np.s_[top : top + height, left : left + width] for top, left in (corners[:2], corners[2:])]
+
+
+def propose(query, x, delta, drawn, norm, eps):
+    """Return the perturbation that a query tries."""
+    area = 0.8 / 2 ** sum(query > after / 10000 * QUERIES for after in HALVED_AFTER) * HEIGHT * WIDTH
+    side = round(np.sqrt(area))
+    side = max(side, 1) if norm == "inf" else max(side + (side % 2 == 0), 3)
+    height, width = min(side, HEIGHT), min(side, WIDTH)
+    first, second = windows(drawn, height, width)
+    signs = np.where(drawn[5:] < 0.5, -1.0, 1.0)
+    if norm == "inf":
+        changed = delta.copy()
+        changed[first] = eps * signs
+        return changed
+    held = np.clip(x + delta, 0, 1) - x
+    both = np.zeros((HEIGHT, WIDTH, 1))
+    both[first] = both[second] = 1
+    shape = bump(height, width)
+    shape = shape.T if drawn[4] >= 0.5 and height == width else shape
+    fresh = shape[:, :, None] * signs + held[first] / (length(held[first]) + 1e-12)
+    unused = max(eps**2 - (held**2).sum(), 0) / CHANNELS
+    fresh *= np.sqrt(unused + length(held * both) ** 2) / length(fresh)
+    changed = held.copy()
+    changed[second] = 0
+    changed[first] = fresh
+    return changed / np.sqrt((changed**2).sum()) * eps
+
+
+def square(attack, x, y, example):
+    x = x.astype("float64")
+
+    def margin(point):
+        z = point.ravel() @ LINEAR
+        return max(z[k] for k in range(4) if k != y) - z[y]
+
+    generator = np.random.Generator(np.random.Philox((attack.seed, zlib.crc32(b"square"), 0, example)))
+    if attack.norm == "inf":
+        delta = attack.eps * np.repeat(generator.choice((-1.0, 1.0), (1, WIDTH, CHANNELS)), HEIGHT, axis=0)
+    else:
+        # On images of fewer than ten pixels the tiles are single pixels, the lower halves of their bumps.
+        delta = -generator.choice((-1.0, 1.0), x.shape)
+        delta *= attack.eps / np.sqrt((delta**2).sum())
+    best, reached = x, -np.inf
+    for query in range(QUERIES):
+        if query % 100 == 0:
+            drawn = generator.random((100, 5 + CHANNELS), "float32")
+        changed = propose(query, x, delta, drawn[query % 100], attack.norm, attack.eps) if query else delta
+        if attack.norm == 2:
+            changed = changed / np.sqrt((changed**2).sum()) * attack.eps
+        point = np.clip(x + changed, 0, 1)
+        if margin(point) > reached:
+            best, reached, delta = point, margin(point), changed
+        if reached > 0:
+            break
+    return best
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps"), [pytest.param("inf", 0.05, marks=pytest.mark.short), pytest.param(2, 0.5, marks=pytest.mark.short)]
+)
+def test_square_makes_the_proposals_of_its_paper(norm, eps):
+    model = keras.Sequential([keras.Input(IMAGES.shape[1:]), keras.layers.Flatten(), keras.layers.Dense(4)])
+    model.set_weights([LINEAR, np.zeros(4)])
+    y = (IMAGES.reshape(len(IMAGES), -1) @ LINEAR).argmax(1)
+    attack = Square(eps, queries=QUERIES, norm=norm, seed=2)
+    found = attack(model, IMAGES, y, ids=np.arange(len(IMAGES)))
+    expected = np.array([square(attack, *row) for row in zip(IMAGES, y, range(len(IMAGES)), strict=True)])
+    equal = np.abs(found - expected).max((1, 2, 3)) < 1e-4
+    assert equal.mean() >= 0.9, np.flatnonzero(~equal)
+    broken = (found.reshape(len(IMAGES), -1) @ LINEAR).argmax(1) != y
+    assert 0.1 < broken.mean() < 0.9
 
 
 EVALUATIONS = {
