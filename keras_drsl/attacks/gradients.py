@@ -76,7 +76,7 @@ class GradientAttack(Attack):
         start = batch.x.copy()
         if random_start:
             start += self.threat.sample(batch.generators(self), start.shape[1:])
-        if batch.pool is not None and from_pool.any():
+        if batch.pool is not None:
             images, found = batch.pool.nearest(batch.x[from_pool], target[from_pool])
             rows = np.flatnonzero(from_pool)[found]
             start[rows] = ops.convert_to_numpy(self.threat.project(images[found], batch.x[rows]))

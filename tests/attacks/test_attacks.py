@@ -269,6 +269,14 @@ def test_repr_constructs_an_equal_attack():  # B10
     assert PGD(0.1) != APGD(0.1)
 
 
+def test_the_settings_of_a_transfer_hold_the_attack_and_the_second_model():
+    source, attack = linear_model(), PGD(0.1, steps=3)
+    settings = Transfer(source, attack).settings
+    assert settings["attack"] == {"name": "pgd_ce", **attack.settings}
+    assert settings["attack"]["steps"] == 3
+    assert settings["source"] == keras_drsl.models.fingerprint(source)
+
+
 def test_a_threat_model_replaces_the_four_arguments():
     threat = keras_drsl.ThreatModel(0.1, norm=2, clip_min=-1.0)
     for make in ATTACKS.values():

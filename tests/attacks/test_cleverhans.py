@@ -119,6 +119,16 @@ def test_starts_depend_on_seed_and_example_only():
     assert np.unique(whole[:, 0]).size == 10
 
 
+def test_a_step_may_be_as_large_as_eps():
+    assert cleverhans.ProjectedGradientDescent(0.1, step_size=0.1).step_size == 0.1
+    with pytest.raises(ValueError, match=r"`step_size` must be a number in \(0, eps\] = \(0, 0.1\]"):
+        cleverhans.ProjectedGradientDescent(0.1, step_size=0.11)
+
+
+def test_the_work_of_a_search_is_estimated():
+    assert cleverhans.ProjectedGradientDescent(0.1, steps=7).num_evaluations == 21
+
+
 def test_the_library_starts_at_the_random_points():
     x, y = inputs(60)
     model = linear_model(WEIGHTS / 1e3)  # no start breaks an example

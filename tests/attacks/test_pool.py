@@ -1,5 +1,7 @@
 """Searches that start at images of the target class."""
 
+import hashlib
+
 import keras
 import numpy as np
 import pytest
@@ -65,6 +67,16 @@ def test_of_equally_near_images_the_order_does_not_decide(linear, order):
     expected, _ = Pool(linear, x).nearest(centre, target)
     shuffled, _ = Pool(linear, x[order]).nearest(centre, target)
     np.testing.assert_array_equal(shuffled, expected)
+
+
+def test_of_equally_near_images_the_one_of_the_smallest_digest_is_taken(linear):
+    corners = np.array([np.roll([1, 0, 0, 0, 0, 0, 0, 0], shift) for shift in range(FEATURES)], "float32")
+    target = int(linear.logits(corners[:1]).argmax())
+    alike = corners[linear.logits(corners).argmax(1) == target]
+    assert len(alike) > 1
+    smallest = min(alike, key=lambda image: hashlib.sha256(image.tobytes()).digest()[:8][::-1])
+    found, _ = Pool(linear, corners).nearest(np.zeros((1, FEATURES), "float32"), np.array([target]))
+    np.testing.assert_array_equal(found[0], smallest)
 
 
 def test_the_digest_ignores_the_order_but_not_the_labels(linear, images):
