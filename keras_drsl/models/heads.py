@@ -35,10 +35,13 @@ class Head:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs for inputs `(batch, ...)`."""
         outputs = select_output(self.model, self.model(x, training=False), self.output)
-        if self.unit is None:
-            return outputs
-        other = ops.zeros_like(outputs) if self.unit == "logit" else 1 - outputs
-        return ops.concatenate([other, outputs], axis=-1)
+        return outputs if self.unit is None else two_classes(outputs, self.unit)
+
+
+def two_classes(outputs: Tensor, unit: Unit) -> Tensor:
+    """Return the outputs of a single unit `(batch, 1)` as those of two classes `(batch, 2)`."""
+    other = ops.zeros_like(outputs) if unit == "logit" else 1 - outputs
+    return ops.concatenate([other, outputs], axis=-1)
 
 
 def select_output(model: keras.Model, outputs: Any, output: str | int | None) -> Any:
@@ -77,4 +80,4 @@ def output_names(model: keras.Model, outputs: Any) -> list[Any] | None:
 
 
 def _listed(names: list[Any]) -> str:
-    return ", ".join(map(repr, names))
+    return ", ".join(sorted(map(repr, names)))

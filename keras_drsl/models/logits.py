@@ -37,6 +37,12 @@ class LogitsModel(NamedTuple):
     model: Classifier
     outputs: Literal["logits", "softmax", "probabilities"]
 
+    @property
+    def unit(self) -> Unit | None:
+        """What the model returns if it has a single unit: `"logit"` or `"probability"`; None for several."""
+        head = self.model.logits_fn
+        return head.unit if isinstance(head, Head) else None
+
     def misclassifies(self, x: Array, y: Array, batch_size: int) -> Array:
         """Return which inputs the model misclassifies, `batch_size` at a time, shape `(count,)`.
 

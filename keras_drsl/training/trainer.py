@@ -11,7 +11,7 @@ from keras import ops
 from keras_drsl import _renamed, _validation
 from keras_drsl._data import class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Numbers, Tensor
-from keras_drsl.models.classifier import Classifier
+from keras_drsl.models.heads import select_output, two_classes
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
 from keras_drsl.models.state import check_model, preserve_state, random_counters
 from keras_drsl.predictions import Reduction, logits_behind_softmax
@@ -106,6 +106,7 @@ class AdversarialTraining(keras.Model):
             starts the warm-up again, unless it is given an `initial_epoch`.
         seed: The seed of the random starts, >= 0.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
+        output: The name or position of the output that is trained; None for a model with one output.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -143,6 +144,7 @@ class AdversarialTraining(keras.Model):
         warmup_epochs: int = 0,
         seed: int = 0,
         threat: ThreatModel | None = None,
+        output: str | int | None = None,
     ) -> None:
         check_model("model", model)
         if isinstance(model, AdversarialTraining):
@@ -163,6 +165,7 @@ class AdversarialTraining(keras.Model):
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
         self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
+        self._output = output
         # An attribute of its own, for Keras to track its state.
         self._seeds = ReplicaSeeds(_validation.check_integer("seed", seed, at_least=0))
         self._attack = InnerAttack(self.method, self.threat, self.steps, self.step_size, self._seeds)
@@ -201,17 +204,20 @@ class AdversarialTraining(keras.Model):
     def call(self, inputs: Tensor | AttackedBatch, training: bool | None = None) -> Tensor | Outputs:
         """Return the outputs `(batch, C)` for inputs `(batch, ...)`, and `Outputs` for an `AttackedBatch`."""
         if not isinstance(inputs, AttackedBatch):
-            return self.model(inputs, training=training)
+            return self._outputs_of(inputs, training)
         needs_clean = "clean" in self.method.learns_from or self.method.penalty is not None
         counters = random_counters(self.model) if needs_clean else []
         before = [ops.copy(counter) for counter in counters]
-        adversarial = self.model(inputs.adversarial, training=training)
+        adversarial = self._outputs_of(inputs.adversarial, training)
         if not needs_clean:
             return Outputs(None, adversarial)
         # Layers must draw the same noise or crops again: the two outputs are compared.
         for counter, value in zip(counters, before, strict=True):
             counter.assign(value)
-        return Outputs(self.model(inputs.clean, training=training), adversarial)
+        return Outputs(self._outputs_of(inputs.clean, training), adversarial)
+
+    def _outputs_of(self, x: Tensor, training: bool | None) -> Tensor:
+        return select_output(self.model, self.model(x, training=training), self._output)
 
     def train_step(self, *arguments: Any) -> Any:
         """Run one training step on an attacked batch, with the backend's own arguments and results."""
@@ -240,8 +246,14 @@ class AdversarialTraining(keras.Model):
 
     def _compiled_loss(self, logits: Tensor, batch: CleanBatch) -> Tensor:
         """Compute the loss given to `compile`, shape `(batch,)`."""
-        outputs = logits if self._found_logits().outputs == "logits" else keras.activations.softmax(logits)
-        return safeguards.loss_function(keras.losses.get(self.loss))(batch.labels, outputs)
+        found, labels = self._found_logits(), batch.labels
+        if found.unit is not None:
+            outputs = logits[:, 1:] - logits[:, :1]
+            outputs = outputs if found.unit == "logit" else ops.sigmoid(outputs)
+            labels = ops.reshape(labels, (-1, 1))
+        else:
+            outputs = logits if found.outputs == "logits" else keras.activations.softmax(logits)
+        return safeguards.loss_function(keras.losses.get(self.loss))(labels, outputs)
 
     def compute_loss(
         self,
@@ -265,7 +277,11 @@ class AdversarialTraining(keras.Model):
         return loss + average(penalty, penalty, sample_weight=sample_weight)
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:
-        outputs, are_logits = logits_behind_softmax(outputs, self._found_logits().outputs == "logits", -1)
+        found = self._found_logits()
+        if found.unit is not None:
+            outputs, are_logits = two_classes(outputs, found.unit), found.unit == "logit"
+        else:
+            outputs, are_logits = logits_behind_softmax(outputs, found.outputs == "logits", -1)
         outputs = ops.cast(outputs, "float32")
         return ops.log_softmax(outputs) if are_logits else log_probabilities(outputs)
 
@@ -377,12 +393,13 @@ class AdversarialTraining(keras.Model):
         loss = keras.losses.get(self.loss)
         tried = inputs[:CHECKED_ROWS].astype("float32")
         with preserve_state(self.model, inputs=tried):
-            Classifier(self.model).check(tried)
-            outputs = self.model(ops.convert_to_tensor(tried), training=False)
-            safeguards.check_outputs(loss, ops.convert_to_numpy(ops.cast(outputs, "float32")))
-            self._logits_model = find_logits(self.model, tried)
+            found = self._logits_model = find_logits(self.model, tried, output=self._output)
+            outputs = found.model.logits(tried)
+            safeguards.check_outputs(loss, outputs)
             class_ids(labels, len(inputs), outputs.shape[-1], allow_ties=True)  # as mixed images have them
-            safeguards.check_value_per_sample(loss, labels[:CHECKED_ROWS], outputs)
+            given = self._outputs_of(ops.convert_to_tensor(tried), training=False)
+            labels = labels[:CHECKED_ROWS] if found.unit is None else labels[:CHECKED_ROWS].reshape(-1, 1)
+            safeguards.check_value_per_sample(loss, labels, given)
         if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
             # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.
             self.optimizer.build(self.trainable_variables)
