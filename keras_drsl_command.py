@@ -93,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         help="digits, mnist or cifar10 (their test images), or an npz file with x and y",
     )
     evaluate.add_argument("--data-dir", type=_path, help="where tensorflow-datasets has mnist or cifar10")
-    evaluate.add_argument("--eps", type=_positive, required=True, help="radius of the attacks, as 0.1 or 8/255")
+    evaluate.add_argument(
+        "--eps",
+        type=_several(_positive, _not_negative),
+        required=True,
+        help="radius of the attacks, as 0.1 or 8/255, or one per channel, as 8,8,4",
+    )
     evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2; Linf and L2 as well")
     evaluate.add_argument(
         "--suite",
@@ -104,8 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--undefended", metavar="MODEL.keras", type=_path, help="a second model without a defense, for two checks"
     )
-    evaluate.add_argument("--clip-min", type=_number, default=0.0, help="the smallest valid input value")
-    evaluate.add_argument("--clip-max", type=_number, default=1.0, help="the largest valid input value")
+    for name, default, which in (("--clip-min", 0.0, "smallest"), ("--clip-max", 1.0, "largest")):
+        evaluate.add_argument(
+            name, type=_several(_number), default=default, help=f"the {which} valid input value, or one per channel"
+        )
+    evaluate.add_argument("--mask", type=_mask, help="1 for each channel that may not change, otherwise 0, as 0,0,1")
+    evaluate.add_argument("--output", help="the output that holds the classes, of a model with several")
     evaluate.add_argument(
         "--max-samples", type=_integer(1), help="how many images, each class in proportion; by default all"
     )
@@ -182,6 +191,29 @@ def _positive(text: str) -> float:
     if number <= 0:
         raise _refuse("`eps` must be a positive number", text)
     return number
+
+
+def _not_negative(text: str) -> float:
+    number = _number(text)
+    if number < 0:
+        raise _refuse("`eps` must be a number >= 0", text)
+    return number
+
+
+def _several(one: Callable[[str], Any], each: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """Return the reader of one number, or of several with commas between them."""
+
+    def read(text: str) -> Any:
+        return tuple(map(each or one, text.split(","))) if "," in text else one(text)
+
+    return read
+
+
+def _mask(text: str) -> tuple[bool, ...]:
+    parts = text.split(",")
+    if not set(parts) <= {"0", "1"}:
+        raise _refuse("must be 0 or 1 for each channel, as 0,0,1", text)
+    return tuple(part == "1" for part in parts)
 
 
 def _integer(at_least: int) -> Callable[[str], int]:

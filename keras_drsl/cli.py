@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    threat = ThreatModel(args.eps, args.norm, args.clip_min, args.clip_max)
+    threat = ThreatModel(args.eps, args.norm, args.clip_min, args.clip_max, args.mask)
     _check_outputs(args)
     model = _load(args.model)
     undefended = None if args.undefended is None else _load(args.undefended)
@@ -50,6 +50,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "suite": args.suite,
         "batch_size": args.batch_size,
         "seed": args.seed,
+        "output": args.output,
         "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(
@@ -69,7 +70,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 raise ValueError("it could not be written to the end")
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
-            radii = [factor * args.eps for factor in CURVE if args.norm == 2 or factor * args.eps <= threat.span]
+            largest = threat.largest_eps(x.shape[1:])
+            radii = [factor * threat.radius for factor in CURVE if factor * threat.radius <= largest]
             index = report.per_example["index"]
             # The pool of the report, so that the curve meets it at its radius.
             curve = robustness_curve(model, x[index], y[index], x_pool=(x, y), eps=radii, **options)

@@ -53,6 +53,25 @@ def test_shards_are_evaluated_merged_and_shown(files, tmp_path, capsys):
     assert "| attack |" in capsys.readouterr().out
 
 
+def test_numbers_per_feature_and_an_output_are_read(tmp_path):
+    pytest.importorskip("matplotlib")
+    x, y = inputs(40)
+    np.savez(tmp_path / "data.npz", x=100 * x, y=y)
+    image = keras.Input((4,))
+    outputs = {"cat": linear_model()(image), "other": keras.layers.Flatten()(image)}
+    keras.Model(image, outputs).save(tmp_path / "model.keras")
+    files = ["--out", str(tmp_path / "report.json"), "--plot", str(tmp_path / "curve.png")]
+    options = ["--eps", "20,8/2,0,1e1", "--clip-min=-1,0,0,0", "--clip-max", "100", "--mask", "0,0,0,1"]
+    assert evaluate(tmp_path, *options, "--output", "cat", *files) == 0
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert settings["eps"] == [20, 4, 0, 10]
+    assert settings["clip_min"] == [-1, 0, 0, 0]
+    assert settings["clip_max"] == 100
+    assert settings["mask"] == [False, False, False, True]
+    assert settings["output"] == "cat"
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
 def test_a_curve_is_drawn(files, tmp_path):
     pytest.importorskip("matplotlib")
     assert evaluate(files, "--eps", "1/10", "--plot", tmp_path / "curve.png") == 0
@@ -117,6 +136,12 @@ def command(files):
         (["--eps", "0.1", "--clip-min", "2"], "`clip_min` must be below `clip_max`"),
         (["--eps", "2"], "`eps` must be no larger than the range"),
         (["--eps", "0.1", "--out", ""], "must be a path"),
+        (["--eps", "0.1,-1,0.1,0.1"], "`eps` must be a number >= 0"),
+        (["--eps", "0.1,,0.1"], "must be a number, as 0.1 or 8/255"),
+        (["--eps", "0.1,0.2"], "`eps` must be one number or fit inputs of shape (4,)"),
+        (["--eps", "0.1", "--mask", "0,2,0,0"], "must be 0 or 1 for each channel"),
+        (["--eps", "0.1", "--mask", "1,1,1,1"], "`mask` must leave at least one feature that may change"),
+        (["--eps", "0.1", "--output", "cat"], "`output` must be None for a model with one output"),
         (["--eps", "0.1", "--out", "/nowhere/r.json"], "`out` must lie in a folder that can be written to"),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, ThreatModel, evaluate_robustness, robustness_curve
 from keras_drsl.attacks import APGD, FGSM, PGD, Noise, Square
 from keras_drsl.models import Classifier
@@ -242,3 +243,46 @@ def test_a_batch_of_images_has_a_radius_per_channel():
         assert moved[1] == 0
         assert 0 < moved[0] <= 0.1 + 1e-6
         assert 0 < moved[2] <= 0.2 + 1e-6
+
+
+def test_reports_states_and_merges_know_them(tmp_path):
+    threat = THREATS["both"]
+    model, _, x, y = model_and_inputs(threat)
+    options = {"threat": threat, "suite": "quick", "verbose": 0}
+    report = evaluate_robustness(model, x, y, **options, state_path=tmp_path / "state")
+    again = evaluate_robustness(model, x, y, **options, state_path=tmp_path / "state")
+    assert again.per_example == report.per_example
+    with pytest.raises(ValueError, match="settings"):
+        evaluate_robustness(model, x, y, **options | {"threat": THREATS["eps"]}, state_path=tmp_path / "state")
+    report.to_json(tmp_path / "report.json")
+    settings = keras_drsl.RobustnessReport.from_json(tmp_path / "report.json").settings
+    assert ThreatModel(**{name: settings[name] for name in threat.to_dict()}) == threat
+    parts = [evaluate_robustness(model, x, y, **options, shard=(i, 2)) for i in range(2)]
+    assert keras_drsl.RobustnessReport.merge(parts).per_example == report.per_example
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eps", [20.0, "0.05", 1.0, 0.3]),
+        ("eps", [[20.0, 0.05], [1.0]]),
+        ("eps", []),
+        ("eps", [20.0, -0.05, 1.0, 0.3]),
+        ("eps", [20.0, 0.05, 100.0, 0.3]),
+        ("clip_min", [0.0, 0.0]),
+        ("mask", [0, 0, 1, 0]),
+        ("mask", [True, True, True, True]),
+        ("mask", True),
+        ("output", ["cat"]),
+        ("output", -1),
+    ],
+)
+def test_reports_with_wrong_numbers_are_refused(name, value, tmp_path):
+    threat = THREATS["both"]
+    model, _, x, y = model_and_inputs(threat, 10)
+    evaluate_robustness(model, x, y, threat=threat, attacks=["fgsm_ce"], checks=[], verbose=0).to_json(tmp_path / "a")
+    content = json.loads((tmp_path / "a").read_text())
+    content["settings"][name] = value
+    (tmp_path / "b").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="settings"):
+        keras_drsl.RobustnessReport.from_json(tmp_path / "b")

@@ -9,6 +9,7 @@ from keras_drsl._renamed import RENAMED, new_name
 from keras_drsl.evaluation import schema
 from keras_drsl.evaluation.results import BY_SEVERITY, CLEAN, Check, EvaluationResults
 from keras_drsl.evaluation.schema import Rule
+from keras_drsl.threat import ThreatModel
 
 FORMAT = 2
 DERIVED = ("cumulative", "alone")  # what a report computes from the rest
@@ -36,11 +37,16 @@ REPORT = {
     "per_example": schema.dict_of(schema.LIST),
 }
 SETTINGS = {
-    "eps": Rule("a positive number", lambda value: schema.is_number(value) and value > 0),
+    "eps": Rule(
+        "a positive number, or nested lists of numbers",
+        lambda value: schema.NUMBERS.obeys(value) and (isinstance(value, list) or value > 0),
+    ),
     "norm": Rule('"inf" or 2', lambda value: value == "inf" or (type(value) is int and value == 2)),
     "suite": schema.NAME,
-    "clip_min": schema.NUMBER,
-    "clip_max": schema.NUMBER,
+    "clip_min": schema.NUMBERS,
+    "clip_max": schema.NUMBERS,
+    "mask": Rule("nested lists of true and false", lambda value: schema.is_nested(value, schema.BOOL.obeys)),
+    "output": Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value)),
     "checks": Rule(
         "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)
     ),
@@ -196,12 +202,12 @@ def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None])
 def _check_threat(settings: dict[str, Any]) -> None:
     if ("clip_min" in settings) != ("clip_max" in settings):
         raise ValueError("`settings` must hold `clip_min` and `clip_max`, or neither. Received: one")
-    low, high = settings.get("clip_min", -math.inf), settings.get("clip_max", math.inf)
-    if not low < high or (settings["norm"] == "inf" and settings["eps"] > high - low):
-        raise ValueError(
-            "`settings.clip_min` must be below `clip_max`, and `eps` within that range. Received: "
-            f"eps={settings['eps']!r:.20}, clip_min={low!r:.20}, clip_max={high!r:.20}"
-        )
+    if "clip_min" in settings:
+        fields = {name: settings[name] for name in ("eps", "norm", "clip_min", "clip_max", "mask") if name in settings}
+        try:
+            ThreatModel(**fields)
+        except ValueError as error:
+            raise ValueError(f"`settings` must hold a threat model. {error}") from error
 
 
 def _check_shards(settings: dict[str, Any], index: list[int]) -> None:

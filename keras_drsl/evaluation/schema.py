@@ -45,8 +45,16 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.text}, or null", lambda value: value is None or rule.obeys(value))
 
 
+def is_nested(value: Any, obeys: Callable[[Any], bool], depth: int = 8) -> bool:
+    """Return whether a value, or each value in nested lists, obeys a test."""
+    if isinstance(value, list):
+        return depth > 0 and value != [] and all(is_nested(item, obeys, depth - 1) for item in value)
+    return obeys(value)
+
+
 NUMBER = Rule("a number", is_number)
 NOT_NEGATIVE = Rule("a number of 0 or more", lambda value: is_number(value) and value >= 0)
+NUMBERS = Rule("a number, or nested lists of numbers", lambda value: is_nested(value, is_number))
 SHARE = Rule("a number in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 # Three hundred years.
 SECONDS = Rule("a number in [0, 1e10]", lambda value: is_number(value) and 0 <= value <= 1e10)
