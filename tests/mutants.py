@@ -2,7 +2,7 @@
 
 For each group of modules, cosmic-ray lists all changes that its operators can make to the source. A number of them is
 drawn. For each one, a copy of the repository is changed, and the tests that run the changed line are run on it until
-one fails. Where no test runs it, or the line runs when its module is imported, these are all tests of the group.
+one fails. Where the line runs when its module is imported, these are all that run any line of the module.
 
 The outcome of each change is written to `results/mutants.jsonl` as it comes, so a run that was stopped goes on. An
 outcome is used again as long as the module has the same text. A table, and each change that no test noticed, go to
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,21 +90,26 @@ def files_of_tests(group):
 
 
 def select_tests(mutant, line, contexts):
-    """Return the tests of a change, first those of signatures and those named after its module.
+    """Return the tests of a change, first those of signatures, then those in files that are most about the module.
 
     Args:
         mutant: The change.
         line: Where it begins.
         contexts: By file and line, what ran the line: "" for an import, or a test and its phase, "file::test|run".
     """
-    running = contexts.get(mutant.path, {}).get(line, [])
-    is_known = running and "" not in running
-    tests = {context.rpartition("|")[0] for context in running} if is_known else files_of_tests(mutant.group)
-    stem = Path(mutant.path).stem
+    of_module = contexts.get(mutant.path, {})
+    of_line = of_module.get(line, [])
+    if not of_line or "" in of_line:
+        of_line = [SIGNATURES, *(context for some in of_module.values() for context in some)]
+    tests = {context.rpartition("|")[0] or context for context in of_line} - {""}
+    if tests <= {SIGNATURES}:  # no test runs the module in its own process
+        return files_of_tests(mutant.group)
+    stem, count = Path(mutant.path).stem, Counter(test.partition("::")[0] for test in tests)
 
     def order(test):
         path = test.partition("::")[0]
-        return path != SIGNATURES, Path(path).stem.removeprefix("test_") not in (stem, f"{stem}s"), test
+        is_named = Path(path).stem.removeprefix("test_") in (stem, f"{stem}s")
+        return path != SIGNATURES, not is_named, -count[path], test
 
     return sorted(tests, key=order)
 

@@ -20,15 +20,14 @@ def test_a_longer_file_keeps_what_was_drawn_from_others():
 
 def test_tests_that_run_the_changed_line_are_chosen():
     mutant = Mutant("metrics", "keras_drsl/metrics.py", "core/NumberReplacer", 0)
-    own, other = "tests/test_metrics.py::test_a[x|y]", "tests/losses/test_drs.py::test_b"
-    everything = files_of_tests("metrics")
-    assert "tests/test_metrics.py" in everything
-    everything.sort(key=lambda path: path != SIGNATURES)
-    contexts = {mutant.path: {7: [f"{other}|run", f"{own}|run", f"{own}|setup"], 8: ["tests/c.py::test|run"]}}
-    assert select_tests(mutant, 7, contexts) == [own, other]
-    # A line that no test runs, or that is run by an import.
-    assert select_tests(mutant, 7, {}) == everything
-    assert select_tests(mutant, 7, {mutant.path: {7: ["", f"{own}|run"]}}) == everything
+    own, other, third = "tests/test_metrics.py::test_a[x|y]", "tests/test_b.py::test_b", "tests/test_c.py::test_c"
+    lines = {7: [f"{other}|run", f"{own}|run", f"{own}|setup"], 8: [f"{third}|run", f"{third}2|run"], 9: [""]}
+    assert select_tests(mutant, 7, {mutant.path: lines}) == [own, other]
+    # A line that is run by an import, or not known: all tests of the module, first those of the files with most.
+    for line in (9, 10):
+        assert select_tests(mutant, line, {mutant.path: lines}) == [SIGNATURES, own, third, f"{third}2", other]
+    # A module that only other processes run.
+    assert select_tests(mutant, 9, {mutant.path: {9: [""]}}) == files_of_tests("metrics")
 
 
 def test_the_table_counts_and_lists_what_was_not_noticed():
