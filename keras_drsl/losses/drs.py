@@ -1,5 +1,6 @@
 """Provide the distribution-restrained softmax loss."""
 
+import warnings
 from typing import Any
 
 import keras
@@ -97,7 +98,8 @@ class DRSLoss(ClassificationLoss):
 
     Note:
 
-    - Equal non-true values give `r = 0` and no gradient. So do two classes with a one-hot label.
+    - Equal non-true values give `r = 0` and no gradient. So do two classes with a one-hot label, as a
+      warning says once.
     - `lam=0` is Keras's cross-entropy, in value and gradient.
     - In log space, a constant added to all logits does not change `r`.
     - On TensorFlow, the logits behind a softmax are found and used. Otherwise probabilities are clipped: by Keras's
@@ -180,9 +182,16 @@ class DRSLoss(ClassificationLoss):
         self.space = check_choice("space", space, SPACES)
         self.spread = check_choice("spread", spread, SPREADS)
         self.label_smoothing = check_smoothing(label_smoothing)
+        self._has_warned = False
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
+        if inputs.scores.shape[-1] == 2 and not is_zero(self.lam) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "With two classes `DRSLoss` is cross-entropy: the only non-true class has no spread.",
+                stacklevel=2,
+            )
         return _loss_per_position(inputs, self.lam, self.space, self.spread, self.label_smoothing)
 
 

@@ -114,6 +114,17 @@ class TestGradient:
         expected = gradient(lambda z: keras.losses.sparse_categorical_crossentropy(ids, z, from_logits=True), z)
         np.testing.assert_allclose(gradient(lambda z: drs_loss(ids, z, from_logits=True), z), expected, rtol=1e-6)
 
+    def test_a_warning_says_so_once(self):
+        z, ids, _ = draw((5, 2))
+        loss = DRSLoss(from_logits=True)
+        with pytest.warns(UserWarning, match="With two classes `DRSLoss` is cross-entropy"):
+            loss(ids, z)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss(ids, z)
+            DRSLoss(0.0, from_logits=True)(ids, z)
+            DRSLoss(from_logits=True)(ids, draw((5, 3))[0])
+
     @on_tensorflow
     def test_is_not_zero_for_a_saturated_softmax(self):
         z = np.array([[200.0, 0.0, -50.0]], "float32")

@@ -1,0 +1,19 @@
+"""The code of each guide runs from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+GUIDES = sorted((Path(__file__).parents[1] / "docs" / "guides").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_the_code_of_a_guide_runs(path):
+    blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert 0 <= namespace["report"].robust_accuracy <= namespace["report"].clean_accuracy == 1
