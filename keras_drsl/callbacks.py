@@ -1,5 +1,6 @@
 """Callbacks that measure robustness while a model trains."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -8,10 +9,11 @@ from keras import ops
 
 from keras_drsl import _validation
 from keras_drsl._data import class_ids, read_examples
-from keras_drsl._typing import Norm, Numbers
+from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.metrics import softmax_diversity
+from keras_drsl.models.heads import View
 from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import AdversarialTraining
@@ -53,6 +55,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         output: As in `evaluate_robustness`.
+        preprocessing: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -91,6 +94,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         mask: Any = None,
         threat: ThreatModel | None = None,
         output: str | int | None = None,
+        preprocessing: Callable[[Tensor], Tensor] | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -102,7 +106,12 @@ class RobustnessMonitor(keras.callbacks.Callback):
         self.prefix = prefix
         self.report: RobustnessReport | None = None
         self._evaluator = Evaluator(
-            threat, suite=suite, seed=seed, batch_size=batch_size, max_samples=max_samples, output=output
+            threat,
+            suite=suite,
+            seed=seed,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            view=View(output, preprocessing),
         )
         self._examples = self._evaluator.check_examples(read_examples(x, y, max_samples=max_samples))
 

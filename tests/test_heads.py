@@ -142,7 +142,9 @@ def test_each_call_takes_an_output(call):
     model, output = two_outputs("dict")
     x, y, _ = data()
     assert call(model, x, y, output) == output
-    for wrong in (None, "dog", 5, True):
+    with pytest.raises(ValueError, match="`output` must be a name or a position. Received: output=True"):
+        call(model, x, y, True)
+    for wrong in (None, "dog", 5):
         received = rf"`output` must name one of the outputs of `model`: 'cat', 'depth'. Received: output={wrong!r}"
         with pytest.raises(ValueError, match=received):
             call(model, x, y, wrong)
@@ -225,3 +227,54 @@ def test_one_of_several_outputs_is_trained():
     robust.compile("adam", "binary_crossentropy")
     with pytest.raises(ValueError, match="`output` must name one of the outputs of `model`: 'cat', 'depth'"):
         robust.fit(x, y, verbose=0)
+
+
+def double(x):
+    return 2 * x
+
+
+PREPROCESSINGS = {
+    "function": (double, "double"),
+    "layer": (layers.Rescaling(2.0), "Rescaling"),
+    "resizing": (lambda x: ops.repeat(x, 2, axis=-1)[:, ::2] * 2.0, "lambda"),
+}
+
+
+@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, "layer"))
+def test_a_function_in_front_of_a_model_is_attacked_through(name):
+    preprocessing, shown = PREPROCESSINGS[name]
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    weights = np.stack([0 * WEIGHT, WEIGHT], axis=1)
+    model.set_weights([weights, np.array([0, -WEIGHT.sum()])])  # the centre 0.5 is doubled
+    x, y, size = data()
+    attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
+    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, preprocessing=preprocessing, verbose=0)
+    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
+    clear = np.abs(size - EPS) > 1e-3
+    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert shown in report.settings["preprocessing"]
+    curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", preprocessing=preprocessing, verbose=0)
+    assert curve.settings["preprocessing"] == report.settings["preprocessing"]
+
+
+@pytest.mark.short
+def test_a_training_and_its_monitor_take_a_function_in_front():
+    x, y, _ = data()
+    rescaling = layers.Normalization(mean=0.5, variance=0.01)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    robust = AdversarialTraining(model, 0.02, steps=2, preprocessing=rescaling)
+    robust.compile(keras.optimizers.Adam(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    monitor = RobustnessMonitor(x, y, eps=0.02, preprocessing=rescaling)
+    history = robust.fit(x, y, epochs=10, callbacks=[monitor], verbose=0).history
+    assert history["val_robust_accuracy"][-1] > 0.7
+    np.testing.assert_allclose(values(robust(x)), values(model(rescaling(x))), atol=1e-5)
+    assert len(robust.trainable_variables) == 2
+
+
+def test_a_preprocessing_that_is_none_is_named():
+    x, y, _ = data()
+    for wrong in (3, "caffe"):
+        with pytest.raises(ValueError, match="`preprocessing` must be a Keras layer or a function. Received"):
+            evaluate_robustness(unit(), x, y, eps=EPS, preprocessing=wrong, verbose=0)
+        with pytest.raises(ValueError, match="`preprocessing` must be a Keras layer or a function. Received"):
+            AdversarialTraining(unit(), EPS, preprocessing=wrong)

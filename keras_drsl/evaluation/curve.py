@@ -4,7 +4,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,12 +12,13 @@ import numpy as np
 
 from keras_drsl import _files, _validation
 from keras_drsl._data import class_ids, read_examples
-from keras_drsl._typing import Norm, Numbers
+from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import is_misclassified
+from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.plotting import new_figure, norm_label, save_figure
 from keras_drsl.threat import ThreatModel
@@ -150,6 +151,7 @@ def robustness_curve(
     checks: str | Iterable[Any] | None = None,
     from_logits: bool | None = None,
     output: str | int | None = None,
+    preprocessing: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     x_pool: Any = None,
@@ -176,6 +178,7 @@ def robustness_curve(
         checks: As in `evaluate_robustness`.
         from_logits: As in `evaluate_robustness`.
         output: As in `evaluate_robustness`.
+        preprocessing: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
@@ -201,7 +204,12 @@ def robustness_curve(
     # Each radius makes its own evaluator, so a generator must not be used up by the first one.
     attacks = list(attacks) if isinstance(attacks, Iterator) else attacks
     checks = list(checks) if isinstance(checks, Iterator) else checks
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_samples": max_samples, "output": output}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_samples": max_samples,
+        "view": View(output, preprocessing),
+    }
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
         for radius, threat in threats.items()

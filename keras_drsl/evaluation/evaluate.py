@@ -1,15 +1,16 @@
 """`evaluate_robustness`: one call from a model and a data set to a report."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 
 from keras_drsl._data import read_examples
-from keras_drsl._typing import Norm, Numbers
+from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
 
@@ -30,6 +31,7 @@ def evaluate_robustness(
     checks: str | Iterable[Any] | None = None,
     from_logits: bool | None = None,
     output: str | int | None = None,
+    preprocessing: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -82,6 +84,8 @@ def evaluate_robustness(
             those of the suite.
         from_logits: Whether the outputs are logits; None to find out.
         output: The name or position of the output that holds the classes; None for a model with one output.
+        preprocessing: A Keras layer or a function in front of the model, or None. It maps inputs within the valid range
+            to what the model takes. Attacks change what it is given.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
         max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
             depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
@@ -123,7 +127,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         max_samples=max_samples,
         shard=shard,
-        output=output,
+        view=View(output, preprocessing),
     )
     examples = evaluator.check_examples(read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard))
     with preserve_state(model, undefended, inputs=examples.x):

@@ -24,6 +24,7 @@ from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
+from keras_drsl.models.heads import View
 from keras_drsl.models.logits import LogitsModel, find_logits
 from keras_drsl.models.state import check_model, owner
 from keras_drsl.threat import ThreatModel
@@ -52,10 +53,10 @@ class Evaluator:
         batch_size: int = 256,
         max_samples: int | None = None,
         shard: tuple[int, int] | None = None,
-        output: str | int | None = None,
+        view: View | None = None,
     ) -> None:
         self.threat = threat
-        self.output = output
+        self.view = (view or View()).check()
         suite = check_suite(suite)
         attack_seed = _validation.check_integer("seed", seed, at_least=0)
         by_name = make_attacks(suite, attacks, threat, attack_seed)
@@ -72,7 +73,7 @@ class Evaluator:
             if max_samples is None
             else _validation.check_integer("max_samples", max_samples, at_least=1),
             "shard": None if shard is None else list(_check_shard(shard)),
-        } | ({} if output is None else {"output": output})
+        } | self.view.settings
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
@@ -81,7 +82,7 @@ class Evaluator:
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
-        return find_logits(model, examples.x[:NUM_TRIED], from_logits, output=self.output)
+        return find_logits(model, examples.x[:NUM_TRIED], from_logits, **vars(self.view))
 
     def find_undefended(self, undefended: Any, model: LogitsModel, examples: Examples) -> LogitsModel:
         """Find the logits of an undefended model, or raise `ValueError` if it does not fit the other model."""

@@ -46,6 +46,7 @@ SETTINGS = {
     "clip_min": schema.NUMBERS,
     "clip_max": schema.NUMBERS,
     "mask": Rule("nested lists of true and false", lambda value: schema.is_nested(value, schema.BOOL.obeys)),
+    "preprocessing": schema.NAME,
     "output": Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value)),
     "checks": Rule(
         "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)

@@ -1,13 +1,57 @@
 """What a model returns, as the outputs of two or more classes."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_drsl._typing import Tensor
+from keras_drsl.models.fingerprint import fingerprint
 
 Unit = Literal["logit", "probability"]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Hold how a model is looked at by attacks, evaluation and training.
+
+    Attributes:
+        output: The name or position of the output that holds the classes; None for a model with one output.
+        preprocessing: A Keras layer or a function that maps inputs to what the model takes, or None.
+    """
+
+    output: str | int | None = None
+    preprocessing: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What differs from a model as it is, by name, as JSON takes it."""
+        function = self.preprocessing
+        name = None if function is None else getattr(function, "__qualname__", type(function).__name__)
+        if isinstance(function, keras.Layer):
+            name = f"{name} {fingerprint(function)[:16]}"
+        values = {"output": self.output, "preprocessing": name}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> "View":
+        """Return the view, or raise `ValueError` for arguments of a wrong kind."""
+        if isinstance(self.output, bool) or not isinstance(self.output, str | int | None):
+            raise ValueError(f"`output` must be a name or a position. Received: output={self.output!r}")
+        if self.preprocessing is not None and not callable(self.preprocessing):
+            raise ValueError(
+                f"`preprocessing` must be a Keras layer or a function. Received: preprocessing={self.preprocessing!r}"
+            )
+        return self
+
+    def call(self, model: keras.Model, x: Tensor, training: bool | None) -> Any:
+        """Return the outputs that are looked at, for inputs `(batch, ...)`."""
+        return select_output(model, self.call_all(model, x, training), self.output)
+
+    def call_all(self, model: keras.Model, x: Tensor, training: bool | None) -> Any:
+        """Return all outputs of the model."""
+        return model(x if self.preprocessing is None else self.preprocessing(x), training=training)
 
 
 class Head:
@@ -18,23 +62,23 @@ class Head:
 
     Args:
         model: A Keras model.
-        output: The name or position of the output, or None where the model has one.
+        view: How the model is looked at.
         unit: What a single unit returns, or None for a model of several units.
     """
 
-    def __init__(self, model: keras.Model, output: str | int | None = None, unit: Unit | None = None) -> None:
+    def __init__(self, model: keras.Model, view: View, unit: Unit | None = None) -> None:
         self.model = model
-        self.output = output
+        self.view = view
         self.unit = unit
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The variables of the model."""
-        return list(self.model.variables)
+        """The variables of the model, and of a layer in front of it."""
+        return [*self.model.variables, *getattr(self.view.preprocessing, "variables", ())]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs for inputs `(batch, ...)`."""
-        outputs = select_output(self.model, self.model(x, training=False), self.output)
+        outputs = self.view.call(self.model, x, training=False)
         return outputs if self.unit is None else two_classes(outputs, self.unit)
 
 
@@ -64,7 +108,7 @@ def select_output(model: keras.Model, outputs: Any, output: str | int | None) ->
         raise ValueError(f"`output` must be None for a model with one output. Received: output={output!r}")
     position = names.index(output) if output in names else output
     values = list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
-    if isinstance(position, int) and not isinstance(position, bool) and 0 <= position < len(values):
+    if isinstance(position, int) and 0 <= position < len(values):
         return values[position]
     raise ValueError(f"`output` must name one of the outputs of `model`: {_listed(names)}. Received: output={output!r}")
 

@@ -14,7 +14,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
-from keras_drsl.models.heads import Head, Unit, select_output
+from keras_drsl.models.heads import Head, Unit, View, select_output
 from keras_drsl.models.state import preserve_state
 from keras_drsl.spread import class_values
 
@@ -59,7 +59,12 @@ class LogitsModel(NamedTuple):
 
 
 def find_logits(
-    model: keras.Model, x: Array, from_logits: bool | None = None, *, output: str | int | None = None
+    model: keras.Model,
+    x: Array,
+    from_logits: bool | None = None,
+    *,
+    output: str | int | None = None,
+    preprocessing: Callable[[Tensor], Tensor] | None = None,
 ) -> LogitsModel:
     """Find the logits of a model, behind its softmax if it ends with one.
 
@@ -84,6 +89,7 @@ def find_logits(
         x: A few inputs to try the model on, shape `(batch, ...)`.
         from_logits: Whether the outputs are said to be logits; None to find out.
         output: The name or position of the output that holds the classes; None for a model with one output.
+        preprocessing: A Keras layer or a function that maps inputs to what the model takes, or None.
 
     Returns:
         A `LogitsModel`.
@@ -99,13 +105,13 @@ def find_logits(
     'softmax'
     """
     with preserve_state(model, inputs=x):
-        return _find_logits(model, x, from_logits, output)
+        return _find_logits(model, x, from_logits, View(output, preprocessing).check())
 
 
-def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, output: str | int | None) -> LogitsModel:
+def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> LogitsModel:
     # Random inputs as well: what holds on the data alone may not hold elsewhere.
     tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
-    found = _Classifiers.of(model, x, output, _unit(model, tried, from_logits, output))
+    found = _Classifiers.of(model, x, view, _unit(model, tried, from_logits, view))
     outputs = found.outputs.logits(x)
     _check_outputs(model, outputs, from_logits)
     if not looks_like_probabilities(outputs):
@@ -119,13 +125,13 @@ def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, output:
     return LogitsModel(found.behind_softmax, found.outputs, "softmax")
 
 
-def _unit(model: keras.Model, x: Array, from_logits: bool | None, output: str | int | None) -> Unit | None:
+def _unit(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> Unit | None:
     """Return what the single unit of a model returns, or None if it has several."""
     try:
-        outputs = model(ops.convert_to_tensor(x), training=False)
+        outputs = view.call_all(model, ops.convert_to_tensor(x), training=False)
     except Exception:  # `Classifier.check` says why
         return None
-    outputs = select_output(model, outputs, output)
+    outputs = select_output(model, outputs, view.output)
     if not ops.is_tensor(outputs) or tuple(outputs.shape) != (len(x), 1):
         return None
     if from_logits is not None:
@@ -143,21 +149,21 @@ class _Classifiers:
         logarithms: Returns the logarithms of its outputs.
     """
 
-    def __init__(self, model: keras.Model, x: Array, output: str | int | None, unit: Unit | None) -> None:
-        head = Head(model, output, unit)
-        self._head = (output, unit)
-        self.outputs = Classifier(model if self._head == (None, None) else head)
+    def __init__(self, model: keras.Model, x: Array, view: View, unit: Unit | None) -> None:
+        head = Head(model, view, unit)
+        self._head = (view, unit)
+        self.outputs = Classifier(model if self._head == (View(), None) else head)
         self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(head)))
         self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(head(x))))
         self.outputs.check(x)
         self._attributes = _attributes(model)  # after a call, as the first one may add some
 
     @classmethod
-    def of(cls, model: keras.Model, x: Array, output: str | int | None, unit: Unit | None) -> "_Classifiers":
+    def of(cls, model: keras.Model, x: Array, view: View, unit: Unit | None) -> "_Classifiers":
         """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
         kept: _Classifiers | None = vars(model).get(KEPT)
-        if kept is None or kept._head != (output, unit) or not kept._are_of(model, x):
-            kept = cls(model, x, output, unit)
+        if kept is None or kept._head != (view, unit) or not kept._are_of(model, x):
+            kept = cls(model, x, view, unit)
             # Keras would look into an attribute that it is told of when it saves the model.
             object.__setattr__(model, KEPT, kept)
         return kept

@@ -1,7 +1,7 @@
 """The Keras model that trains another model on attacked inputs."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from keras import ops
 from keras_drsl import _renamed, _validation
 from keras_drsl._data import class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Numbers, Tensor
-from keras_drsl.models.heads import select_output, two_classes
+from keras_drsl.models.heads import View, two_classes
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
 from keras_drsl.models.state import check_model, preserve_state, random_counters
 from keras_drsl.predictions import Reduction, logits_behind_softmax
@@ -107,6 +107,8 @@ class AdversarialTraining(keras.Model):
         seed: The seed of the random starts, >= 0.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         output: The name or position of the output that is trained; None for a model with one output.
+        preprocessing: A Keras layer or a function in front of the model, as in `evaluate_robustness`. It is not trained
+            and not saved.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -145,6 +147,7 @@ class AdversarialTraining(keras.Model):
         seed: int = 0,
         threat: ThreatModel | None = None,
         output: str | int | None = None,
+        preprocessing: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_model("model", model)
         if isinstance(model, AdversarialTraining):
@@ -165,7 +168,7 @@ class AdversarialTraining(keras.Model):
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
         self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
-        self._output = output
+        self._view = View(output, preprocessing).check()
         # An attribute of its own, for Keras to track its state.
         self._seeds = ReplicaSeeds(_validation.check_integer("seed", seed, at_least=0))
         self._attack = InnerAttack(self.method, self.threat, self.steps, self.step_size, self._seeds)
@@ -217,7 +220,7 @@ class AdversarialTraining(keras.Model):
         return Outputs(self._outputs_of(inputs.clean, training), adversarial)
 
     def _outputs_of(self, x: Tensor, training: bool | None) -> Tensor:
-        return select_output(self.model, self.model(x, training=training), self._output)
+        return self._view.call(self.model, x, training)
 
     def train_step(self, *arguments: Any) -> Any:
         """Run one training step on an attacked batch, with the backend's own arguments and results."""
@@ -393,7 +396,7 @@ class AdversarialTraining(keras.Model):
         loss = keras.losses.get(self.loss)
         tried = inputs[:CHECKED_ROWS].astype("float32")
         with preserve_state(self.model, inputs=tried):
-            found = self._logits_model = find_logits(self.model, tried, output=self._output)
+            found = self._logits_model = find_logits(self.model, tried, **vars(self._view))
             outputs = found.model.logits(tried)
             safeguards.check_outputs(loss, outputs)
             class_ids(labels, len(inputs), outputs.shape[-1], allow_ties=True)  # as mixed images have them
