@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset",
         type=_dataset,
         required=True,
-        help="digits, mnist or cifar10 (their test images), or an npz file with x and y",
+        help="digits, mnist or cifar10 (their test images), an npz file with x and y, or a folder of images with one "
+        "sub-folder per class",
     )
     evaluate.add_argument("--data-dir", type=_path, help="where tensorflow-datasets has mnist or cifar10")
     evaluate.add_argument(
@@ -171,8 +172,8 @@ def _path(text: str) -> str:
 def _dataset(text: str) -> str:
     if text.lower() in DATASETS:
         return text.lower()
-    if not text.endswith(".npz"):
-        raise _refuse(f"`dataset` must be one of {', '.join(DATASETS)}, or an npz file", text)
+    if not text.endswith(".npz") and not os.path.isdir(text):
+        raise _refuse(f"`dataset` must be one of {', '.join(DATASETS)}, an npz file or a folder", text)
     return _path(text)
 
 

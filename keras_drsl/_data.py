@@ -120,6 +120,8 @@ class Examples(NamedTuple):
         ids: The position of each example in the whole data set, int64, shape `(count,)`.
         digest: The SHA-256 of the examples that these are a shard of.
         whole: The inputs and labels of the whole data set.
+        files: The file of each example, or None.
+        class_names: The names of the classes by id, or None.
     """
 
     x: Array
@@ -127,10 +129,17 @@ class Examples(NamedTuple):
     ids: Array
     digest: str
     whole: tuple[Array, Array]
+    files: Array | None = None
+    class_names: list[str] | None = None
 
     def select(self, mask: Array) -> "Examples":
         """Return the examples where a mask of shape `(count,)` is True."""
-        return self._replace(x=self.x[mask], y=self.y[mask], ids=self.ids[mask])
+        files = None if self.files is None else self.files[mask]
+        return self._replace(x=self.x[mask], y=self.y[mask], ids=self.ids[mask], files=files)
+
+    def with_names(self, files: list[str], class_names: list[str]) -> "Examples":
+        """Return the examples with the names of all files of the data set, and of the classes."""
+        return self._replace(files=np.array(files)[self.ids], class_names=class_names)
 
 
 def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None) -> Examples:

@@ -12,6 +12,7 @@ import keras
 from keras_drsl import _escape, _files, datasets
 from keras_drsl._typing import Array
 from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
+from keras_drsl.evaluation.evaluator import image_shape
 from keras_drsl.evaluation.state import read_state
 from keras_drsl.plotting import new_figure
 from keras_drsl.threat import ThreatModel
@@ -44,7 +45,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_outputs(args)
     model = _load(args.model)
     undefended = None if args.undefended is None else _load(args.undefended)
-    x, y = datasets.load_npz(args.dataset) if args.dataset.endswith(".npz") else _test_images(args)
+    data: Any
+    if args.dataset in datasets.NAMES:
+        data = _test_images(args)
+    elif os.path.isdir(args.dataset):
+        data = (datasets.load_folder(args.dataset, image_shape(model)), None)
+    else:
+        data = datasets.load_npz(args.dataset)
+    x, y = data if data[1] is not None else data[0][:2]
     options: dict[str, Any] = {
         "threat": threat,
         "suite": args.suite,
@@ -55,8 +63,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     }
     report = evaluate_robustness(
         model,
-        x,
-        y,
+        *data,
         max_samples=args.max_samples,
         shard=args.shard,
         undefended=undefended,

@@ -1,15 +1,18 @@
 """The data sets that the command and the examples load by name."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_drsl import _escape, _validation
 from keras_drsl._typing import Array
 
 NAMES = ("digits", "mnist", "cifar10")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # the endings that Keras reads
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -92,6 +95,103 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:
             f"Received: path={str(path)!r} ({_escape.error_line(error)})"
         ) from error
     return x, y
+
+
+class Folder(NamedTuple):
+    """Hold the images of a folder.
+
+    Attributes:
+        x: Images, float32 in [0, 255], shape `(count, height, width, channels)`.
+        y: Class ids, shape `(count,)`.
+        files: The paths of the images within the folder.
+        class_names: The names of the sub-folders, by class id.
+    """
+
+    x: Array
+    y: Array
+    files: list[str]
+    class_names: list[str]
+
+
+def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (None, None, 3)) -> Folder:
+    """Load a folder of images with one sub-folder per class, by `keras.utils.image_dataset_from_directory`.
+
+    Note:
+
+    - Classes have the ids of the sorted names of the sub-folders.
+    - Images are resized to the shape, bilinearly. Without one, all images must have one size.
+
+    Args:
+        path: The folder. JPEG, PNG, BMP and GIF images are read.
+        shape: Height, width and channels of the images; None for a height and width that is that of the files.
+
+    Returns:
+        A `Folder`.
+
+    Raises:
+        ValueError: If the folder holds no such sub-folders or images, a file is no image, or sizes differ.
+        ImportError: Without TensorFlow, which reads the images.
+
+    Example:
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (folder / name).mkdir()
+    ...     keras.utils.save_img(folder / name / "0.png", np.zeros((4, 4, 3)), scale=False)
+    >>> keras_drsl.datasets.load_folder(folder).class_names
+    ['cat', 'dog']
+    """
+    folder = Path(path)
+    received = f"Received: path={str(path)!r}"
+    if not folder.is_dir():
+        raise ValueError(f"`path` must be a folder that exists. {received}")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [file for name in classes for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGES]
+    if len(classes) < 2 or not files:
+        raise ValueError(
+            f"`path` must hold one sub-folder of images ({', '.join(IMAGES)}) per class, and two classes or more. "
+            f"{received}, with {len(classes)} sub-folders and {len(files)} images in them"
+        )
+    height, width, channels = shape
+    modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
+    if channels not in modes:
+        raise ValueError(f"`shape` must have 1, 3 or 4 channels. Received: shape={tuple(shape)}")
+    if height is None or width is None:
+        height, width = _common_size(files)
+    try:
+        dataset = keras.utils.image_dataset_from_directory(
+            folder,
+            color_mode=modes[channels],
+            image_size=(height, width),
+            shuffle=False,
+            verbose=False,
+        )
+        batches = [(np.asarray(x), np.asarray(y)) for x, y in dataset]
+    except ImportError as error:
+        raise ImportError("A folder of images needs `pip install tensorflow`, with any backend.") from error
+    except Exception as error:
+        raise ValueError(
+            f"`path` must hold images that can be read. {received} ({_escape.error_line(error)})"
+        ) from error
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    names = [Path(file).relative_to(folder).as_posix() for file in dataset.file_paths]
+    return Folder(x.astype("float32"), y.astype("int32"), names, list(dataset.class_names))
+
+
+def _common_size(files: list[Path]) -> tuple[int, int]:
+    """Return the height and width of images, or raise `ValueError` if they differ."""
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in files:
+        try:
+            width, height = keras.utils.load_img(file).size
+        except Exception as error:
+            raise ValueError(f"`path` must hold images that can be read. Received: {str(file)!r}") from error
+        sizes.setdefault((height, width), file)
+    if len(sizes) > 1:
+        shown = ", ".join(f"{str(file)!r} of {size[0]} x {size[1]}" for size, file in list(sizes.items())[:2])
+        raise ValueError(f"`path` must hold images of one size where the model takes any size. Received: {shown}")
+    return next(iter(sizes))
 
 
 def _numbers(name: str, file: Any) -> Array:

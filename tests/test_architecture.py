@@ -31,7 +31,7 @@ MAY_IMPORT = {
     },
     "evaluation": {
         *("_backend", "_data", "_escape", "_files", "_renamed", "_typing", "_validation", "attacks", "models"),
-        *("plotting", "threat"),
+        *("datasets", "plotting", "threat"),
     },
     "callbacks": {"_data", "_typing", "_validation", "evaluation", "metrics", "models", "threat", "training"},
     "cli": {"_escape", "_files", "_typing", "datasets", "evaluation", "plotting", "threat"},

@@ -154,7 +154,10 @@ def test_bad_files_end_with_status_2(files, command, fails, tmp_path):
     there.write_text("mine")
     eps = ["--eps", "0.1"]
     fails(["evaluate", "m", "--dataset", "digits", *eps], "`MODEL` must be a file that Keras can load")
-    fails([*command, *eps, "--dataset", "fashion"], "`dataset` must be one of digits, mnist, cifar10, or an npz file")
+    fails(
+        [*command, *eps, "--dataset", "fashion"],
+        "`dataset` must be one of digits, mnist, cifar10, an npz file or a folder",
+    )
     fails([*command, *eps, "--dataset", "x.npz"], "`dataset` must be a file that exists")
     fails([*command, *eps, "--out", there], "which exists")
     fails(["show", there], "`path` must be a file written by")

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_drsl import _files, _validation
-from keras_drsl._data import class_ids, read_examples
+from keras_drsl._data import class_ids
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import wilson
@@ -214,11 +214,11 @@ def robustness_curve(
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
         for radius, threat in threats.items()
     }
-    examples = read_examples(x_or_dataset, y, max_samples=max_samples)
-    for evaluator in evaluators.values():
+    first, *others = evaluators.values()
+    examples = first.read_examples(model, x_or_dataset, y)
+    for evaluator in others:
         evaluator.check_examples(examples)
     breaking, found = np.full(len(examples.x), np.inf), {}
-    first = next(iter(evaluators.values()))
     with preserve_state(model, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)

@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 
-from keras_drsl._data import read_examples
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
@@ -69,7 +68,8 @@ def evaluate_robustness(
         model: A classifier: any `keras.Model` with one input and outputs `(batch, C)`, logits or probabilities. A
             single unit (C = 1) is read as two classes, with the logits `[0, z]`.
         x_or_dataset: Inputs `(count, ...)` within the valid range, an array or tensor; or a `tf.data.Dataset` or
-            `keras.utils.PyDataset` of batches `(inputs, labels)`.
+            `keras.utils.PyDataset` of batches `(inputs, labels)`; or the path of a folder of images with one sub-folder
+            per class. Its images have values in [0, 255], and the report names classes and files.
         y: The true labels of an array of inputs: class ids `(count,)` or `(count, 1)`, or one-hot `(count, C)`.
         eps: The radius of the ball around each input, > 0, in units of the input.
         norm: `"inf"` (the default) or 2.
@@ -129,7 +129,7 @@ def evaluate_robustness(
         shard=shard,
         view=View(output, preprocessing),
     )
-    examples = evaluator.check_examples(read_examples(x_or_dataset, y, max_samples=max_samples, shard=shard))
+    examples = evaluator.read_examples(model, x_or_dataset, y)
     with preserve_state(model, undefended, inputs=examples.x):
         found = evaluator.find_logits(model, examples, from_logits)
         second = None if undefended is None else evaluator.find_undefended(undefended, found, examples)

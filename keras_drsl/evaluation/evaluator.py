@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _backend, _validation
-from keras_drsl._data import Examples, class_ids, digest, read_pool
+from keras_drsl import _backend, _validation, datasets
+from keras_drsl._data import Examples, class_ids, digest, read_examples, read_pool
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
@@ -79,6 +79,19 @@ class Evaluator:
         """Return examples that fit the threat model, or raise `ValueError`."""
         self.threat.validate("x_or_dataset", examples.whole[0])
         return examples
+
+    def read_examples(self, model: keras.Model, x: Any, y: Any) -> Examples:
+        """Return the examples of arrays, a data set or a folder of images, or raise `ValueError`."""
+        which = {name: self.settings[name] for name in ("max_samples", "shard")}
+        if not isinstance(x, str | os.PathLike | datasets.Folder):
+            return self.check_examples(read_examples(x, y, **which))
+        if y is not None:
+            raise ValueError(
+                f"`y` must be None for a folder of images, which names their classes. Received: {type(y).__name__}"
+            )
+        folder = x if isinstance(x, datasets.Folder) else datasets.load_folder(x, image_shape(model))
+        examples = read_examples(folder.x, folder.y, **which)
+        return self.check_examples(examples.with_names(folder.files, folder.class_names))
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
@@ -179,7 +192,7 @@ class Evaluator:
             for name, attack in self.attacks.items():
                 run.run_attack(name, attack)
             run.run_checks([name for name in names if CHECKS[name].stage == "after"])
-        return self._report(settings, names, state, examples, provenance)
+        return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=1))
 
     def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
         """Return what must be equal for an evaluation to continue from a state."""
@@ -198,6 +211,7 @@ class Evaluator:
         state: State,
         examples: Examples,
         provenance: dict[str, Any],
+        predictions: Array,
     ) -> RobustnessReport:
         records = [
             {"name": name, "settings": attack.settings, "seconds": state.seconds[name]}
@@ -214,6 +228,9 @@ class Evaluator:
             "label": examples.y.tolist(),
             "broken_by": list(state.broken_by),
         }
+        if examples.files is not None:
+            per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
+            provenance = provenance | {"classes": examples.class_names}
         checks = [Check(**state.checks[name]) for name in check_names]
         return RobustnessReport(settings, records, checks, per_example, provenance)
 
@@ -307,6 +324,15 @@ class _Run:
 
     def _finish(self, name: str, count: int) -> None:
         self._finished += count * self._todo.pop(name)
+
+
+def image_shape(model: keras.Model) -> tuple[int | None, ...]:
+    """Return the height, width and channels that a model takes, as far as they are known."""
+    inputs = getattr(model, "inputs", None) or []
+    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
+    if len(shape) != 3:
+        return (None, None, 3)
+    return (*shape[1:], shape[0]) if keras.config.image_data_format() == "channels_first" else shape
 
 
 def _check_shard(shard: Any) -> tuple[int, int]:

@@ -46,6 +46,7 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
         f"robust accuracy  {report.robust_accuracy:7.1%}   {bound}95 % interval {low:.1%} to {high:.1%}",
         f"clean accuracy   {report.clean_accuracy:7.1%}   {_examples(report)}",
         *_wrap(f"attacked with    {_threat(report)}", indent=17),
+        *_class_lines(report),
         *_shards_line(report),
         "",
         f"{'attack':<24}{'tried on':>10}{'withstood':>11}{'robust after':>14}{'seconds':>10}",
@@ -88,6 +89,16 @@ def _examples(report: EvaluationResults) -> str:
     low, high = min(counts), max(counts)
     each = f"{low}" if low == high else f"{low} to {high}"
     return f"{report.num_examples} examples, {each} of each of {len(counts)} classes"
+
+
+def _class_lines(report: EvaluationResults) -> list[str]:
+    """Return the robust accuracy of each class, where the classes have names."""
+    names = report.provenance.get("classes")
+    if not names:
+        return []
+    shares = report.robust_accuracy_by_class
+    parts = [f"{_escape.for_terminal(names[class_id])} {share:.1%}" for class_id, share in shares.items()]
+    return _wrap(f"robust by class  {', '.join(parts)}", indent=17)
 
 
 def _threat(report: EvaluationResults) -> str:

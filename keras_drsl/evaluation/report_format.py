@@ -80,9 +80,12 @@ PROVENANCE = {
     "undefended": schema.optional(schema.TEXT),
     "data": schema.TEXT,
     "pool": schema.optional(schema.DICT),
+    "classes": schema.list_of(schema.TEXT),
     "versions": schema.DICT,
 }
 PER_EXAMPLE = {
+    "file": schema.list_of(schema.TEXT),
+    "prediction": schema.list_of(POSITION),
     "index": schema.list_of(POSITION),
     "label": schema.list_of(POSITION),
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
@@ -171,7 +174,9 @@ def _check_structure(content: Any) -> None:
         "settings", settings, SETTINGS, may_lack=set(SETTINGS) - set(REQUIRED_SETTINGS), may_hold_more=True
     )
     schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
-    schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_hold_more=True)
+    schema.check_fields(
+        "per_example", content["per_example"], PER_EXAMPLE, may_lack=("file", "prediction"), may_hold_more=True
+    )
     for position, attack in enumerate(content["attacks"]):
         schema.check_fields(f"attacks[{position}]", attack, ATTACK)
     for position, check in enumerate(content["checks"]):
@@ -179,6 +184,9 @@ def _check_structure(content: Any) -> None:
     _check_unique("attacks", names)
     _check_unique("checks", [check["name"] for check in content["checks"]])
     _check_examples(content["per_example"], {None, CLEAN, *names})
+    names_of_classes = content["provenance"].get("classes")
+    if names_of_classes is not None and max(content["per_example"]["label"]) >= len(names_of_classes):
+        raise ValueError("`provenance.classes` must name the class of each label. Received: too few names")
     _check_threat(settings)
     _check_shards(settings, content["per_example"]["index"])
 

@@ -69,6 +69,13 @@ class EvaluationResults:
         return dict(sorted(Counter(self.per_example["label"]).items()))
 
     @property
+    def robust_accuracy_by_class(self) -> dict[int, float]:
+        """The share of the examples of each class that withstood everything, by class id."""
+        pairs = zip(self.per_example["label"], self.per_example["broken_by"], strict=True)
+        robust = Counter(label for label, name in pairs if name is None)
+        return {label: robust[label] / count for label, count in self.class_counts.items()}
+
+    @property
     def clean_accuracy(self) -> float:
         """The share of examples that are classified correctly without an attack, in [0, 1]."""
         return 1 - self._count_broken_by(CLEAN) / self.num_examples

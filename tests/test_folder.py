@@ -1,0 +1,128 @@
+"""A folder of images with one sub-folder per class."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_drsl
+from keras_drsl import cli, datasets, evaluate_robustness, robustness_curve
+
+pytest.importorskip("tensorflow")
+pytest.importorskip("PIL")
+
+CLASSES = ("apple", "bird", "cat")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Write 20 images per class; the channel of the class is the brightest."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for class_id, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for number in range(20):
+            image = rng.integers(90, 110, (6, 5, 3))
+            image[..., class_id] += 4 + number
+            keras.utils.save_img(root / name / f"{number:02}.png", image, scale=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Return a model that compares the means of the channels: an image falls at half the lead of its channel."""
+    mean = layers.GlobalAveragePooling2D()
+    dense = layers.Dense(3, use_bias=False)
+    model = keras.Sequential([keras.Input((6, 5, 3)), layers.Rescaling(1 / 255), mean, dense])
+    dense.set_weights([100 * np.eye(3)])
+    return model
+
+
+def test_images_labels_and_names_are_those_of_the_files(folder):
+    found = datasets.load_folder(folder)
+    assert found.x.shape == (60, 6, 5, 3)
+    assert found.x.dtype == "float32"
+    assert found.class_names == list(CLASSES)
+    assert len(set(found.files)) == 60
+    for x, y, file in zip(found.x, found.y, found.files, strict=True):
+        assert file.startswith(f"{CLASSES[y]}/")
+        np.testing.assert_array_equal(x, keras.utils.img_to_array(keras.utils.load_img(folder / file)))
+    assert datasets.load_folder(folder, (3, 3, 1)).x.shape == (60, 3, 3, 1)
+
+
+def test_the_verdict_is_exact_and_has_names(folder, model):
+    report = evaluate_robustness(model, folder, eps=6, clip_max=255, suite="quick", verbose=0)
+    images = datasets.load_folder(folder)
+    means = images.x.astype("float64").mean((1, 2))
+    lead = np.sort(means)[:, ::-1]
+    # L-inf moves each mean by eps: the lead of the largest one over the next shrinks by twice that.
+    robust = lead[:, 0] - lead[:, 1] > 12
+    assert 10 < robust.sum() < 50
+    assert [name is None for name in report.per_example["broken_by"]] == robust.tolist()
+    assert report.per_example["file"] == images.files
+    assert report.per_example["prediction"] == means.argmax(1).tolist()
+    assert report.provenance["classes"] == list(CLASSES)
+    assert report.robust_accuracy_by_class == {k: robust[images.y == k].mean() for k in range(3)}
+    shares = ", ".join(f"{name} {robust[images.y == k].mean():.1%}" for k, name in enumerate(CLASSES))
+    assert f"robust by class {shares}" in " ".join(str(report).split())
+
+
+def test_shards_states_and_files_keep_the_names(folder, model, tmp_path):
+    options = {"eps": 6, "clip_max": 255, "suite": "quick", "verbose": 0}
+    whole = evaluate_robustness(model, str(folder), **options, max_samples=30, state_path=tmp_path / "state")
+    parts = [evaluate_robustness(model, folder, **options, max_samples=30, shard=(i, 2)) for i in range(2)]
+    merged = keras_drsl.RobustnessReport.merge(parts)
+    assert merged.per_example == whole.per_example
+    assert merged.provenance["classes"] == list(CLASSES)
+    whole.to_json(tmp_path / "report.json")
+    assert str(keras_drsl.RobustnessReport.from_json(tmp_path / "report.json")) == str(whole)
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["provenance"]["classes"] = ["apple"]
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`provenance.classes` must name the class of each label"):
+        keras_drsl.RobustnessReport.from_json(tmp_path / "wrong.json")
+
+
+def test_a_curve_takes_a_folder(folder, model):
+    curve = robustness_curve(model, folder, eps=[0, 6], clip_max=255, suite="quick", verbose=0)
+    assert 0.2 < curve.accuracy[1] < curve.accuracy[0] == 1
+
+
+def test_the_command_takes_a_folder_and_a_file(folder, model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model.save(tmp_path / "model.keras")
+    command = ["evaluate", str(tmp_path / "model.keras"), "--dataset", str(folder), "--quiet", "--clip-max", "255"]
+    files = ["--out", str(tmp_path / "report.json"), "--plot", str(tmp_path / "curve.png")]
+    assert cli.main([*command, "--eps", "6", "--suite", "quick", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "robust by class  apple" in printed
+    assert "eps 6 of 0..255" in printed
+    assert (tmp_path / "curve.png").exists()
+    # The eps of [0, 1] in the wrong units.
+    assert cli.main([*command, "--eps", "8/255", "--suite", "quick"]) == 0
+    assert "WARN: units" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_read_are_named(folder, model, tmp_path):
+    options = {"eps": 6, "clip_max": 255, "suite": "quick", "verbose": 0}
+    with pytest.raises(ValueError, match="`path` must be a folder that exists. Received: path='.*nowhere'"):
+        evaluate_robustness(model, tmp_path / "nowhere", **options)
+    with pytest.raises(ValueError, match=r"one sub-folder of images .* with 0 sub-folders and 0 images"):
+        evaluate_robustness(model, tmp_path, **options)
+    with pytest.raises(ValueError, match="`y` must be None for a folder of images"):
+        evaluate_robustness(model, folder, np.zeros(60), **options)
+    with pytest.raises(
+        ValueError, match=r"Images in \[0, 255\] need clip_max=255; the usual 8/255 of \[0, 1\] is eps=8"
+    ):
+        evaluate_robustness(model, folder, eps=0.1, suite="quick", verbose=0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="`path` must hold images that can be read"):
+        evaluate_robustness(model, tmp_path, **options)
+    for name, size in (("a", 4), ("b", 5)):
+        keras.utils.save_img(tmp_path / name / "0.png", np.zeros((size, 4, 3)), scale=False)
+    with pytest.raises(ValueError, match="`path` must hold images of one size where the model takes any size"):
+        datasets.load_folder(tmp_path)
