@@ -278,3 +278,9 @@ def test_a_preprocessing_that_is_none_is_named():
             evaluate_robustness(unit(), x, y, eps=EPS, preprocessing=wrong, verbose=0)
         with pytest.raises(ValueError, match="`preprocessing` must be a Keras layer or a function. Received"):
             AdversarialTraining(unit(), EPS, preprocessing=wrong)
+
+
+def test_an_attack_by_itself_names_the_way_out():
+    x, y, _ = data()
+    with pytest.raises(ValueError, match=r"For one sigmoid unit of logit z, return the logits \[0, z\]"):
+        PGD(EPS)(unit("sigmoid"), x, y)

@@ -94,15 +94,15 @@ def select_output(model: keras.Model, outputs: Any, output: str | int | None) ->
     Args:
         model: The model, whose functional outputs have names.
         outputs: A tensor, a dictionary, or a list or tuple.
-        output: The key of a dictionary, or the name or position of an output in a list; None for the only one.
+        output: The key of a dictionary, or the name or position of an output in a list; None for one tensor.
 
     Raises:
-        ValueError: If there is no such output, or several and `output` is None.
+        ValueError: If there is no such output, or outputs have names and `output` is None.
     """
     names = output_names(model, outputs)
     if output is None:
-        if names is None or len(names) == 1:
-            return outputs if names is None else keras.tree.flatten(outputs)[0]
+        if names is None:
+            return outputs
         raise ValueError(f"`output` must name one of the outputs of `model`: {_listed(names)}. Received: output=None")
     if names is None:
         raise ValueError(f"`output` must be None for a model with one output. Received: output={output!r}")
@@ -120,7 +120,9 @@ def output_names(model: keras.Model, outputs: Any) -> list[Any] | None:
     if not isinstance(outputs, list | tuple):
         return None
     names = getattr(model, "output_names", None) or []
-    return list(names) if len(names) == len(outputs) else list(range(len(outputs)))
+    # The same layer may have made several outputs.
+    are_names = len(names) == len(set(names)) == len(outputs)
+    return list(names) if are_names else list(range(len(outputs)))
 
 
 def _listed(names: list[Any]) -> str:

@@ -445,7 +445,10 @@ class TestBadInput:
         x, y = inputs(5)
         cases = [
             (lambda x: x, "`model` must be a keras.Model. Received: function"),
-            (linear_model(WEIGHTS[:, :1]), r"`model` must return outputs of shape \(batch, classes >= 2\)"),
+            (
+                linear_model(WEIGHTS, keras.layers.Reshape((1, 3))),
+                r"`model` must return outputs of shape \(batch, classes >= 2\)",
+            ),
             (
                 linear_model(WEIGHTS * np.nan),
                 "`model` must return finite outputs.*Weights that are not finite: .*kernel",

@@ -104,7 +104,7 @@ class TestLossAndOutputs:
         x, y = data()
         inputs = keras.Input((4,))
         model = keras.Model(inputs, {"a": keras.layers.Dense(3)(inputs)})
-        with pytest.raises(ValueError, match="`model` must have one output"):
+        with pytest.raises(ValueError, match="`output` must name one of the outputs of `model`"):
             train(model, x, y)
         with pytest.raises(ValueError, match="`loss` must be one loss, for one output"):
             train(linear(), x, y, loss=[keras_drsl.DRSLoss(from_logits=True)])
