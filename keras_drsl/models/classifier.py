@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
+from keras_drsl.models.heads import Head
 from keras_drsl.models.state import owner
 from keras_drsl.predictions import SUM_TOLERANCE
 
@@ -101,7 +102,7 @@ class Classifier:
         """
         if self._checked_shape == x.shape[1:]:
             return
-        model = owner(self)
+        model = self.logits_fn.model if isinstance(self.logits_fn, Head) else self.logits_fn
         name = "model" if isinstance(model, keras.Model) else "logits_fn"
         # Two sizes: recurrent layers with a state, and some others, take one size only.
         for batch in (x[:1], x[[0, 0]]):

@@ -132,9 +132,9 @@ def test_consistency_compares_two_random_copies(monkeypatch):
     units = np.random.default_rng(3).uniform(-1, 1, (2, *x.shape)).astype("float32")
     remaining = iter(units)
 
-    def random_delta(shape, eps, norm, seed):
+    def random_delta(shape, bounds, norm, seed):
         assert norm == "inf"
-        return eps * ops.convert_to_tensor(next(remaining))
+        return bounds.eps * ops.convert_to_tensor(next(remaining))
 
     monkeypatch.setattr(inner_attack, "random_delta", random_delta)
 
