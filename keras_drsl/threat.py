@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import keras
@@ -158,29 +159,29 @@ class ThreatModel:
             )
         return threat
 
-    @property
+    @cached_property
     def _eps_of_features(self) -> Array:
         """The radius of each feature, 0 where a feature may not change."""
         eps = np.asarray(self.eps, dtype="float64")
         return eps if self.mask is None else np.where(np.asarray(self.mask), 0.0, eps)
 
-    @property
+    @cached_property
     def radius(self) -> float:
         """The largest radius of a feature: `eps` itself where it is one number."""
         return float(self._eps_of_features.max())
 
-    @property
+    @cached_property
     def scale(self) -> Array:
         """The radius of each feature over the largest one, a scalar 1 where `eps` is one number without a mask."""
         return self._eps_of_features / self.radius
 
-    @property
+    @cached_property
     def span(self) -> Numbers:
         """The length of the valid range, one number or one per feature."""
         span: Numbers = _as_tuples(np.asarray(self.clip_max) - np.asarray(self.clip_min))
         return span
 
-    @property
+    @cached_property
     def bounds(self) -> Bounds:
         """The numbers as compiled programs take them."""
         numbers = (self.radius, self.scale, self.clip_min, self.clip_max)

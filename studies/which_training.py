@@ -66,9 +66,11 @@ def main(arguments=None, run=None):
 def run_job(job, data, path, args):
     """Train the model of a job, evaluate it, and append the record."""
     import keras_drsl
+    from studies import recipes
 
     print(job, flush=True)
-    model, recipe, radius = train(job, data[0], args)
+    model, recipe = train(job, data[0], args)
+    radius = recipes.ADVERSARIAL["digits"]["eps"]
     began = time.perf_counter()
     how = {"suite": "quick"} if args.quick else {}
     report = keras_drsl.evaluate_robustness(model, *data[1], eps=radius, verbose=0, **how)
@@ -91,18 +93,18 @@ def run_job(job, data, path, args):
 
 
 def train(job, training, args):
-    """Return a model that returns logits, its recipe, and the radius to attack it at."""
+    """Return a model that returns logits, and its recipe."""
     from studies import recipes
 
     setting = TRAININGS[job["training"]][job["row"]] | {"seed": job["seed"]}
     recipe = recipes.ADVERSARIAL["digits"]
     if job["training"] != "pgd":
         plain = compare_losses.STUDIES["digits"]["recipe"] | ({"epochs": 1} if args.quick else {})
-        return compare_losses.train(setting, training, plain), plain, recipe["eps"]
+        return compare_losses.train(setting, training, plain), plain
     recipe = recipe | ({"epochs": 1, "warmup_epochs": 0, "steps": 2} if args.quick else {})
     loss, method, options, callbacks = robust_accuracy.prepare(setting, recipe)
     model, _ = recipes.fit(recipe | options, training, method, loss, job["seed"], callbacks=callbacks)
-    return model, recipe, recipe["eps"]
+    return model, recipe
 
 
 def earlier(setting):

@@ -23,6 +23,13 @@ def data(count=80):
     return x, (z > 0).astype("int32"), np.abs(z) / np.abs(WEIGHT).sum()
 
 
+def assert_exact(report, size):
+    """Check each verdict whose perturbation is not as large as eps up to rounding."""
+    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
+    clear = np.abs(size - EPS) > 1e-3
+    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+
+
 def unit(activation=None, scale=1.0):
     """Return a model of one linear unit with an activation."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation)])
@@ -74,10 +81,8 @@ def test_one_unit_gets_the_exact_verdict(name, labels):
     model = HEADS[name]()
     checks = ["outputs", "gradients", "independent_rows"]
     report = evaluate_robustness(model, x, forms[labels], eps=EPS, attacks=attacks, checks=checks, verbose=0)
-    clear = np.abs(size - EPS) > 1e-3
-    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
     assert 10 < (size > EPS).sum() < 70
-    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert_exact(report, size)
     assert report.clean_accuracy == 1
     assert report.trustworthy
     assert report.settings["outputs"] == ("logits" if name == "logit" else "softmax")
@@ -114,9 +119,7 @@ def test_one_of_several_outputs_is_evaluated(kind):
     x, y, size = data()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
     report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, output=output, verbose=0)
-    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
-    clear = np.abs(size - EPS) > 1e-3
-    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert_exact(report, size)
     assert report.settings["output"] == output
 
 
@@ -249,9 +252,7 @@ def test_a_function_in_front_of_a_model_is_attacked_through(name):
     x, y, size = data()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
     report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, preprocessing=preprocessing, verbose=0)
-    robust = np.array([broken is None for broken in report.per_example["broken_by"]])
-    clear = np.abs(size - EPS) > 1e-3
-    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    assert_exact(report, size)
     assert shown in report.settings["preprocessing"]
     curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", preprocessing=preprocessing, verbose=0)
     assert curve.settings["preprocessing"] == report.settings["preprocessing"]

@@ -26,9 +26,15 @@ def public():
                 found[f"{module.__name__}.{name}"] = value
     for name, value in list(found.items()):
         if inspect.isclass(value):
-            members = [key for key in vars(value) if not key.startswith("_") and inspect.isroutine(getattr(value, key))]
+            members = [key for key in vars(value) if not key.startswith("_") and is_method(value, key)]
             found |= {f"{name}.{key}": getattr(value, key) for key in members}
     return found
+
+
+def is_method(cls, key):
+    # Python takes a cached property for a routine, although it cannot be called.
+    value = getattr(cls, key)
+    return inspect.isroutine(value) and callable(value)
 
 
 def describe(function):
