@@ -40,7 +40,7 @@ def test_projections_are_the_nearest_points(norm):
     expected = [nearest(row_adv, row, 0.3, norm, 0.1, 0.9) for row_adv, row in zip(x_adv, x, strict=True)]
     np.testing.assert_allclose(values(threat.project(x_adv, x)), expected, atol=1e-6)
     tensors = map(ops.convert_to_tensor, (x_adv, x))
-    np.testing.assert_allclose(values(project(*tensors, threat.bounds, norm)), expected, atol=1e-6)
+    np.testing.assert_allclose(values(project(*tensors, threat.tensors, norm)), expected, atol=1e-6)
     assert threat.contains(values(threat.project(x_adv, x)), x).all()
 
 
