@@ -15,6 +15,7 @@ Exit status: 0 after a finished evaluation, 2 for invalid arguments or files or 
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -22,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 DATASETS = ("digits", "mnist", "cifar10")
+DATASET = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
 SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
@@ -67,7 +69,12 @@ def _paths(args: argparse.Namespace, name: str) -> list[str]:
     """Return the paths of local files that an argument names."""
     value = getattr(args, name, None)
     paths = [value] if isinstance(value, str) else value or []
-    return [path for path in paths if not (name == "dataset" and path in DATASETS) and "://" not in path]
+    return [path for path in paths if not (name == "dataset" and _is_name(path)) and "://" not in path]
+
+
+def _is_name(dataset: str) -> bool:
+    """Return whether an argument is the name of a data set, and no file or folder."""
+    return dataset in DATASETS or not (dataset.endswith(".npz") or os.path.isdir(dataset))
 
 
 def _is_same_file(first: str, second: str) -> bool:
@@ -90,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset",
         type=_dataset,
         required=True,
-        help="digits, mnist or cifar10 (their test images), an npz file with x and y, or a folder of images with one "
-        "sub-folder per class",
+        help="digits, mnist, cifar10 or another data set of images of tensorflow-datasets (their test images), an npz "
+        "file with x and y, or a folder of images with one sub-folder per class",
     )
-    evaluate.add_argument("--data-dir", type=_path, help="where tensorflow-datasets has mnist or cifar10")
+    evaluate.add_argument("--data-dir", type=_path, help="where tensorflow-datasets has the data set")
     evaluate.add_argument(
         "--eps",
         type=_several(_positive, _not_negative),
@@ -172,8 +179,11 @@ def _path(text: str) -> str:
 def _dataset(text: str) -> str:
     if text.lower() in DATASETS:
         return text.lower()
-    if not text.endswith(".npz") and not os.path.isdir(text):
-        raise _refuse(f"`dataset` must be one of {', '.join(DATASETS)}, an npz file or a folder", text)
+    if _is_name(text) and not re.fullmatch(DATASET, text):
+        names = ", ".join(DATASETS)
+        raise _refuse(
+            f"`dataset` must be one of {names}, another name of tensorflow-datasets, an npz file or a folder", text
+        )
     return _path(text)
 
 

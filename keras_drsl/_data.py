@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -149,7 +149,7 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     i, i + n, i + 2 n, ... of the data set.
 
     Args:
-        x: Inputs, or a data set of batches `(inputs, labels)`.
+        x: Inputs, or a data set of batches `(inputs, labels)` or of dictionaries with a key `"label"` and one other.
         y: Labels of an array of inputs, or None for a data set.
         max_samples: How many examples to choose, >= 1; None for all. Of a data set that does not know its length, the
             first ones are read.
@@ -158,7 +158,7 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
     """
-    if isinstance(x, np.ndarray | list | tuple | dict) or ops.is_tensor(x):
+    if isinstance(x, np.ndarray | list | tuple | dict) or ops.is_tensor(x) or (y is not None and _is_column(x)):
         x, y = to_arrays("x_or_dataset", x, y)
     else:
         if y is not None:
@@ -292,20 +292,40 @@ def _check_one_array(name: str, values: Any) -> None:
     )
 
 
+def _is_column(x: Any) -> bool:
+    """Return whether an object holds one input per position, as the columns of Hugging Face's data sets do."""
+    return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, keras.utils.PyDataset)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Return the inputs and labels of a batch, or raise `ValueError`."""
+    if isinstance(batch, Mapping):
+        label = next((name for name in ("label", "labels") if name in batch), None)
+        others = [name for name in batch if name != label]
+        if label is None or len(others) != 1:
+            raise ValueError(
+                '`x_or_dataset` must give batches (inputs, labels), or dictionaries with a key "label" or "labels" '
+                f"and one other. Received: a dictionary with keys {list(batch)}"
+            )
+        return batch[others[0]], batch[label]
+    if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
+        raise ValueError(
+            "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
+            f"Received: {type(batch).__name__}"
+        )
+    return batch[0], batch[1]
+
+
 def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
     inputs: list[Array] = []
     labels: list[Array] = []
     count = 0
     batches, is_sized = _batches(dataset, max_samples)
     for batch in batches:
-        if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
-            raise ValueError(
-                "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
-                f"Received: {type(batch).__name__}"
-            )
-        for value in batch[:2]:
+        pair = _pair(batch)
+        for value in pair:
             _check_one_array("x_or_dataset", value)
-        x, y = to_array(batch[0]), to_array(batch[1])
+        x, y = map(to_array, pair)
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
             raise ValueError(
                 "`x_or_dataset` must give batches of as many labels as inputs (a tf.data.Dataset: call `.batch`). "
@@ -332,13 +352,21 @@ def _batches(dataset: Any, max_samples: int | None) -> tuple[Iterable[Any], bool
         # TensorFlow reports a cardinality of -1 for an infinite data set, and of -2 for an unknown one.
         cardinality = int(dataset.cardinality()) if hasattr(dataset, "cardinality") else None
         endless = cardinality == -1
-        is_sized = hasattr(dataset, "__len__") if cardinality is None else cardinality >= 0
+        is_sized = _has_length(dataset) if cardinality is None else cardinality >= 0
         batches = dataset
     else:
         raise ValueError(
-            "`x_or_dataset` must be an array, a tensor, a tf.data.Dataset or a keras.utils.PyDataset. "
-            f"Received: {type(dataset).__name__}"
+            "`x_or_dataset` must be an array, a tensor, or an iterable of batches: a tf.data.Dataset, a "
+            f"keras.utils.PyDataset, a torch DataLoader. Received: {type(dataset).__name__}"
         )
     if endless and max_samples is None:
         raise ValueError("`max_samples` must be given for a data set without end. Received: max_samples=None")
     return batches, is_sized
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        len(dataset)
+    except TypeError:  # a DataLoader has a method `__len__` also where its data have no length
+        return False
+    return True

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 
 from keras_drsl import _escape, _files, datasets
-from keras_drsl._typing import Array
 from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
 from keras_drsl.evaluation.evaluator import image_shape
 from keras_drsl.evaluation.state import read_state
@@ -46,12 +45,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     model = _load(args.model)
     undefended = None if args.undefended is None else _load(args.undefended)
     data: Any
-    if args.dataset in datasets.NAMES:
-        data = _test_images(args)
-    elif os.path.isdir(args.dataset):
-        data = (datasets.load_folder(args.dataset, image_shape(model)), None)
-    else:
+    shape = image_shape(model)
+    if args.dataset.endswith(".npz"):
         data = datasets.load_npz(args.dataset)
+    elif args.dataset not in datasets.NAMES and os.path.isdir(args.dataset):
+        data = (datasets.load_folder(args.dataset, shape), None)
+    else:
+        data = datasets.load_test(args.dataset, args.data_dir, shape)
     x, y = data if data[1] is not None else data[0][:2]
     options: dict[str, Any] = {
         "threat": threat,
@@ -156,10 +156,6 @@ def _status(report: RobustnessReport, args: argparse.Namespace, problems: list[s
     if problems:
         return 2
     return 3 if args.strict and not report.trustworthy else 0
-
-
-def _test_images(args: argparse.Namespace) -> tuple[Array, Array]:
-    return datasets.load(args.dataset, args.data_dir)[1]
 
 
 def _load(path: str) -> keras.Model:

@@ -1,32 +1,39 @@
 """The data sets that the command and the examples load by name."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_drsl import _escape, _validation
+from keras_drsl import _escape
 from keras_drsl._typing import Array
 
+__all__ = ["Folder", "load", "load_folder", "load_npz", "load_test"]
+
 NAMES = ("digits", "mnist", "cifar10")
+NAME = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # the endings that Keras reads
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Load images scaled to [0, 1] and class ids.
+    """Load images scaled to [0, 1] and class ids, for training and for tests.
 
     Args:
-        name: `"digits"` (scikit-learn's, no download, 360 images drawn for the test), `"mnist"` or `"cifar10"`.
-        data_dir: The folder where tensorflow-datasets has MNIST and CIFAR-10; None to download them.
+        name: `"digits"` (scikit-learn's, no download, 360 images drawn for the test), or the name of a data set of
+            images of one size and with one class each in tensorflow-datasets, such as `"mnist"` or `"cifar10"`.
+        data_dir: The folder where tensorflow-datasets has the data set; None to download it.
 
     Returns:
-        `(x_train, y_train), (x_test, y_test)`, float32 `(count, height, width, channels)` and integers `(count,)`.
+        `(x_train, y_train), (x_test, y_test)`, float32 `(count, height, width, channels)` and integers `(count,)`. A
+        data set without test images is tested on its validation images.
 
     Raises:
-        ValueError: If the name is unknown, or the data set cannot be loaded.
+        ValueError: If the name is unknown, or the data set cannot be loaded or is of another kind.
         ImportError: Without the library that has the data set.
 
     Example:
@@ -35,33 +42,141 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tup
     >>> x_test.shape
     (360, 8, 8, 1)
     """
-    name = _validation.check_name("name", name, NAMES)
-    package = "scikit-learn" if name == "digits" else "tensorflow-datasets importlib_resources"
-    try:
+    with _needed_by(name):
+        name = _check_name(name)
         if name == "digits":
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
+            return _load_digits()
+        builder = _builder(name, data_dir)
+        return _read(builder, "train"), _read(builder, _test_split(builder))
 
-            x, y = load_digits(return_X_y=True)
-            x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
-            x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
-            return (x_train, y_train), (x_test, y_test)
 
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(f"{name} needs `pip install {package}`") from error
+def load_test(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    shape: Sequence[int | None] = (None, None, None),
+) -> tuple[Array, Array]:
+    """Load the test images of a data set, scaled to [0, 1], and their class ids.
+
+    Args:
+        name: The data set, as in `load`.
+        data_dir: The folder where tensorflow-datasets has the data set; None to download it.
+        shape: Height, width and channels of the images. Where a height and width are given, images of another size are
+            resized, bilinearly. Without them, all images must have one size.
+
+    Returns:
+        `(x_test, y_test)`, as from `load`.
+
+    Raises:
+        ValueError: As from `load`, or if the images have other channels.
+        ImportError: Without the library that has the data set.
+
+    Example:
+
+    >>> x, y = keras_drsl.datasets.load_test("digits")
+    >>> x.shape, y.shape
+    ((360, 8, 8, 1), (360,))
+    """
+    with _needed_by(name):
+        name = _check_name(name)
+        if name == "digits":
+            return _load_digits()[1]
+        builder = _builder(name, data_dir)
+        return _read(builder, _test_split(builder), shape)
+
+
+@contextlib.contextmanager
+def _needed_by(name: str) -> Iterator[None]:
+    """Say which packages a data set needs where one is missing."""
     try:
-        options: dict[str, Any] = {"batch_size": -1, "as_supervised": True, "download": data_dir is None}
-        train, test = tfds.as_numpy(tfds.load(name, split=["train", "test"], data_dir=data_dir, **options))
+        yield
+    except ImportError as error:
+        package = "scikit-learn" if name == "digits" else "tensorflow tensorflow-datasets importlib_resources"
+        raise ImportError(f"{name} needs `pip install {package}`") from error
+
+
+def _check_name(name: Any) -> str:
+    """Return a name that may be that of a data set; one of `NAMES` is taken in any case of letters."""
+    if isinstance(name, str) and name.lower() in NAMES:
+        return name.lower()
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise ValueError(
+            f"`name` must be one of {', '.join(NAMES)}, or another name of tensorflow-datasets. Received: name={name!r}"
+        )
+    return name
+
+
+def _load_digits() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    return (x_train, y_train), (x_test, y_test)
+
+
+def _builder(name: str, data_dir: Any) -> Any:
+    """Return the builder of a data set of tensorflow-datasets, its files ready to read, or raise `ValueError`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        if data_dir is None:
+            builder.download_and_prepare()
+        elif not builder.is_prepared():
+            raise ValueError(f"{str(data_dir)!r} does not hold it")
+    except ImportError:
+        raise
     except Exception as error:
         raise ValueError(
-            f"{name} could not be loaded: {type(error).__name__}: {error}\n"
+            f"{name} could not be loaded: {_escape.error_line(error)}\n"
             f"With a network, leave the data folder out to download it. Without one, prepare it elsewhere by "
             f"`python -c \"import tensorflow_datasets as tfds; tfds.load('{name}', data_dir='DIR')\"` and give that "
             "folder (--data-dir DIR). The digits need neither."
         ) from error
-    (x_train, y_train), (x_test, y_test) = train, test
-    return ((x_train / 255).astype("float32"), y_train), ((x_test / 255).astype("float32"), y_test)
+    features, keys = builder.info.features, builder.info.supervised_keys or ()
+    kinds = [features[key] for key in keys if isinstance(key, str)]
+    if not (len(kinds) == 2 and isinstance(kinds[0], tfds.features.Image) and kinds[1].shape == ()):
+        raise ValueError(
+            f"`name` must be a data set of images with one class each. Received: name={name!r}: {features}"
+        )
+    return builder
+
+
+def _test_split(builder: Any) -> str:
+    splits = [split for split in ("test", "validation") if split in builder.info.splits]
+    if not splits:
+        raise ValueError(
+            f"`name` must be a data set with test or validation images. Received: name={builder.name!r} with "
+            f"{', '.join(builder.info.splits)}"
+        )
+    return splits[0]
+
+
+def _read(builder: Any, split: str, shape: Sequence[int | None] = (None, None, None)) -> tuple[Array, Array]:
+    """Return the images of a split, in [0, 1] and of one size, and their class ids."""
+    import tensorflow as tf
+
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"`name` must be a data set with {split} images. Received: name={builder.name!r} with "
+            f"{', '.join(builder.info.splits)}"
+        )
+    own = builder.info.features[builder.info.supervised_keys[0]].shape
+    height, width = (None, None) if None in shape[:2] else shape[:2]
+    if shape[2] not in (None, own[2]):
+        raise ValueError(f"`shape` must have the {own[2]} channels of {builder.name}. Received: shape={tuple(shape)}")
+    if height is None and None in own:
+        raise ValueError(
+            f"`shape` must give height and width, as the images of {builder.name} have several sizes. "
+            f"Received: shape={tuple(shape)}"
+        )
+    data = builder.as_dataset(split, as_supervised=True)
+    if height is not None and own[:2] != (height, width):
+        data = data.map(lambda image, label: (tf.image.resize(image, (height, width)), label))
+    batches = [(np.asarray(x), np.asarray(y)) for x, y in data.batch(1024)]
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return (x / 255).astype("float32"), y
 
 
 def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ FIT_MODES = [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="is about TensorFlow")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="is about JAX")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="is about torch")
 needs_xla = pytest.mark.skipif(BACKEND == "torch", reason="needs XLA")
 
 

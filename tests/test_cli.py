@@ -155,9 +155,10 @@ def test_bad_files_end_with_status_2(files, command, fails, tmp_path):
     eps = ["--eps", "0.1"]
     fails(["evaluate", "m", "--dataset", "digits", *eps], "`MODEL` must be a file that Keras can load")
     fails(
-        [*command, *eps, "--dataset", "fashion"],
-        "`dataset` must be one of digits, mnist, cifar10, an npz file or a folder",
+        [*command, *eps, "--dataset", "my images"],
+        "`dataset` must be one of digits, mnist, cifar10, another name of tensorflow-datasets, an npz file or a folder",
     )
+    fails([*command, *eps, "--dataset", "fashion_mnis", "--data-dir", tmp_path], "fashion_mnis could not be loaded")
     fails([*command, *eps, "--dataset", "x.npz"], "`dataset` must be a file that exists")
     fails([*command, *eps, "--out", there], "which exists")
     fails(["show", there], "`path` must be a file written by")
@@ -190,6 +191,7 @@ def test_the_command_knows_the_names_of_the_package():
     assert keras_drsl_command.ALIASES == SUITE_ALIASES
     assert keras_drsl_command.NORMS == NORM_NAMES
     assert keras_drsl_command.DATASETS == keras_drsl.datasets.NAMES
+    assert keras_drsl_command.DATASET == keras_drsl.datasets.NAME
 
 
 def test_one_file_in_two_places_is_refused(files, command, fails, tmp_path):  # C3

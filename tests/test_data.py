@@ -6,7 +6,7 @@ import pytest
 
 import keras_drsl
 from keras_drsl._data import class_ids, content_keys, read_examples
-from tests.backends import on_tensorflow
+from tests.backends import on_tensorflow, on_torch
 from tests.linear import inputs, linear_model
 
 SIZES = {0: 60, 1: 30, 2: 10}
@@ -158,3 +158,58 @@ def train(model, x, y, callbacks=()):
 )
 def test_labels_of_one_class_are_taken(labels):  # B4
     assert class_ids(labels, 3, 3).tolist() == [2, 0, 1]
+
+
+class Column:
+    """A column of a data set as Hugging Face's library gives it: a sequence, but no list."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+@pytest.mark.parametrize("form", ["dictionaries", "label last", "columns", "weights"])
+def test_batches_and_columns_are_read_as_arrays_are(sorted_by_class, form):
+    x, y = sorted_by_class
+    parts = [slice(start, start + 30) for start in range(0, 100, 30)]
+    forms = {
+        "dictionaries": ([{"label": y[part], "image": x[part]} for part in parts], None),
+        "label last": ([{"pixels": x[part], "labels": y[part]} for part in parts], None),
+        "columns": (Column(list(x)), Column(list(y))),
+        "weights": (iter([(x[part], y[part], np.ones(30)) for part in parts]), None),
+    }
+    data, labels = forms[form]
+    data = iter(data) if isinstance(data, list) else data
+    examples = read_examples(data, labels, max_samples=None)
+    np.testing.assert_array_equal(examples.x, x)
+    np.testing.assert_array_equal(examples.y, y)
+
+
+@on_torch
+@pytest.mark.short
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_torch_data_loader_is_read(sorted_by_class, sized):
+    import torch
+    from torch.utils import data
+
+    class Endless(data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from zip(*sorted_by_class, strict=True)
+
+    x, y = map(torch.tensor, sorted_by_class)
+    loader = data.DataLoader(data.TensorDataset(x, y) if sized else Endless(), batch_size=8)
+    expected = read_examples(*sorted_by_class, max_samples=20).ids if sized else np.arange(20)
+    np.testing.assert_array_equal(read_examples(loader, None, max_samples=20).ids, expected)
+
+
+def test_dictionaries_without_one_input_are_named(sorted_by_class):
+    x, y = sorted_by_class
+    for batch in ({"image": x}, {"image": x, "text": x, "label": y}):
+        with pytest.raises(ValueError, match=r'"label" or "labels" and one other. Received: .*keys \[\'image\''):
+            read_examples(iter([batch]), None, max_samples=None)

@@ -85,6 +85,24 @@ def test_shards_states_and_files_keep_the_names(folder, model, tmp_path):
         keras_drsl.RobustnessReport.from_json(tmp_path / "wrong.json")
 
 
+def test_classes_in_another_order_are_named(folder, model):
+    def clean_accuracy(images):
+        report = evaluate_robustness(model, images, eps=1, clip_max=255, suite="quick", checks="quick", verbose=0)
+        return next(check for check in report.checks if check.name == "clean_accuracy")
+
+    images = datasets.load_folder(folder)
+    found = clean_accuracy(images._replace(y=np.array([0, 2, 1])[images.y]))
+    assert (found.status, found.value) == ("warn", pytest.approx(1 / 3))
+    assert found.message.endswith("seem to be in another order: bird as cat, cat as bird")
+    found = clean_accuracy(images._replace(y=np.array([1, 2, 0])[images.y]))
+    assert found.message.endswith("another order: apple as cat, bird as apple, cat as bird")
+    assert clean_accuracy(images).status == "pass"
+    # Without an order: two classes are predicted as the same one, or only some of their images are.
+    rng = np.random.default_rng(0)
+    for y in (np.array([0, 0, 1])[images.y], rng.integers(0, 3, 60)):
+        assert "another order" not in clean_accuracy(images._replace(y=y)).message
+
+
 def test_a_curve_takes_a_folder(folder, model):
     curve = robustness_curve(model, folder, eps=[0, 6], clip_max=255, suite="quick", verbose=0)
     assert 0.2 < curve.accuracy[1] < curve.accuracy[0] == 1

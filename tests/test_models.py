@@ -12,7 +12,7 @@ from keras_drsl import evaluate_robustness, robustness_curve
 from keras_drsl.attacks import PGD, Attack, Square
 from keras_drsl.models import Classifier, find_logits, fingerprint
 from keras_drsl.models.state import preserve_state
-from tests.backends import BACKEND, on_tensorflow
+from tests.backends import BACKEND, on_tensorflow, on_torch
 from tests.helpers import some_short
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 
@@ -430,7 +430,7 @@ def test_overlapping_calls_restore_what_the_first_one_found():  # B1
     assert model.held() == before
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="is about torch")
+@on_torch
 @pytest.mark.short
 def test_an_answer_written_in_place_is_no_softmax():
     class InPlace(keras.Model):

@@ -11,7 +11,7 @@ import keras
 import pytest
 
 import keras_drsl
-from keras_drsl import attacks, evaluation, losses, models, training
+from keras_drsl import attacks, datasets, evaluation, losses, models, training
 
 SIGNATURES = Path(__file__).parent / "fixtures" / "signatures.txt"
 
@@ -19,7 +19,7 @@ SIGNATURES = Path(__file__).parent / "fixtures" / "signatures.txt"
 def public():
     """Return the public functions, classes and methods by name, each once."""
     found = {}
-    for module in (keras_drsl, attacks, evaluation, losses, models, training):
+    for module in (keras_drsl, attacks, datasets, evaluation, losses, models, training):
         for name in sorted(module.__all__):
             value = getattr(module, name)
             if callable(value) and value not in found.values():

@@ -50,6 +50,7 @@ class EvaluationContext:
         attacks: The attacks of the evaluation, by name.
         undefended: A second model without a defense and its logits, or None.
         audit: A record of the perturbations that the attacks returned.
+        class_names: The names of the classes by id, or None.
     """
 
     model: LogitsModel
@@ -64,6 +65,7 @@ class EvaluationContext:
     attacks: Mapping[str, Attack]
     undefended: LogitsModel | None
     audit: Audit
+    class_names: list[str] | None = None
 
     @property
     def gradient_free(self) -> list[str]:

@@ -67,9 +67,11 @@ def evaluate_robustness(
     Args:
         model: A classifier: any `keras.Model` with one input and outputs `(batch, C)`, logits or probabilities. A
             single unit (C = 1) is read as two classes, with the logits `[0, z]`.
-        x_or_dataset: Inputs `(count, ...)` within the valid range, an array or tensor; or a `tf.data.Dataset` or
-            `keras.utils.PyDataset` of batches `(inputs, labels)`; or the path of a folder of images with one sub-folder
-            per class. Its images have values in [0, 255], and the report names classes and files.
+        x_or_dataset: Inputs `(count, ...)` within the valid range: an array, a tensor, or a column of a data set. Or an
+            iterable of batches, such as a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`. A batch
+            is a pair `(inputs, labels)`, or a dictionary with a key `"label"` or `"labels"` and one other. Or the path
+            of a folder of images with one sub-folder per class. Its images have values in [0, 255], and the report
+            names classes and files.
         y: The true labels of an array of inputs: class ids `(count,)` or `(count, 1)`, or one-hot `(count, C)`.
         eps: The radius of the ball around each input, > 0, in units of the input.
         norm: `"inf"` (the default) or 2.

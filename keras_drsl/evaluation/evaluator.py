@@ -184,6 +184,7 @@ class Evaluator:
             attacks=self.attacks,
             undefended=undefended,
             audit=Audit(**state.audit),
+            class_names=examples.class_names,
         )
         names = [name for name in self.checks if self._listed or applies(name, context)]
         with Progress(enabled=bool(verbose)) as progress:

@@ -433,7 +433,7 @@ class TestBadInput:
             (lambda x, y: (iter([]), None), "`x_or_dataset` must hold at least one example. Received: none"),
             (lambda x, y: (iter([x]), None), r"`x_or_dataset` must give batches \(inputs, labels\)"),
             (lambda x, y: (iter([(x, y)]), y), "`y` must be None where `x_or_dataset` is a data set"),
-            (lambda x, y: (3, None), "`x_or_dataset` must be an array, a tensor, a tf.data.Dataset or"),
+            (lambda x, y: (3, None), "`x_or_dataset` must be an array, a tensor, or an iterable of batches"),
             (lambda x, y: (y, y), r"`x_or_dataset` must hold inputs of shape \(count, ...\)"),
         ],
     )

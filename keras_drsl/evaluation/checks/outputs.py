@@ -17,15 +17,38 @@ ROWS_AT_ONCE = 32  # in a call outside a program
 
 @check(suites=None, stage="before")
 def clean_accuracy(context: EvaluationContext) -> Outcome:
-    """Check that the model knows its task."""
+    """Check that the model knows its task, and numbers the classes as the labels do."""
     correct = len(context.y) - context.broken_by.count(CLEAN)
     share = correct / len(context.y)
+    moved = _moved_classes(context.logits.argmax(axis=1), context.y)
+    if moved:
+        names = context.class_names or range(context.logits.shape[1])
+        shown = ", ".join(f"{names[label]} as {names[answer]}" for label, answer in list(moved.items())[:3])
+        message = f"share classified correctly; the classes of the labels seem to be in another order: {shown}"
+        return Outcome("warn", share, message + (", ..." if len(moved) > 3 else ""))
     commonest = float(np.bincount(context.y).max() / len(context.y))
     if wilson(correct, len(context.y))[0] <= commonest:
         # A model that always predicts the commonest class could do as well.
         message = "share classified correctly, no better than always predicting one class: check labels and input range"
         return Outcome("warn", share, message)
     return Outcome("pass", share, "share classified correctly without an attack")
+
+
+def _moved_classes(predictions: Array, y: Array) -> dict[int, int]:
+    """Return which class is predicted for each class that has another place in the model, empty if there is no order.
+
+    There is one if the commonest predictions of all classes differ. A class counts as moved if its commonest prediction
+    is another class, holds for more than half of its examples, and is right for fewer than a tenth.
+    """
+    commonest, moved = [], {}
+    for label in np.unique(y):
+        counts = np.bincount(predictions[y == label], minlength=label + 1) / (y == label).sum()
+        commonest.append(int(counts.argmax()))
+        if commonest[-1] != label:
+            if counts.max() <= 0.5 or counts[label] >= 0.1:
+                return {}
+            moved[int(label)] = commonest[-1]
+    return moved if len(moved) > 1 and len(set(commonest)) == len(commonest) else {}
 
 
 @check(suites=None, stage="before")
