@@ -15,33 +15,32 @@ test: .venv/test
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --fail-under=100 --include='keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py'
 
+# Many tests compile equal programs.
+JAX := KERAS_BACKEND=jax JAX_COMPILATION_CACHE_DIR=.venv-jax/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
 # One small case per behaviour that depends on the backend, on the two other backends.
-SHORT_TESTS := -m 'short and not slow' tests
+SHORT_TESTS := -m 'short and not slow and not more' tests
 
 test-short: .venv-jax/test .venv-torch/test
-	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
+	$(JAX) .venv-jax/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
 
 # Everything that is not about TensorFlow, on all backends.
-BACKEND_TESTS := tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
-	tests/test_distribution.py tests/test_metrics.py tests/test_models.py tests/test_spread.py tests/test_threat.py
-# One function in every form, also those that are slow.
-EVERY_VERDICT := -m slow tests/evaluation/test_same_verdict.py
+BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
+	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_metrics.py tests/test_models.py \
+	tests/test_random_models.py tests/test_spread.py tests/test_threat.py
 
 test-backends: .venv/test .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS)
-	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(BACKEND_TESTS)
+	$(JAX) .venv-jax/bin/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS)
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(EVERY_VERDICT)
-	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(EVERY_VERDICT)
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(EVERY_VERDICT)
 
 # Tests of several minutes: other libraries, killed processes, studies. torchattacks asks for a version of requests that
 # is too old for others.
 test-slow: .venv/test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks
-	REQUIRE_ALL=1 $(BIN)/python -m pytest -m slow
+	REQUIRE_ALL=1 $(BIN)/python -m pytest -m "slow or more"
 
 # The oldest Keras that pyproject.toml admits, with the TensorFlow of its day.
 test-oldest: .venv-oldest/test

@@ -124,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mask", type=_mask, help="1 for each channel that may not change, otherwise 0, as 0,0,1")
     evaluate.add_argument("--output", help="the output that holds the classes, of a model with several")
     evaluate.add_argument(
+        "--expectation-draws", type=_integer(1), default=1, help="average a random model over so many calls"
+    )
+    evaluate.add_argument(
         "--max-samples", type=_integer(1), help="how many images, each class in proportion; by default all"
     )
     evaluate.add_argument(

@@ -56,6 +56,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
+        expectation_draws: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -95,6 +96,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         threat: ThreatModel | None = None,
         output: str | int | None = None,
         preprocessing: Callable[[Tensor], Tensor] | None = None,
+        expectation_draws: int = 1,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -111,7 +113,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
             seed=seed,
             batch_size=batch_size,
             max_samples=max_samples,
-            view=View(output, preprocessing),
+            view=View(output, preprocessing, expectation_draws),
         )
         self._examples = self._evaluator.check_examples(read_examples(x, y, max_samples=max_samples))
 

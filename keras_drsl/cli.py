@@ -59,6 +59,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "output": args.output,
+        "expectation_draws": args.expectation_draws,
         "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(

@@ -72,7 +72,15 @@ def set_nested(content, path, value):
         content[path[-1]] = value
 
 
-def some_short(names, *short):
-    """Return the cases of a test by name, some of which run on all backends in each run of the tests."""
-    assert set(short) <= set(names)
-    return [pytest.param(name, marks=pytest.mark.short) if name in short else name for name in names]
+def some_short(names, *short, more=()):
+    """Return the cases of a test by name.
+
+    Args:
+        names: The names.
+        *short: Those that run on all backends in each run of the tests.
+        more: Those that only `make test-backends` and `make test-slow` run.
+    """
+    assert set(short) <= set(names) >= set(more)
+    assert not set(short) & set(more)
+    marks = dict.fromkeys(short, pytest.mark.short) | dict.fromkeys(more, pytest.mark.more)
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]

@@ -11,13 +11,17 @@ class Quantised(keras.layers.Layer):
         return ops.round(x * 10) / 10
 
 
+@keras.saving.register_keras_serializable(package="tests")
 class Random(keras.layers.Layer):
     """Inputs with noise on them, another in each pass."""
 
-    def __init__(self, scale=0.3):
-        super().__init__()
+    def __init__(self, scale=0.3, **options):
+        super().__init__(**options)
         self.scale = scale
         self.seed = keras.random.SeedGenerator(0)
 
     def call(self, x):
         return x + self.scale * keras.random.normal(ops.shape(x), seed=self.seed)
+
+    def get_config(self):
+        return super().get_config() | {"scale": self.scale}

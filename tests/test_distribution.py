@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.backends import on_jax, on_tensorflow
 from tests.helpers import run_python
@@ -38,6 +39,7 @@ def test_workers_are_stopped_at_the_time_limit():
 
 
 @on_tensorflow
+@pytest.mark.more
 def test_a_worker_waits_no_longer_than_the_limit():
     config = '{"cluster": {"worker": ["127.0.0.1:47831", "127.0.0.1:47832"]}, "task": {"type": "worker", "index": 0}}'
     done = run_python(EXAMPLE, "--time-limit", 15, env={"TF_CONFIG": config}, check=False)

@@ -75,7 +75,7 @@ def test_the_verdict_on_a_linear_model_is_exact(name):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("name", THREATS)
+@pytest.mark.parametrize("name", some_short(THREATS, more=[*THREATS][1:-1]))
 def test_attacks_stay_within_the_radius_of_each_feature(name, attack):
     threat = THREATS[name]
     model, _, x, y = model_and_inputs(threat)

@@ -13,6 +13,7 @@ from tests.backends import values
 from tests.helpers import some_short
 
 EPS = 0.1
+METHODS = ("pgd", "fgsm", "trades", "mart", "consistency")
 WEIGHT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
 
 
@@ -65,7 +66,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
-@pytest.mark.parametrize("name", some_short(HEADS, "logit", "saturated sigmoid", "average"))
+@pytest.mark.parametrize("name", some_short(HEADS, "logit", "average"))
 def test_one_unit_gets_the_exact_verdict(name, labels):
     x, y, size = data()
     if labels != "ids" and name != "sigmoid":
@@ -112,8 +113,7 @@ def two_outputs(kind):
     return keras.Model(x, {"depth": outputs[0], "cat": outputs[1]}), "cat"
 
 
-@pytest.mark.parametrize("kind", ["list", "names", "dict"])
-@pytest.mark.short
+@pytest.mark.parametrize("kind", some_short(["list", "names", "dict"], "dict", more=["list", "names"]))
 def test_one_of_several_outputs_is_evaluated(kind):
     model, output = two_outputs(kind)
     x, y, size = data()
@@ -192,8 +192,8 @@ def test_a_report_keeps_the_output(tmp_path):
         keras_drsl.RobustnessReport.merge([parts[0], depth])
 
 
-@pytest.mark.parametrize("method", some_short(["pgd", "fgsm", "trades", "mart", "consistency"], "trades"))
-@pytest.mark.parametrize("head", ["logit", "sigmoid"])
+@pytest.mark.parametrize("method", some_short(METHODS, "trades", more=("fgsm", "mart", "consistency")))
+@pytest.mark.parametrize("head", some_short(["logit", "sigmoid"], more=["sigmoid"]))
 def test_one_unit_is_trained_to_withstand_attacks(method, head):
     keras.utils.set_random_seed(0)
     x, y, size = data(200)

@@ -43,6 +43,7 @@ max_of_classes = _running.max_of_classes
 multi_step = _running.multi_step
 pad_rows = _running.pad_rows
 per_replica_value = _running.per_replica_value
+repeat_random = _running.repeat_random
 replica_id = _running.replica_id
 save_native_state = _running.save_native_state
 set_mask = _running.set_mask

@@ -20,6 +20,17 @@ def padded_length(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def repeat_random(function: Callable[[], Tensor], times: int, variables: list[Any]) -> Tensor:
+    """Return the results of several calls of a function that is random, stacked.
+
+    Args:
+        function: Draws other random numbers in each call.
+        times: How many calls.
+        variables: The Keras variables that the function reads.
+    """
+    return keras.ops.stack([function() for _ in range(times)])
+
+
 def step_by_step(program: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """Call a compiled step once per element of the stacked arguments' first axis."""
 

@@ -142,10 +142,21 @@ def compile_function(
 
     @jax.jit
     def stateless(values: list[Tensor], *arguments: Any) -> Any:
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return function(*arguments)
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
+            before = [scope.get_current_value(variable) for variable in variables]
+            results = function(*arguments)
+            after = [scope.get_current_value(variable) for variable in variables]
+        changed = {index: new for index, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
+        return results, changed
 
-    return lambda *arguments: stateless([variable.value for variable in variables], *arguments)
+    def call(*arguments: Any) -> Any:
+        results, changed = stateless([variable.value for variable in variables], *arguments)
+        # What the program changed, such as the counters of random numbers, must not be the same in the next call.
+        for index, value in changed.items():
+            variables[index].assign(value)
+        return results
+
+    return call
 
 
 def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> Callable[..., dict[str, Tensor]]:
@@ -168,6 +179,34 @@ def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables
             return step(x)
 
     return jax.lax.fori_loop(0, times, body, x)
+
+
+def repeat_random(function: Callable[[], Tensor], times: int, variables: list[Any]) -> Tensor:
+    """Return the results of several calls of a function that is random, stacked."""
+    values = [(variable, variable.value) for variable in variables]
+
+    def call(number: Tensor) -> Tensor:
+        # One program for all calls, as XLA takes long to compile as many copies of a model.
+        with keras.StatelessScope(state_mapping=[(variable, _skip(value, number)) for variable, value in values]):
+            return function()
+
+    results: Tensor = jax.vmap(call)(jax.numpy.arange(times))
+    for variable, value in values:
+        if _is_seed(value):
+            variable.assign(_skip(value, times))
+    return results
+
+
+def _is_seed(value: Tensor) -> bool:
+    """Return whether a value is the state of a `keras.random.SeedGenerator`."""
+    return bool(value.dtype == "uint32" and value.shape == (2,))
+
+
+def _skip(value: Tensor, number: Tensor | int) -> Tensor:
+    """Return a state that so many calls have used, if the value is one; each call may draw 4,096 times."""
+    if not _is_seed(value):
+        return value
+    return value + jax.numpy.array([0, 4096], "uint32") * jax.numpy.asarray(number, "uint32")
 
 
 def replica_id() -> Tensor | int:

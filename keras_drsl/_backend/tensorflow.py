@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_drsl._backend._common import available_cores, padded_length
+from keras_drsl._backend._common import repeat_random as repeat_random
 from keras_drsl._backend._log_domain import Operation, logits_of, matmul_equation
 from keras_drsl._typing import Array, Tensor
 

@@ -7,6 +7,7 @@ import keras
 import torch
 from torch.overrides import TorchFunctionMode
 
+from keras_drsl._backend._common import repeat_random as repeat_random
 from keras_drsl._backend._common import step_by_step
 from keras_drsl._backend._log_domain import Operation, axes_of, logits_of, matmul_equation, product_equation
 from keras_drsl._typing import Array, Tensor

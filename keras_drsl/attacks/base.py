@@ -20,7 +20,10 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Batch(NamedTuple):
-    """Rows to attack: examples that are classified correctly without an attack, each for one restart.
+    """Rows to attack, each for one restart.
+
+    They belong to examples that are classified correctly without an attack, or to all examples if the answers of a
+    random model are averaged.
 
     Attributes:
         x: Inputs, float32, shape `(batch, ...)`.
@@ -29,7 +32,8 @@ class Batch(NamedTuple):
         logits: The logits of the clean inputs, shape `(batch, C)`.
         restart: Which of the `Attack.num_runs` runs each row is for, shape `(batch,)`.
         example_index: Equal integers for the rows of one example, shape `(batch,)`.
-        stop_when_broken: Whether a search may end for an example as soon as it is misclassified.
+        stop_when_broken: Whether a search may end for an example as soon as it is misclassified. An average of random
+            answers may be wrong by chance, so that it may not.
         pool: Images of all classes that a search may start from, or None.
     """
 
@@ -275,24 +279,27 @@ class Attack:
         x, y, ids, logits = all_rows[:4]
         x_adv: Array = x.copy()
         reached = margins(logits, y)
-        robust = np.flatnonzero(~is_misclassified(logits, y))
         num_classes = logits.shape[1]
+        # An average of random answers may be wrong by chance: no search ends early, and the largest margin counts.
+        is_random = classifier.expectation_draws > 1
+        left = np.arange(len(x)) if is_random else np.flatnonzero(~is_misclassified(logits, y))
         run, num_runs = 0, self.num_runs(num_classes)
         if all_rows.pool is not None:
             num_runs += self.num_pool_runs(num_classes)
-        while run < num_runs and len(robust):
+        while run < num_runs and len(left):
             # Where few examples are left, several restarts fill the batch.
-            count = min(batch_size // len(robust), num_runs - run)
-            rows = np.tile(robust, count)
-            restart = np.repeat(np.arange(run, run + count), len(robust))
-            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows, pool=all_rows.pool)
+            count = min(batch_size // len(left), num_runs - run)
+            rows = np.tile(left, count)
+            restart = np.repeat(np.arange(run, run + count), len(left))
+            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows, not is_random, all_rows.pool)
             found = self.run(classifier, batch)
             outputs = classifier.logits(found)
-            margin, broken = margins(outputs, batch.y), is_misclassified(outputs, batch.y)
+            margin = margins(outputs, batch.y)
+            broken = np.zeros(len(rows), bool) if is_random else is_misclassified(outputs, batch.y)
             for part in np.split(np.arange(len(rows)), count):
                 index = rows[part]
                 better = broken[part] | (margin[part] > reached[index])
                 x_adv[index[better]], reached[index[better]] = found[part[better]], margin[part[better]]
-            robust = robust[~np.isin(robust, rows[broken])]
+            left = left[~np.isin(left, rows[broken])]
             run += count
         return x_adv

@@ -152,6 +152,7 @@ def robustness_curve(
     from_logits: bool | None = None,
     output: str | int | None = None,
     preprocessing: Callable[[Tensor], Tensor] | None = None,
+    expectation_draws: int = 1,
     batch_size: int = 256,
     max_samples: int | None = None,
     x_pool: Any = None,
@@ -179,6 +180,7 @@ def robustness_curve(
         from_logits: As in `evaluate_robustness`.
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
+        expectation_draws: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
@@ -208,7 +210,7 @@ def robustness_curve(
         "seed": seed,
         "batch_size": batch_size,
         "max_samples": max_samples,
-        "view": View(output, preprocessing),
+        "view": View(output, preprocessing, expectation_draws),
     }
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
@@ -219,7 +221,7 @@ def robustness_curve(
     for evaluator in others:
         evaluator.check_examples(examples)
     breaking, found = np.full(len(examples.x), np.inf), {}
-    with preserve_state(model, inputs=examples.x):
+    with preserve_state(model, preprocessing, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])

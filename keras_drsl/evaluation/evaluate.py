@@ -31,6 +31,7 @@ def evaluate_robustness(
     from_logits: bool | None = None,
     output: str | int | None = None,
     preprocessing: Callable[[Tensor], Tensor] | None = None,
+    expectation_draws: int = 1,
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -88,6 +89,8 @@ def evaluate_robustness(
         output: The name or position of the output that holds the classes; None for a model with one output.
         preprocessing: A Keras layer or a function in front of the model, or None. It maps inputs within the valid range
             to what the model takes. Attacks change what it is given.
+        expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1. Attacks follow
+            the gradient of the average, and the average decides what is misclassified.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
         max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
             depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
@@ -129,10 +132,10 @@ def evaluate_robustness(
         batch_size=batch_size,
         max_samples=max_samples,
         shard=shard,
-        view=View(output, preprocessing),
+        view=View(output, preprocessing, expectation_draws),
     )
     examples = evaluator.read_examples(model, x_or_dataset, y)
-    with preserve_state(model, undefended, inputs=examples.x):
+    with preserve_state(model, undefended, preprocessing, inputs=examples.x):
         found = evaluator.find_logits(model, examples, from_logits)
         second = None if undefended is None else evaluator.find_undefended(undefended, found, examples)
         pool = evaluator.make_pool(found, examples, x_pool)

@@ -161,6 +161,7 @@ class Evaluator:
             ValueError: If labels do not match, outputs are not finite, or the state belongs to another evaluation.
         """
         batch_size = self.settings["batch_size"]
+        model.seed(self.settings["seed"], "clean")
         logits = model.classifier.logits_in_batches(examples.x, batch_size)
         outputs = logits if model.outputs == "logits" else model.model.logits_in_batches(examples.x, batch_size)
         examples = examples._replace(y=class_ids(examples.y, len(examples.x), logits.shape[1]))
@@ -276,6 +277,7 @@ class _Run:
             began = time.perf_counter()
             rows = robust[start : start + context.batch_size]
             x, y = context.x[rows], context.y[rows]
+            context.model.seed(context.seed, name, number)
             x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
             broken, audit = breaks(context.model, x_adv, x, y, context.threat)
             for index in rows[broken]:
@@ -297,6 +299,7 @@ class _Run:
                 context = dataclasses.replace(
                     self._context, broken_by=tuple(state.broken_by), audit=Audit(**state.audit)
                 )
+                context.model.seed(context.seed, name)
                 outcome = run_check(name, context)
                 key = f"check:{name}"
                 for index in np.flatnonzero(np.isin(context.ids, list(outcome.broken))):

@@ -16,7 +16,7 @@ OUTCOMES = {"fail": "failed", "warn": "with a warning", "skipped": "skipped"}
 ADVICE = {
     "clean_accuracy": "Check labels, input range and preprocessing before anything else.",
     "outputs": "Give the model that returns logits, without a softmax or sigmoid.",
-    "deterministic": "Give a model that answers the same inputs alike, such as an average of several passes.",
+    "deterministic": "Give `expectation_draws` for a random model, and a model without a state otherwise.",
     "independent_rows": "Give the model at inference, with moving statistics in place of those of the batch.",
     "gradients": "Remove what stops the gradient, and rely on attacks without gradients until then.",
     "logit_scale": "Believe attacks on the margin only.",

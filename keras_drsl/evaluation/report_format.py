@@ -47,6 +47,7 @@ SETTINGS = {
     "clip_max": schema.NUMBERS,
     "mask": Rule("nested lists of true and false", lambda value: schema.is_nested(value, schema.BOOL.obeys)),
     "preprocessing": schema.NAME,
+    "expectation_draws": COUNT,
     "output": Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value)),
     "checks": Rule(
         "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)

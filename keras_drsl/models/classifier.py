@@ -50,6 +50,12 @@ class Classifier:
         return list(getattr(owner, "variables", ()))
 
     @property
+    def expectation_draws(self) -> int:
+        """Over how many calls of a random model its probabilities are averaged; 1 for any other function."""
+        draws: int = getattr(self.logits_fn, "expectation_draws", 1)
+        return draws
+
+    @property
     def reads_current_weights(self) -> bool:
         """Whether compiled programs see weights that changed after compilation."""
         return _backend.READS_WEIGHTS_EACH_CALL or bool(self.variables)

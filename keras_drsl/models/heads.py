@@ -1,12 +1,14 @@
 """What a model returns, as the outputs of two or more classes."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
 from keras import ops
 
+from keras_drsl import _backend, _validation
 from keras_drsl._typing import Tensor
 from keras_drsl.models.fingerprint import fingerprint
 
@@ -20,10 +22,12 @@ class View:
     Attributes:
         output: The name or position of the output that holds the classes; None for a model with one output.
         preprocessing: A Keras layer or a function that maps inputs to what the model takes, or None.
+        expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1.
     """
 
     output: str | int | None = None
     preprocessing: Callable[[Tensor], Tensor] | None = None
+    expectation_draws: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -32,7 +36,8 @@ class View:
         name = None if function is None else getattr(function, "__qualname__", type(function).__name__)
         if isinstance(function, keras.Layer):
             name = f"{name} {fingerprint(function)[:16]}"
-        values = {"output": self.output, "preprocessing": name}
+        draws = None if self.expectation_draws == 1 else self.expectation_draws
+        values = {"output": self.output, "preprocessing": name, "expectation_draws": draws}
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self) -> "View":
@@ -43,6 +48,7 @@ class View:
             raise ValueError(
                 f"`preprocessing` must be a Keras layer or a function. Received: preprocessing={self.preprocessing!r}"
             )
+        _validation.check_integer("expectation_draws", self.expectation_draws, at_least=1)
         return self
 
     def call(self, model: keras.Model, x: Tensor, training: bool | None) -> Any:
@@ -58,18 +64,38 @@ class Head:
     """A model at inference, and one of its outputs as a tensor `(batch, C >= 2)`.
 
     A single unit becomes two classes: the logits `[0, z]` of a logit z, or the probabilities `[1 - p, p]` of a
-    probability p.
+    probability p. Of a random model, probabilities are averaged over several calls. Where it returns logits, the
+    logarithms of the average replace them.
 
     Args:
         model: A Keras model.
         view: How the model is looked at.
         unit: What a single unit returns, or None for a model of several units.
+        returns_logits: Whether the model returns logits; used for averages only.
     """
 
-    def __init__(self, model: keras.Model, view: View, unit: Unit | None = None) -> None:
+    def __init__(
+        self, model: keras.Model, view: View, unit: Unit | None = None, *, returns_logits: bool = False
+    ) -> None:
         self.model = model
         self.view = view
         self.unit = unit
+        self._returns_logits = returns_logits
+
+    @property
+    def expectation_draws(self) -> int:
+        """Over how many calls probabilities are averaged."""
+        return self.view.expectation_draws
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What makes this another function of the model."""
+        return self.view, self.unit, self._returns_logits and self.expectation_draws > 1
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the outputs are those of the model itself."""
+        return self.view == View() and self.unit is None
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -78,6 +104,16 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs for inputs `(batch, ...)`."""
+        draws = self.expectation_draws
+        if draws == 1:
+            return self._call_once(x)
+        outputs = _backend.repeat_random(lambda: self._call_once(x), draws, self.variables)
+        if not self._returns_logits:
+            return ops.mean(outputs, axis=0)
+        log_p = ops.log_softmax(ops.cast(outputs, "float32"), axis=-1)
+        return ops.logsumexp(log_p, axis=0) - math.log(draws)
+
+    def _call_once(self, x: Tensor) -> Tensor:
         outputs = self.view.call(self.model, x, training=False)
         return outputs if self.unit is None else two_classes(outputs, self.unit)
 

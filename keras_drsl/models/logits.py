@@ -4,6 +4,7 @@ Attacks follow logits: the gradient of a saturated softmax is 0. The program tha
 its softmaxes were given. No layer is changed for it, so other threads can call the model meanwhile.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
 from keras_drsl.models.heads import Head, Unit, View, select_output
-from keras_drsl.models.state import preserve_state
+from keras_drsl.models.state import keep_counters, preserve_state, random_counters
 from keras_drsl.spread import class_values
 
 KEPT = "_keras_drsl_classifiers"  # the attribute in which a model keeps its classifiers
@@ -43,6 +44,18 @@ class LogitsModel(NamedTuple):
         head = self.model.logits_fn
         return head.unit if isinstance(head, Head) else None
 
+    @property
+    def expectation_draws(self) -> int:
+        """Over how many calls of a random model its probabilities are averaged."""
+        return self.model.expectation_draws
+
+    def seed(self, *key: Any) -> None:
+        """Let the random numbers of a model depend on a key from here on, if its probabilities are averaged."""
+        if self.expectation_draws > 1:
+            for index, counter in enumerate(random_counters(self.model)):
+                if tuple(counter.shape) == (2,):  # a `keras.random.SeedGenerator`
+                    counter.assign(np.array([zlib.crc32(repr((*key, index)).encode()), 0], dtype="uint32"))
+
     def misclassifies(self, x: Array, y: Array, batch_size: int) -> Array:
         """Return which inputs the model misclassifies, `batch_size` at a time, shape `(count,)`.
 
@@ -65,6 +78,7 @@ def find_logits(
     *,
     output: str | int | None = None,
     preprocessing: Callable[[Tensor], Tensor] | None = None,
+    expectation_draws: int = 1,
 ) -> LogitsModel:
     """Find the logits of a model, behind its softmax if it ends with one.
 
@@ -90,6 +104,7 @@ def find_logits(
         from_logits: Whether the outputs are said to be logits; None to find out.
         output: The name or position of the output that holds the classes; None for a model with one output.
         preprocessing: A Keras layer or a function that maps inputs to what the model takes, or None.
+        expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1.
 
     Returns:
         A `LogitsModel`.
@@ -105,39 +120,52 @@ def find_logits(
     'softmax'
     """
     with preserve_state(model, inputs=x):
-        return _find_logits(model, x, from_logits, View(output, preprocessing).check())
+        return _find_logits(model, x, from_logits, View(output, preprocessing, expectation_draws).check())
 
 
 def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> LogitsModel:
     # Random inputs as well: what holds on the data alone may not hold elsewhere.
     tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
-    found = _Classifiers.of(model, x, view, _unit(model, tried, from_logits, view))
+    head = _make_head(model, tried, from_logits, view)
+    rewind = keep_counters(head) if view.expectation_draws > 1 else lambda: None
+    found = _Classifiers.of(head, x)
     outputs = found.outputs.logits(x)
     _check_outputs(model, outputs, from_logits)
     if not looks_like_probabilities(outputs):
         return LogitsModel(found.outputs, found.outputs, "logits")
+    logits_model = _behind_probabilities(found, tried, rewind)
+    # Here, so that the calls of an attack do not depend on whether it is the first one.
+    logits_model.classifier.check(x)
+    return logits_model
+
+
+def _behind_probabilities(found: "_Classifiers", tried: Array, rewind: Callable[[], None]) -> LogitsModel:
+    """Return the logits of a model that returns probabilities."""
     try:
+        rewind()
         logits = found.behind_softmax.logits(tried)
     except LookupError:
         logits = None
+    rewind()
     if logits is None or looks_like_probabilities(logits) or not _is_softmax_of(found.outputs.logits(tried), logits):
         return LogitsModel(found.logarithms, found.outputs, "probabilities")
     return LogitsModel(found.behind_softmax, found.outputs, "softmax")
 
 
-def _unit(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> Unit | None:
-    """Return what the single unit of a model returns, or None if it has several."""
+def _make_head(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> Head:
+    """Return the outputs of a model, after a look at what it returns for some inputs."""
     try:
         outputs = view.call_all(model, ops.convert_to_tensor(x), training=False)
     except Exception:  # `Classifier.check` says why
-        return None
+        return Head(model, view)
     outputs = select_output(model, outputs, view.output)
-    if not ops.is_tensor(outputs) or tuple(outputs.shape) != (len(x), 1):
-        return None
-    if from_logits is not None:
-        return "logit" if from_logits else "probability"
+    if not ops.is_tensor(outputs):
+        return Head(model, view)
     values = ops.convert_to_numpy(ops.cast(outputs, "float32"))
-    return "probability" if ((values >= 0) & (values <= 1)).all() else "logit"
+    if values.shape != (len(x), 1):
+        return Head(model, view, returns_logits=not looks_like_probabilities(values))
+    in_range = bool(((values >= 0) & (values <= 1)).all()) if from_logits is None else not from_logits
+    return Head(model, view, "probability" if in_range else "logit", returns_logits=not in_range)
 
 
 class _Classifiers:
@@ -149,31 +177,33 @@ class _Classifiers:
         logarithms: Returns the logarithms of its outputs.
     """
 
-    def __init__(self, model: keras.Model, x: Array, view: View, unit: Unit | None) -> None:
-        head = Head(model, view, unit)
-        self._head = (view, unit)
-        self.outputs = Classifier(model if self._head == (View(), None) else head)
-        self.behind_softmax = Classifier(_Function(model, _backend.logits_behind(head)))
-        self.logarithms = Classifier(_Function(model, lambda x: log_probabilities(head(x))))
+    def __init__(self, head: Head, x: Array) -> None:
+        self._head = head.settings
+        self.outputs = Classifier(head.model if head.is_model else head)
+        self.behind_softmax = Classifier(_Function(head, _backend.logits_behind(head)))
+        self.logarithms = Classifier(_Function(head, lambda x: log_probabilities(head(x))))
         self.outputs.check(x)
-        self._attributes = _attributes(model)  # after a call, as the first one may add some
+        self._attributes = _attributes(head.model)  # after a call, as the first one may add some
 
     @classmethod
-    def of(cls, model: keras.Model, x: Array, view: View, unit: Unit | None) -> "_Classifiers":
+    def of(cls, head: Head, x: Array) -> "_Classifiers":
         """Return the classifiers of a model that an earlier call has made, or new ones if the model changed since."""
-        kept: _Classifiers | None = vars(model).get(KEPT)
-        if kept is None or kept._head != (view, unit) or not kept._are_of(model, x):
-            kept = cls(model, x, view, unit)
+        kept: _Classifiers | None = vars(head.model).get(KEPT)
+        if kept is None or kept._head != head.settings or not kept._are_of(head, x):
+            kept = cls(head, x)
             # Keras would look into an attribute that it is told of when it saves the model.
-            object.__setattr__(model, KEPT, kept)
+            object.__setattr__(head.model, KEPT, kept)
         return kept
 
-    def _are_of(self, model: keras.Model, x: Array) -> bool:
+    def _are_of(self, head: Head, x: Array) -> bool:
         """Return whether the compiled programs still compute what the model does."""
-        if not _are_same(_attributes(model), self._attributes):
+        if not _are_same(_attributes(head.model), self._attributes):
             return False
         self.outputs.check(x)
-        now, then = ops.convert_to_numpy(self.outputs(ops.convert_to_tensor(x))), self.outputs.logits(x)
+        rewind = keep_counters(head) if head.view.expectation_draws > 1 else lambda: None
+        now = ops.convert_to_numpy(self.outputs(ops.convert_to_tensor(x)))
+        rewind()
+        then = self.outputs.logits(x)
         tolerance = 100 * compute_rounding(self.outputs) * max(np.abs(now).max(), 1.0)
         return np.allclose(now, then, rtol=0, atol=tolerance, equal_nan=True)
 
@@ -218,13 +248,18 @@ def log_probabilities(probabilities: Tensor) -> Tensor:
 class _Function:
     """A function of a model, with the variables that it reads."""
 
-    def __init__(self, model: keras.Model, function: Callable[[Tensor], Tensor]) -> None:
-        self.model = model
+    def __init__(self, head: Head, function: Callable[[Tensor], Tensor]) -> None:
+        self.model = head.model
+        self._head = head
         self._function = function
 
     @property
     def variables(self) -> list[keras.Variable]:
-        return list(self.model.variables)
+        return self._head.variables
+
+    @property
+    def expectation_draws(self) -> int:
+        return self._head.expectation_draws
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._function(x)

@@ -18,9 +18,21 @@ def check_model(name: str, model: Any) -> None:
         raise ValueError(f"`{name}` must be a keras.Model. Received: {type(model).__name__}")
 
 
-def random_counters(model: keras.Model) -> list[keras.Variable]:
-    """Return the variables that count the random numbers a model has drawn."""
+def random_counters(model: Any) -> list[keras.Variable]:
+    """Return the variables that count the random numbers a model, or a classifier, has drawn."""
     return [variable for variable in model.variables if "float" not in variable.dtype]
+
+
+def keep_counters(model: Any) -> Callable[[], None]:
+    """Return a function that lets a model draw the random numbers again that it draws from here on."""
+    counters = random_counters(model)
+    before = [ops.copy(ops.convert_to_tensor(counter)) for counter in counters]
+
+    def rewind() -> None:
+        for counter, value in zip(counters, before, strict=True):
+            counter.assign(value)
+
+    return rewind
 
 
 # For each model at work, by its id: how many calls of `preserve_state` are open, and what restores the model.

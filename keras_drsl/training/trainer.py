@@ -13,7 +13,7 @@ from keras_drsl._data import class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.models.heads import View, two_classes
 from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
-from keras_drsl.models.state import check_model, preserve_state, random_counters
+from keras_drsl.models.state import check_model, keep_counters, preserve_state, random_counters
 from keras_drsl.predictions import Reduction, logits_behind_softmax
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import safeguards
@@ -109,6 +109,8 @@ class AdversarialTraining(keras.Model):
         output: The name or position of the output that is trained; None for a model with one output.
         preprocessing: A Keras layer or a function in front of the model, as in `evaluate_robustness`. It is not trained
             and not saved.
+        expectation_draws: Over how many calls the attack averages the probabilities of a model that is random at
+            inference, >= 1.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -148,6 +150,7 @@ class AdversarialTraining(keras.Model):
         threat: ThreatModel | None = None,
         output: str | int | None = None,
         preprocessing: Callable[[Tensor], Tensor] | None = None,
+        expectation_draws: int = 1,
     ) -> None:
         check_model("model", model)
         if isinstance(model, AdversarialTraining):
@@ -168,7 +171,7 @@ class AdversarialTraining(keras.Model):
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
         self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
-        self._view = View(output, preprocessing).check()
+        self._view = View(output, preprocessing, expectation_draws).check()
         # An attribute of its own, for Keras to track its state.
         self._seeds = ReplicaSeeds(_validation.check_integer("seed", seed, at_least=0))
         self._attack = InnerAttack(self.method, self.threat, self.steps, self.step_size, self._seeds)
@@ -209,14 +212,12 @@ class AdversarialTraining(keras.Model):
         if not isinstance(inputs, AttackedBatch):
             return self._outputs_of(inputs, training)
         needs_clean = "clean" in self.method.learns_from or self.method.penalty is not None
-        counters = random_counters(self.model) if needs_clean else []
-        before = [ops.copy(counter) for counter in counters]
+        rewind = keep_counters(self.model) if needs_clean else lambda: None
         adversarial = self._outputs_of(inputs.adversarial, training)
         if not needs_clean:
             return Outputs(None, adversarial)
         # Layers must draw the same noise or crops again: the two outputs are compared.
-        for counter, value in zip(counters, before, strict=True):
-            counter.assign(value)
+        rewind()
         return Outputs(self._outputs_of(inputs.clean, training), adversarial)
 
     def _outputs_of(self, x: Tensor, training: bool | None) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 from keras_drsl.attacks import Batch
 from keras_drsl.models import Classifier
 from tests.backends import on_tensorflow
+from tests.helpers import some_short
 from tests.linear import WEIGHTS, exact_robust, inputs, linear_model
 
 pytestmark = on_tensorflow
@@ -23,7 +24,7 @@ def withstands(model, x_adv, y):
     return model.predict(x_adv, verbose=0).argmax(1) == y
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
 # With more classes the gradient of the cross-entropy averages over the others, and misses some worst cases.
 @pytest.mark.parametrize(("loss", "classes"), [("ce", 2), ("margin", 2), ("margin", 3)])
 def test_pgd_is_exact_on_a_linear_model(loss, classes, norm):
@@ -36,7 +37,7 @@ def test_pgd_is_exact_on_a_linear_model(loss, classes, norm):
     np.testing.assert_array_equal(withstands(model, attack(model, x, y), y), expected)
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
 def test_fast_gradient_is_no_stronger_than_exact(linear, norm):
     x, y = inputs()
     x_adv = cleverhans.FastGradientMethod(0.15, norm=norm)(linear, x, y)
@@ -45,7 +46,7 @@ def test_fast_gradient_is_no_stronger_than_exact(linear, norm):
     assert withstood.mean() < 1
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
 @pytest.mark.parametrize("attack", ["BasicIterativeMethod", "MadryEtAl", "MomentumIterativeMethod"])
 def test_iterative_attacks_are_exact_on_two_classes(attack, norm):
     weights = WEIGHTS[:, :2]
@@ -55,7 +56,7 @@ def test_iterative_attacks_are_exact_on_two_classes(attack, norm):
     np.testing.assert_array_equal(withstands(model, x_adv, y), exact_robust(x, y, 0.15, norm, weights))
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
 def test_perturbations_stay_in_ball_and_range(linear, norm):
     x, y = inputs()
     x[:10], x[10:20] = 0.0, 1.0

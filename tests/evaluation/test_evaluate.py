@@ -17,6 +17,7 @@ from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square, Transfer
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.suites import SUITES
 from tests.backends import BACKEND, on_tensorflow
+from tests.helpers import some_short
 from tests.layers import Random
 from tests.linear import WEIGHTS, distance, exact_robust, inputs, linear_model
 
@@ -38,7 +39,7 @@ def test_autoattack_is_another_name_of_the_standard_suite(name):  # D7
 
 
 class TestAccuracy:
-    @pytest.mark.parametrize("norm", ["inf", 2])
+    @pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
     def test_standard_is_exact_on_a_linear_model(self, linear, norm):
         x, y = inputs(60)
         clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
@@ -86,7 +87,7 @@ class TestAccuracy:
         assert report.robust_accuracy <= 0.05
 
     @on_tensorflow
-    @pytest.mark.parametrize("norm", ["inf", 2])
+    @pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
     def test_the_cleverhans_suite_runs(self, norm):
         pytest.importorskip("cleverhans")
         weights = WEIGHTS[:, :2]

@@ -54,6 +54,7 @@ def verdicts(report):
 
 
 @on_tensorflow
+@pytest.mark.slow
 def test_each_verdict_is_the_same(model, images, before):
     half = tuple(part[:100] for part in images)
     report = keras_drsl.evaluate_robustness(model, *half, x_pool=images, eps=0.12, verbose=0)

@@ -10,6 +10,7 @@ import pytest
 import keras_drsl
 from studies import recipes, robust_accuracy, runner
 from tests.backends import BACKEND
+from tests.helpers import some_short
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -109,7 +110,7 @@ def table(path):
     return [line for line in path.read_text().splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("method", ["pgd_loss", "trades_attacked"])
+@pytest.mark.parametrize("method", some_short(["pgd_loss", "trades_attacked"], more=["trades_attacked"]))
 def test_a_job_is_trained_evaluated_and_recorded(method, tmp_path):
     pytest.importorskip("sklearn")
     study = robust_accuracy.quick(robust_accuracy.STUDIES["digits"] | {"recipe": recipes.ADVERSARIAL["digits"]})

@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_drsl._typing import Array
-from keras_drsl.evaluation.checks.registry import Outcome, check
+from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.context import MAX_EXAMPLES, EvaluationContext
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.results import CLEAN
@@ -84,14 +84,29 @@ def _towards_middle(context: EvaluationContext, x: Array) -> Array:
 @check(suites=None, stage="before")
 def deterministic(context: EvaluationContext) -> Outcome:
     """Check that the model gives equal answers to equal inputs, whatever it was asked before."""
+    if context.model.expectation_draws > 1:
+        return _stable_predictions(context)
     classifiers = dict.fromkeys([context.model.classifier, context.model.model])
     change, allowed = max(
         (_change(context, classifier) for classifier in classifiers), key=lambda pair: pair[0] / pair[1]
     )
     if change <= allowed:
         return Outcome("pass", change, "two passes over the same inputs agree")
-    message = "the model is random or keeps a state from call to call: attack its average, or the model without a state"
+    message = (
+        "the model is random or keeps a state from call to call: give expectation_draws=20 to attack its average, or "
+        "the model without a state"
+    )
     return Outcome("fail", change, message)
+
+
+def _stable_predictions(context: EvaluationContext) -> Outcome:
+    """Check that two averages of a random model give nearly always the same prediction."""
+    x, draws = context.x[:MAX_EXAMPLES], context.model.expectation_draws
+    first, second = (context.model.model.logits_in_batches(x, context.batch_size).argmax(axis=1) for _ in range(2))
+    share = float((first != second).mean())
+    message = f"share of predictions that differ between two averages of {draws} draws"
+    status = grade(share, warn_above=0.01, fail_above=0.05)
+    return Outcome(status, share, message if status == "pass" else message + ": average over more")
 
 
 def _change(context: EvaluationContext, classifier: Classifier) -> tuple[float, float]:
@@ -100,7 +115,7 @@ def _change(context: EvaluationContext, classifier: Classifier) -> tuple[float, 
     # In parts, as outside a program all intermediate values are kept while the logits are looked for.
     for start in range(0, min(MAX_EXAMPLES, len(context.x)), ROWS_AT_ONCE):
         x = context.x[start : start + ROWS_AT_ONCE]
-        # Not as a compiled program: on JAX that would draw equal random numbers, and see an equal state, in each call.
+        # Not as a compiled program, which may keep random numbers or a state from when it was compiled.
         # Twice the same, and then after another call: a state may alternate.
         first, *later = (
             ops.convert_to_numpy(classifier(ops.convert_to_tensor(inputs)))
@@ -111,7 +126,11 @@ def _change(context: EvaluationContext, classifier: Classifier) -> tuple[float, 
     return change, 1e-4 * largest
 
 
-@check(suites=None, stage="before")
+def _is_no_average(context: EvaluationContext) -> bool:
+    return context.model.expectation_draws == 1
+
+
+@check(suites=None, stage="before", applies=_is_no_average)
 def independent_rows(context: EvaluationContext) -> Outcome:
     """Check that the answer for an input does not depend on the other inputs of its batch."""
     # Logarithms of probabilities near 0 would magnify their rounding.

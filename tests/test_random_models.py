@@ -1,0 +1,154 @@
+"""Models that are random at inference, averaged over several calls by `expectation_draws=`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_drsl
+from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
+from keras_drsl.attacks import APGD
+from keras_drsl.models import find_logits
+from tests.backends import BACKEND
+from tests.helpers import some_short
+from tests.layers import Random
+
+EPS, NOISE, DRAWS = 0.1, 0.1, 24
+WEIGHT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
+HEADS = ("logits", "softmax", "unit", "sigmoid")
+
+
+def random_model(head, noise=NOISE):
+    """Return a linear model with noise in its inputs: by symmetry, its average predicts as the model without noise."""
+    units = 1 if head in ("unit", "sigmoid") else 2
+    dense = layers.Dense(units, activation={"softmax": "softmax", "sigmoid": "sigmoid"}.get(head))
+    model = keras.Sequential([keras.Input((4,)), Random(noise), dense])
+    weight = 4 * WEIGHT
+    kernel = weight[:, None] if units == 1 else np.stack([-weight / 2, weight / 2], axis=1)
+    bias = np.array([-weight.sum() / 2]) if units == 1 else np.array([weight.sum(), -weight.sum()]) / 4
+    dense.set_weights([kernel, bias])
+    return model
+
+
+def data(count=80):
+    """Return inputs away from the limits, their labels, and the size of the perturbation that changes the class."""
+    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
+    z = (x - 0.5) @ WEIGHT.astype("float64")
+    return x, (z > 0).astype("int32"), np.abs(z) / np.abs(WEIGHT).sum()
+
+
+def counters_of(model):
+    return [ops.convert_to_numpy(variable).tolist() for variable in model.variables if "float" not in variable.dtype]
+
+
+@pytest.mark.parametrize("head", some_short(HEADS, "softmax", "unit"))
+def test_the_average_is_that_of_the_probabilities(head):
+    model = random_model(head)
+    x, _, _ = data(8)
+    classifier = find_logits(model, x, expectation_draws=6).classifier
+    counters = [variable for variable in model.variables if "float" not in variable.dtype]
+    before = [ops.convert_to_numpy(counter) for counter in counters]
+    found = classifier.logits(x)
+    answers = np.empty((6, *ops.shape(model(x))))
+    for draw in range(6):
+        for counter, value in zip(counters, before, strict=True):
+            # JAX makes all calls at once, each with 4,096 numbers of its own.
+            counter.assign(value + np.array([0, 4096 * draw if BACKEND == "jax" else draw], "uint32"))
+        answers[draw] = ops.convert_to_numpy(model(x))
+    assert np.ptp(answers, axis=0).max() > 0.05
+    if head in ("unit", "sigmoid"):
+        p = answers if head == "sigmoid" else 1 / (1 + np.exp(-answers))
+        p = np.concatenate([1 - p, p], axis=-1)
+    else:
+        p = answers if head == "softmax" else np.exp(answers) / np.exp(answers).sum(axis=-1, keepdims=True)
+    average = p.mean(axis=0)
+    log_ratio = np.log(average[:, 1]) - np.log(average[:, 0])
+    np.testing.assert_allclose(found[:, 1] - found[:, 0], log_ratio, atol=1e-4)
+    assert np.abs(classifier.logits(x) - found).max() > 0.01, "the next call must draw other numbers"
+
+
+@pytest.mark.parametrize("head", some_short(HEADS, more=("softmax", "unit")))
+def test_the_verdict_is_that_of_the_model_without_noise(head):
+    x, y, size = data()
+    model = random_model(head)
+    before = counters_of(model)
+    attacks, checks = [APGD(EPS, loss="margin", targeted=True, steps=10)], ["deterministic", "independent_rows"]
+    options = {"eps": EPS, "attacks": attacks, "checks": checks, "verbose": 0, "expectation_draws": DRAWS}
+    report = evaluate_robustness(model, x, y, **options)
+    assert counters_of(model) == before
+    assert report.settings["expectation_draws"] == DRAWS
+    robust = np.array([name is None for name in report.per_example["broken_by"]])
+    # The average of so many draws moves the limit of the ball by about 0.01.
+    clear = np.abs(size - EPS) > 0.03
+    assert 0.2 < robust[clear].mean() < 0.8
+    np.testing.assert_array_equal(robust[clear], (size > EPS)[clear])
+    statuses = {check.name: check.status for check in report.checks}
+    assert statuses["independent_rows"] == "skipped"
+    assert statuses["deterministic"] in ("pass", "warn")
+    assert evaluate_robustness(model, x, y, **options).per_example == report.per_example
+
+
+def test_a_random_model_fails_a_check_until_it_is_averaged_enough():
+    x, y, _ = data()
+    options = {"eps": EPS, "attacks": ["noise"], "checks": ["deterministic"], "verbose": 0}
+
+    def check(model, draws):
+        return evaluate_robustness(model, x, y, expectation_draws=draws, **options).checks[0]
+
+    assert check(random_model("logits"), 1).status == "fail"
+    assert "give expectation_draws=20" in check(random_model("logits"), 1).message
+    found = check(random_model("logits", noise=2.0), 2)
+    assert (found.status, found.value > 0.05) == ("fail", True)
+    assert "two averages of 2 draws: average over more" in found.message
+    assert check(random_model("logits", noise=0.001), 20).status == "pass"
+
+
+def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path):
+    x, y, _ = data()
+    options = {"eps": EPS, "checks": ["noise"], "verbose": 0, "expectation_draws": 3, "batch_size": 16}
+
+    class Limited(keras_drsl.attacks.PGD):
+        calls = 0
+
+        def run(self, classifier, batch):
+            type(self).calls += 1
+            if type(self).calls == 2:
+                raise KeyboardInterrupt
+            return super().run(classifier, batch)
+
+    attacks = ["fgsm_ce", Limited(EPS, loss="margin", steps=20)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(random_model("softmax"), x, y, state_path=tmp_path / "state", attacks=attacks, **options)
+    resumed = evaluate_robustness(
+        random_model("softmax"), x, y, state_path=tmp_path / "state", attacks=attacks, **options
+    )
+    whole = evaluate_robustness(random_model("softmax"), x, y, attacks=attacks, **options)
+    assert resumed.per_example == whole.per_example
+    assert len(set(whole.per_example["broken_by"])) > 2
+
+
+def test_curve_monitor_training_and_command_average_too(tmp_path, capsys):
+    x, y, _ = data()
+    model = random_model("logits")
+    curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", expectation_draws=3, verbose=0)
+    assert curve.settings["expectation_draws"] == 3
+    robust = AdversarialTraining(model, 0.02, steps=2, expectation_draws=3)
+    robust.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    monitor = RobustnessMonitor(x, y, eps=0.02, expectation_draws=3)
+    history = robust.fit(x, y, epochs=2, callbacks=[monitor], verbose=0).history
+    assert 0 < history["val_robust_accuracy"][-1] <= 1
+    assert monitor.report.settings["expectation_draws"] == 3
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    command = ["evaluate", str(tmp_path / "model.keras"), "--dataset", str(tmp_path / "data.npz"), "--eps", "0.1"]
+    options = ["--suite", "quick", "--quiet", "--expectation-draws", "3", "--out", str(tmp_path / "report.json")]
+    assert cli.main(command + options) == 0
+    report = keras_drsl.RobustnessReport.from_json(tmp_path / "report.json")
+    assert report.settings["expectation_draws"] == 3
+
+
+@pytest.mark.parametrize("draws", [0, 1.5, "two", True])
+def test_draws_that_are_no_number_are_refused(draws):
+    x, y, _ = data(4)
+    with pytest.raises(ValueError, match="`expectation_draws` must be an integer of 1 or more. Received:"):
+        evaluate_robustness(random_model("logits"), x, y, eps=EPS, expectation_draws=draws, verbose=0)
