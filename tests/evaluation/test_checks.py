@@ -8,11 +8,15 @@ import pytest
 from keras import ops
 
 import keras_drsl
-from keras_drsl import evaluate_robustness
+from keras_drsl import ThreatModel, evaluate_robustness
 from keras_drsl.attacks import Attack
 from keras_drsl.evaluation import Outcome, check
 from keras_drsl.evaluation.checks import CHECKS
+from keras_drsl.evaluation.checks.search import attack_robust_images
 from keras_drsl.evaluation.checks.self_tests import breakable_model
+from keras_drsl.evaluation.context import Audit, EvaluationContext
+from keras_drsl.models.classifier import Classifier
+from keras_drsl.models.logits import LogitsModel
 from tests.helpers import some_short
 from tests.layers import Quantised, Random
 from tests.linear import WEIGHTS, distance, inputs, linear_model
@@ -444,3 +448,71 @@ class TestUnbounded:
         )
         assert report.checks[0].status == "pass"
         assert report.checks[0].value == 0
+
+
+def context_of(model, x, y, classifier=None, batch_size=256):
+    classifier = classifier or model
+    return EvaluationContext(
+        model=LogitsModel(classifier, model, "logits" if classifier is model else "softmax"),
+        x=x,
+        y=y,
+        ids=np.arange(len(x)),
+        logits=classifier.logits(x),
+        broken_by=(None,) * len(x),
+        threat=ThreatModel(0.1),
+        seed=0,
+        batch_size=batch_size,
+        attacks={},
+        undefended=None,
+        audit=Audit(),
+    )
+
+
+def test_logits_of_another_model_are_no_logits_of_a_softmax():
+    x, y = inputs(20)
+    own, other = Classifier(linear_model()), Classifier(linear_model(WEIGHTS[:, [1, 0, 2]]))
+    softmax = Classifier(keras.Sequential([keras.Input((4,)), linear_model(), keras.layers.Softmax()]))
+    assert CHECKS["outputs"].function(context_of(softmax, x, y, own)).status == "pass"
+    found = CHECKS["outputs"].function(context_of(softmax, x, y, other))
+    assert found.status == "fail"
+    assert "do not always give the same prediction" in found.message
+
+
+def test_the_check_of_rows_looks_at_a_limited_number():
+    class Recorder(Classifier):
+        largest = 0
+
+        def logits(self, x):
+            type(self).largest = max(self.largest, len(x))
+            return super().logits(x)
+
+    x, y = inputs(300)
+    context = context_of(Recorder(linear_model()), x, y, batch_size=1000)
+    Recorder.largest = 0
+    assert CHECKS["independent_rows"].function(context).status == "pass"
+    assert Recorder.largest == 200
+
+
+# A hundredth of the robust images may fall by chance, and a twentieth is no failure yet.
+@pytest.mark.parametrize(
+    ("fallen", "count", "status"),
+    [(0, 20, "pass"), (1, 100, "pass"), (2, 100, "warn"), (1, 20, "warn"), (2, 20, "fail"), (6, 100, "fail")],
+)
+def test_images_that_fall_to_more_effort_are_graded(fallen, count, status):
+    x, y = inputs(count)
+    context = context_of(Classifier(linear_model()), x, y)
+    falling = {row.tobytes() for row in x[np.argsort(distance(x, y, "inf"))[:fallen]]}
+
+    class Some(Attack):
+        """Move some images to one with another label."""
+
+        def run(self, classifier, batch):
+            found = [
+                x[y != label][0] if row.tobytes() in falling else row
+                for row, label in zip(batch.x, batch.y, strict=True)
+            ]
+            return np.array(found)
+
+    outcome = attack_robust_images(context, Some(1.0), "an attack")
+    assert (outcome.status, outcome.value) == (status, pytest.approx(fallen / count))
+    assert len(outcome.broken) == fallen

@@ -12,10 +12,10 @@ import pytest
 from keras import ops
 
 import keras_drsl
-from keras_drsl import evaluate_robustness
+from keras_drsl import ThreatModel, evaluate_robustness
 from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Square, Transfer
 from keras_drsl.evaluation.evaluator import Evaluator
-from keras_drsl.evaluation.suites import SUITES
+from keras_drsl.evaluation.suites import SUITES, make_attacks
 from tests.backends import BACKEND, on_tensorflow
 from tests.helpers import some_short
 from tests.layers import Random
@@ -470,3 +470,8 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`undefended` must be a classifier of the same inputs as `model`"):
             evaluate_robustness(linear, x, y, eps=0.1, undefended=other, state_path=state, **QUIET)
         assert not os.path.exists(state)
+
+
+def test_attacks_of_one_name_are_numbered():
+    made = make_attacks("quick", ["fgsm_ce", "fgsm_ce", "noise", "fgsm_ce"], ThreatModel(0.1), 0)
+    assert list(made) == ["fgsm_ce", "fgsm_ce_2", "noise", "fgsm_ce_3"]

@@ -7,6 +7,7 @@ import time
 import pytest
 
 import keras_drsl
+from keras_drsl.attacks import PGD, Noise
 from keras_drsl.evaluation import progress as module
 from keras_drsl.evaluation.progress import Progress, duration
 from tests.linear import inputs, linear_model
@@ -79,3 +80,15 @@ def test_the_work_rises_to_its_total(function, monkeypatch):
     assert done == sorted(done)
     assert done[0] == 0 < done[-1]
     assert all(work["done"] <= work["total"] for _, work in seen)
+
+
+def test_the_total_is_the_work_of_all_that_is_left(monkeypatch):
+    totals = []
+    monkeypatch.setattr(module.Progress, "update", lambda self, title, **work: totals.append(work["total"]))
+    x, y = inputs(20)
+    attacks, checks = [PGD(1e-5, loss="margin", steps=9), "noise"], ["logit_scale", "restarts"]
+    # The margins of all images are larger than so small an eps, so all are left to the end.
+    keras_drsl.evaluate_robustness(linear_model(), x, y, eps=1e-5, attacks=attacks, checks=checks, batch_size=8)
+    # Per image: a check of the outputs counts 1, one that attacks 100, a gradient 3, and a start is evaluated too.
+    noise = Noise(1e-5).num_evaluations
+    assert set(totals) == {20 * (1 + 100 + 3 * (9 + 1) + noise)}
