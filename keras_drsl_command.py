@@ -28,7 +28,8 @@ SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
-INPUTS = ("model", "dataset", "undefended", "reports", "report")
+INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report")
+MODELS = ("model", "preprocessing", "undefended")
 OUTPUTS = ("out", "plot", "state")
 
 
@@ -51,7 +52,7 @@ def _check_paths(args: argparse.Namespace) -> None:
     outputs = [(name, path) for name in OUTPUTS for path in _paths(args, name)]
     for name, path in inputs:
         if not os.path.exists(path):
-            kind = "a file that Keras can load" if name in ("model", "undefended") else "a file that exists"
+            kind = "a file that Keras can load" if name in MODELS else "a file that exists"
             shown = "MODEL" if name == "model" else name
             raise ValueError(f"`{shown}` must be {kind}. Received: {path!r}, which does not exist")
     for position, (name, path) in enumerate(outputs):
@@ -116,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--undefended", metavar="MODEL.keras", type=_path, help="a second model without a defense, for two checks"
+    )
+    evaluate.add_argument(
+        "--preprocessing",
+        metavar="MODEL.keras",
+        type=_path,
+        help="a model in front of the other, which maps images in the valid range to what that one takes",
     )
     for name, default, which in (("--clip-min", 0.0, "smallest"), ("--clip-max", 1.0, "largest")):
         evaluate.add_argument(

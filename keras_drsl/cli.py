@@ -43,9 +43,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     threat = ThreatModel(args.eps, args.norm, args.clip_min, args.clip_max, args.mask)
     _check_outputs(args)
     model = _load(args.model)
-    undefended = None if args.undefended is None else _load(args.undefended)
+    undefended = None if args.undefended is None else _load(args.undefended, "undefended")
+    preprocessing = None if args.preprocessing is None else _load(args.preprocessing, "preprocessing")
     data: Any
-    shape = image_shape(model)
+    shape = image_shape(preprocessing or model)
     if args.dataset.endswith(".npz"):
         data = datasets.load_npz(args.dataset)
     elif args.dataset not in datasets.NAMES and os.path.isdir(args.dataset):
@@ -59,6 +60,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "output": args.output,
+        "preprocessing": preprocessing,
         "expectation_draws": args.expectation_draws,
         "verbose": int(not args.quiet),
     }
@@ -159,13 +161,13 @@ def _status(report: RobustnessReport, args: argparse.Namespace, problems: list[s
     return 3 if args.strict and not report.trustworthy else 0
 
 
-def _load(path: str) -> keras.Model:
+def _load(path: str, name: str = "MODEL") -> keras.Model:
     try:
         # Keras's safe mode is on: a file cannot make it run code of its own.
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(
-            f"`MODEL` must be a file that Keras can load. Received: {path!r} ({_escape.error_line(error)})"
+            f"`{name}` must be a file that Keras can load. Received: {path!r} ({_escape.error_line(error)})"
         ) from error
 
 

@@ -106,6 +106,23 @@ def fails(capsys):
     return check
 
 
+def test_a_saved_model_may_stand_in_front(files, tmp_path, capsys):
+    x, y = inputs(40)
+    np.savez(tmp_path / "data.npz", x=(255 * x), y=y)
+    keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 255)]).save(tmp_path / "front.keras")
+    command = ["evaluate", files / "model.keras", "--dataset", tmp_path / "data.npz", "--suite", "quick", "--quiet"]
+    options = ["--preprocessing", tmp_path / "front.keras", "--clip-max", 255, "--eps", 51, "--out"]
+    assert cli.main([str(part) for part in (*command, *options, tmp_path / "255.json")]) == 0
+    assert evaluate(files, "--eps", 0.2, "--out", tmp_path / "1.json") == 0
+    in_255, in_1 = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("255", "1"))
+    assert in_255["per_example"]["broken_by"] == in_1["per_example"]["broken_by"]
+    assert 0 < in_1["robust_accuracy"] < 1
+    assert in_255["settings"]["preprocessing"].startswith("Sequential ")
+    capsys.readouterr()
+    assert evaluate(files, "--eps", 0.2, "--preprocessing", tmp_path / "data.npz") == 2
+    assert "`preprocessing` must be a file that Keras can load" in capsys.readouterr().err
+
+
 @pytest.fixture
 def command(files):
     return ["evaluate", files / "model.keras", "--dataset", files / "data.npz", "--suite", "quick", "--quiet"]
@@ -214,6 +231,7 @@ def test_one_file_in_two_places_is_refused(files, command, fails, tmp_path):  # 
         ["--plot", model],
         ["--state", data],
         ["--undefended", data, "--out", data],
+        ["--preprocessing", data, "--out", data],
     ):
         fails([*start, *outputs], "must be different files")
     assert {path: path.read_bytes() for path in before} == before
