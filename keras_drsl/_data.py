@@ -122,6 +122,7 @@ class Examples(NamedTuple):
         whole: The inputs and labels of the whole data set.
         files: The file of each example, or None.
         class_names: The names of the classes by id, or None.
+        are_8bit: Whether the inputs were given as 8-bit integers.
     """
 
     x: Array
@@ -131,6 +132,7 @@ class Examples(NamedTuple):
     whole: tuple[Array, Array]
     files: Array | None = None
     class_names: list[str] | None = None
+    are_8bit: bool = False
 
     def select(self, mask: Array) -> "Examples":
         """Return the examples where a mask of shape `(count,)` is True."""
@@ -173,14 +175,14 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
         raise ValueError(f"`x_or_dataset` must hold inputs of shape (count, ...). Received: shape {x.shape}")
     if not np.issubdtype(x.dtype, np.number):
         raise ValueError(f"`x_or_dataset` must hold numbers. Received: dtype {x.dtype}")
-    x = x.astype("float32", copy=False)
+    are_8bit, x = x.dtype == "uint8", x.astype("float32", copy=False)
     chosen = _choose(x, y, max_samples)
     ids = chosen if shard is None else chosen[chosen % shard[1] == shard[0]]
     if len(ids) == 0:
         raise ValueError(f"`shard` must leave at least one example. Received: shard={shard} of {len(chosen)} examples")
     # Most evaluations take all examples, and need no copy of them here.
     digested = (x, y) if len(chosen) == len(x) else (x[chosen], y[chosen])
-    return Examples(x[ids], y[ids], ids, digest(*digested), (x, y))
+    return Examples(x[ids], y[ids], ids, digest(*digested), (x, y), are_8bit=are_8bit)
 
 
 def _choose(x: Array, y: Array, count: int | None) -> Array:

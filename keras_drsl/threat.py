@@ -296,6 +296,21 @@ class ThreatModel:
         """
         return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.tensors, self.norm)
 
+    def round_to_integers(self, x_adv: Array, x: Array) -> Array:
+        """Return perturbed inputs with integer values that lie within the threat model, float32.
+
+        Args:
+            x_adv: Inputs within the threat model, shape `(batch, ...)`.
+            x: The clean inputs, of integer values.
+        """
+        delta = x_adv.astype("float64") - x
+        nearest = (x + np.rint(delta)).astype("float32")
+        # Towards the clean input, where the nearest integers are too far away.
+        shorter = (x + np.trunc(delta)).astype("float32")
+        rows = self.contains(nearest, x).reshape(-1, *[1] * (x.ndim - 1))
+        rounded: Array = np.where(rows, nearest, shorter)
+        return rounded
+
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""
         if self.norm == "inf":

@@ -51,6 +51,7 @@ class EvaluationContext:
         undefended: A second model without a defense and its logits, or None.
         audit: A record of the perturbations that the attacks returned.
         class_names: The names of the classes by id, or None.
+        are_8bit: Whether the inputs were given as 8-bit integers.
     """
 
     model: LogitsModel
@@ -66,6 +67,7 @@ class EvaluationContext:
     undefended: LogitsModel | None
     audit: Audit
     class_names: list[str] | None = None
+    are_8bit: bool = False
 
     @property
     def gradient_free(self) -> list[str]:

@@ -90,7 +90,9 @@ class Evaluator:
                 f"`y` must be None for a folder of images, which names their classes. Received: {type(y).__name__}"
             )
         folder = x if isinstance(x, datasets.Folder) else datasets.load_folder(x, image_shape(model))
-        examples = read_examples(folder.x, folder.y, **which)
+        # Images that were not resized have the values of their files.
+        are_integers = np.array_equal(folder.x, np.rint(folder.x))
+        examples = read_examples(folder.x.astype("uint8") if are_integers else folder.x, folder.y, **which)
         return self.check_examples(examples.with_names(folder.files, folder.class_names))
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
@@ -172,6 +174,7 @@ class Evaluator:
         state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
         wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
+        state.broken_rounded = [bool(pair[0]) or pair[1] for pair in zip(wrong, state.broken_rounded, strict=True)]
         context = EvaluationContext(
             model=model,
             x=examples.x,
@@ -186,6 +189,7 @@ class Evaluator:
             undefended=undefended,
             audit=Audit(**state.audit),
             class_names=examples.class_names,
+            are_8bit=examples.are_8bit,
         )
         names = [name for name in self.checks if self._listed or applies(name, context)]
         with Progress(enabled=bool(verbose)) as progress:
@@ -230,6 +234,8 @@ class Evaluator:
             "label": examples.y.tolist(),
             "broken_by": list(state.broken_by),
         }
+        if examples.are_8bit:
+            per_example["broken_rounded"] = state.broken_rounded
         if examples.files is not None:
             per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
             provenance = provenance | {"classes": examples.class_names}
@@ -282,6 +288,11 @@ class _Run:
             broken, audit = breaks(context.model, x_adv, x, y, context.threat)
             for index in rows[broken]:
                 state.broken_by[index] = name
+            if context.are_8bit and broken.any():
+                rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
+                wrong = context.model.misclassifies(rounded, y[broken], len(rounded))
+                for index in rows[broken][wrong]:
+                    state.broken_rounded[index] = True
             state.audit = Audit(**state.audit).add(audit)._asdict()
             state.done[name] = number + 1
             state.seconds[name] += time.perf_counter() - began

@@ -44,6 +44,7 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
     lines = [
         *([] if report.trustworthy else ["NOT TRUSTWORTHY: a check failed. The robust accuracy is an upper bound."]),
         f"robust accuracy  {report.robust_accuracy:7.1%}   {bound}95 % interval {low:.1%} to {high:.1%}",
+        *_rounded_line(report),
         f"clean accuracy   {report.clean_accuracy:7.1%}   {_examples(report)}",
         *_wrap(f"attacked with    {_threat(report)}", indent=17),
         *_class_lines(report),
@@ -91,6 +92,12 @@ def _examples(report: EvaluationResults) -> str:
     return f"{report.num_examples} examples, {each} of each of {len(counts)} classes"
 
 
+def _rounded_line(report: EvaluationResults) -> list[str]:
+    """Return the robust accuracy against images of integer values, where the inputs had such values."""
+    share = report.robust_accuracy_8bit
+    return [] if share is None else [f"as 8-bit images  {share:7.1%}   upper bound; what attacks found, rounded"]
+
+
 def _class_lines(report: EvaluationResults) -> list[str]:
     """Return the robust accuracy of each class, where the classes have names."""
     names = report.provenance.get("classes")
@@ -124,12 +131,14 @@ def _wrap(text: str, indent: int = 4) -> list[str]:
 
 def to_markdown(report: EvaluationResults) -> str:
     """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
+    eight = report.robust_accuracy_8bit
     low, high = report.confidence_interval
     bound = ", an upper bound" if report.settings["suite"] in UPPER_BOUND else ""
     lines = [
         f"Robust accuracy **{report.robust_accuracy:.1%}**{bound} (95 % interval {low:.1%} to {high:.1%}), clean "
         f"{report.clean_accuracy:.1%}, on {report.num_examples} examples, {_escape.for_markdown(_threat(report))}"
         f"{'' if report.trustworthy else ' - **not trustworthy: a check failed**'}",
+        *([] if eight is None else [f"Against images rounded to 8 bits: **{eight:.1%}**, an upper bound."]),
         "",
         "| attack | tried on | withstood | robust after it | seconds |",
         "|---|---|---|---|---|",

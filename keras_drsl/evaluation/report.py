@@ -10,6 +10,7 @@ from keras_drsl.evaluation import rendering
 from keras_drsl.evaluation.merge import merge_results
 from keras_drsl.evaluation.report_format import read_results, to_content
 from keras_drsl.evaluation.results import EvaluationResults
+from keras_drsl.threat import describe_radius
 
 
 class RobustnessReport(EvaluationResults):
@@ -24,7 +25,8 @@ class RobustnessReport(EvaluationResults):
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
-            was needed, None if it withstood them all.
+            was needed, None if it withstood them all. For 8-bit inputs also `broken_rounded`: whether what broke the
+            example still did with its values rounded to integers.
         provenance: Model, data, versions and device, as recorded.
     """
 
@@ -103,8 +105,8 @@ class RobustnessReport(EvaluationResults):
 
     def __repr__(self) -> str:
         return (
-            f"<RobustnessReport: robust {self.robust_accuracy:.1%}, clean {self.clean_accuracy:.1%}, eps "
-            f"{self.settings['eps']:.4g}, {self.num_examples} examples>"
+            f"<RobustnessReport: robust {self.robust_accuracy:.1%}, clean {self.clean_accuracy:.1%}, "
+            f"{describe_radius(self.settings)}, {self.num_examples} examples>"
         )
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:

@@ -90,7 +90,9 @@ PER_EXAMPLE = {
     "index": schema.list_of(POSITION),
     "label": schema.list_of(POSITION),
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
+    "broken_rounded": schema.list_of(schema.BOOL),
 }
+OPTIONAL = ("file", "prediction", "broken_rounded")  # of PER_EXAMPLE
 
 
 def to_json_values(value: Any) -> Any:
@@ -175,9 +177,7 @@ def _check_structure(content: Any) -> None:
         "settings", settings, SETTINGS, may_lack=set(SETTINGS) - set(REQUIRED_SETTINGS), may_hold_more=True
     )
     schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
-    schema.check_fields(
-        "per_example", content["per_example"], PER_EXAMPLE, may_lack=("file", "prediction"), may_hold_more=True
-    )
+    schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_lack=OPTIONAL, may_hold_more=True)
     for position, attack in enumerate(content["attacks"]):
         schema.check_fields(f"attacks[{position}]", attack, ATTACK)
     for position, check in enumerate(content["checks"]):
@@ -204,6 +204,12 @@ def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None])
         raise ValueError(f"`per_example` must hold lists of one length of 1 or more. Received: lengths {lengths}")
     if len(set(per_example["index"])) < lengths["index"]:
         raise ValueError("`per_example.index` must hold each position once. Received: one twice")
+    for name, rounded in zip(per_example["broken_by"], per_example.get("broken_rounded", []), strict=False):
+        if rounded != (name is not None) and (name in (None, CLEAN)):
+            raise ValueError(
+                "`per_example.broken_rounded` must be true for an example that is misclassified without an attack, and "
+                f"false for a robust one. Received: {rounded!r} where `broken_by` is {name!r}"
+            )
     unknown = set(per_example["broken_by"]) - sources
     if unknown:
         raise ValueError(f"`per_example.broken_by` must hold names of `attacks`. Received: {min(unknown)!r}")

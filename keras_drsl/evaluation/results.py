@@ -40,7 +40,8 @@ class EvaluationResults:
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
-            was needed, None if it withstood them all.
+            was needed, None if it withstood them all. For 8-bit inputs also `broken_rounded`: whether what broke the
+            example still did with its values rounded to integers.
         provenance: Model, data, versions and device, as recorded.
     """
 
@@ -84,6 +85,16 @@ class EvaluationResults:
     def robust_accuracy(self) -> float:
         """The share of examples that withstood everything that ran, in [0, 1]."""
         return self._count_broken_by(None) / self.num_examples
+
+    @property
+    def robust_accuracy_8bit(self) -> float | None:
+        """The share of examples that no perturbed image of integer values broke, in [0, 1]; None for other inputs.
+
+        It is an upper bound: attacks search among all real values, and what they find is rounded. An image that a check
+        broke is not tried.
+        """
+        rounded = self.per_example.get("broken_rounded")
+        return None if rounded is None else rounded.count(False) / self.num_examples
 
     @property
     def confidence_interval(self) -> tuple[float, float]:

@@ -30,6 +30,7 @@ def _is_outcome(value: Any) -> bool:
 
 FIELDS = {
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
+    "broken_rounded": schema.list_of(schema.BOOL),
     "done": schema.dict_of(schema.integer(at_least=0)),
     "seconds": schema.dict_of(schema.SECONDS),
     "audit": schema.dict_of(schema.NOT_NEGATIVE),
@@ -49,6 +50,7 @@ class State:
 
     Attributes:
         broken_by: For each example the attack that broke it, or None.
+        broken_rounded: For each example whether it was also broken by an image of integer values.
         done: By attack, the number of batches that it has finished.
         seconds: By attack, the time that it took.
         audit: The fields of `keras_drsl.evaluation.context.Audit`.
@@ -62,6 +64,7 @@ class State:
         self._path = path
         self._identity = json.loads(json.dumps(identity))
         self.broken_by: list[str | None] = [None] * count
+        self.broken_rounded = [False] * count
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.audit: dict[str, Any] = {}
@@ -105,7 +108,8 @@ class State:
         identity = content.pop("identity")
         # As text, so that another order of attacks is another evaluation.
         different = [key for key in self._identity if json.dumps(identity.get(key)) != json.dumps(self._identity[key])]
-        if different or len(content["broken_by"]) != len(self.broken_by):
+        lengths = {len(content[name]) for name in ("broken_by", "broken_rounded")}
+        if different or lengths != {len(self.broken_by)}:
             raise ValueError(
                 "`state_path` must hold the state of this evaluation, but it holds that of another one. Different: "
                 f"{', '.join(different) or 'number of examples'}. {received}"
