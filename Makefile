@@ -27,7 +27,7 @@ test-short: .venv-jax/test .venv-torch/test
 
 # Everything that is not about TensorFlow, on all backends.
 BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
-	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_metrics.py tests/test_models.py \
+	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_metrics.py tests/test_models.py tests/test_options.py \
 	tests/test_random_models.py tests/test_spread.py tests/test_threat.py
 
 test-backends: .venv/test .venv-jax/test .venv-torch/test

@@ -128,7 +128,9 @@ ARGUMENTS = {"eps": 0.3 * EPS, "clip_min": LOW.tolist(), "clip_max": tuple(HIGH)
 
 
 def evaluate(model, x, y, **arguments):
-    return evaluate_robustness(model, x, y, suite="quick", verbose=0, **arguments).settings
+    report = evaluate_robustness(model, x, y, suite="quick", verbose=0, **arguments)
+    assert "by feature" in repr(report)
+    return report.settings
 
 
 def curve(model, x, y, eps, **arguments):
@@ -152,7 +154,7 @@ def train(model, x, y, **arguments):
     return robust.threat.to_dict()
 
 
-@pytest.mark.parametrize("call", [evaluate, curve, monitor, train])
+@pytest.mark.parametrize("call", some_short([evaluate, curve, monitor, train], more=[curve, monitor]))
 def test_each_call_takes_them_in_every_form(call):
     threat = ThreatModel(**ARGUMENTS)
     model, _, x, y = model_and_inputs(threat)

@@ -127,6 +127,7 @@ def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path):
     assert len(set(whole.per_example["broken_by"])) > 2
 
 
+@pytest.mark.more
 def test_curve_monitor_training_and_command_average_too(tmp_path, capsys):
     x, y, _ = data()
     model = random_model("logits")
