@@ -17,11 +17,14 @@ FOLDER = Path(keras_drsl.__file__).parent / "_backend"
 
 
 def public_definitions(module):
-    """Map the public names that a module defines to the arguments of functions, and to None for other names."""
+    """Map the public functions of a module to their arguments: those that it defines, and imports as its own."""
     names = {}
     for node in ast.parse((FOLDER / f"{module}.py").read_text()).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             names[node.name] = ast.unparse(node.args)
+        elif isinstance(node, ast.ImportFrom) and node.module == "keras_drsl._backend._common":
+            shared = public_definitions("_common")
+            names |= {alias.name: shared[alias.name] for alias in node.names if alias.asname == alias.name}
     return names
 
 
