@@ -243,7 +243,7 @@ PREPROCESSINGS = {
 }
 
 
-@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, "layer"))
+@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, "layer", more=["resizing"]))
 def test_a_function_in_front_of_a_model_is_attacked_through(name):
     preprocessing, shown = PREPROCESSINGS[name]
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
