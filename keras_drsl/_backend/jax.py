@@ -142,17 +142,19 @@ def compile_function(
 
     @jax.jit
     def stateless(values: list[Tensor], *arguments: Any) -> Any:
+        seeds = [index for index, value in enumerate(values) if _is_seed(value)]
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
-            before = [scope.get_current_value(variable) for variable in variables]
+            before = [scope.get_current_value(variables[index]) for index in seeds]
             results = function(*arguments)
-            after = [scope.get_current_value(variable) for variable in variables]
-        changed = {index: new for index, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
-        return results, changed
+            after = [scope.get_current_value(variables[index]) for index in seeds]
+        # Other variables may depend on the inputs, and would carry the trace of a gradient out of it.
+        used = {index: new for index, old, new in zip(seeds, before, after, strict=True) if new is not old}
+        return results, used
 
     def call(*arguments: Any) -> Any:
-        results, changed = stateless([variable.value for variable in variables], *arguments)
-        # What the program changed, such as the counters of random numbers, must not be the same in the next call.
-        for index, value in changed.items():
+        results, used = stateless([variable.value for variable in variables], *arguments)
+        # The next call must not draw the same random numbers.
+        for index, value in used.items():
             variables[index].assign(value)
         return results
 

@@ -178,6 +178,28 @@ def test_rows_that_depend_on_others_are_seen(fault, num_examples):  # B1
         assert not report.trustworthy
 
 
+@pytest.mark.short
+def test_a_state_that_depends_on_inputs_stops_no_attack():
+    class Counting(keras.Model):
+        """A model with the statistics of the batch, which counts the positive sums of its inputs."""
+
+        def __init__(self):
+            super().__init__()
+            self.normalization = keras.layers.BatchNormalization()
+            self.linear = linear_model()
+            self.counter = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
+
+        def call(self, x, training=None):
+            self.counter.assign(self.counter + ops.cast(ops.sum(x) > 0, "int32"))
+            return self.linear(self.normalization(x, training=True))
+
+    x, y = inputs(20)
+    report = evaluate_robustness(
+        Counting(), x, y, eps=0.1, attacks=["pgd_margin"], checks=["independent_rows"], verbose=0
+    )
+    assert report.checks[0].status == "fail"
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision_hides_no_dependence(policy):  # B1
     x, y = inputs(60)
