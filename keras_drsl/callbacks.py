@@ -120,7 +120,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the logits of the model."""
         model = self.model.model if isinstance(self.model, AdversarialTraining) else self.model
-        with preserve_state(model):
+        with preserve_state(model, self._evaluator.view.preprocessing):
             self._logits_model = self._evaluator.find_logits(model, self._examples)
             num_classes = self._logits_model.classifier.logits(self._examples.x[:1]).shape[1]
         self._labels = class_ids(self._examples.y, len(self._examples.x), num_classes)
@@ -130,7 +130,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         """Add the values of the last evaluation to the logs."""
         is_last = epoch + 1 == self.params.get("epochs")
         if self._values is None or epoch % self.every == 0 or is_last:
-            with preserve_state(self._logits_model.model):
+            with preserve_state(self._logits_model.model, self._evaluator.view.preprocessing):
                 self._values = self._evaluate()
         if logs is not None:
             for name, value in self._values.items():
@@ -138,6 +138,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     def _evaluate(self) -> dict[str, float]:
         batch_size = self._evaluator.settings["batch_size"]
+        self._logits_model.seed(self._evaluator.settings["seed"], "clean")
         logits = self._logits_model.classifier.logits_in_batches(self._examples.x, batch_size)
         if not np.isfinite(logits).all():
             self.report = None

@@ -79,6 +79,8 @@ def load_test(
     with _needed_by(name):
         name = _check_name(name)
         if name == "digits":
+            if any(wanted not in (None, own) for wanted, own in zip(shape, (8, 8, 1), strict=True)):
+                raise ValueError(f"`shape` must be (8, 8, 1) for the digits. Received: shape={tuple(shape)}")
             return _load_digits()[1]
         builder = _builder(name, data_dir)
         return _read(builder, _test_split(builder), shape)
@@ -228,7 +230,7 @@ class Folder(NamedTuple):
     class_names: list[str]
 
 
-def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (None, None, 3)) -> Folder:
+def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (None, None, None)) -> Folder:
     """Load a folder of images with one sub-folder per class, by `keras.utils.image_dataset_from_directory`.
 
     Note:
@@ -238,7 +240,8 @@ def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (Non
 
     Args:
         path: The folder. JPEG, PNG, BMP and GIF images are read.
-        shape: Height, width and channels of the images; None for a height and width that is that of the files.
+        shape: Height, width and channels of the images; None for the height and width of the files, and for three
+            channels.
 
     Returns:
         A `Folder`.
@@ -268,7 +271,7 @@ def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (Non
             f"`path` must hold one sub-folder of images ({', '.join(IMAGES)}) per class, and two classes or more. "
             f"{received}, with {len(classes)} sub-folders and {len(files)} images in them"
         )
-    height, width, channels = shape
+    height, width, channels = *shape[:2], shape[2] or 3
     modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
     if channels not in modes:
         raise ValueError(f"`shape` must have 1, 3 or 4 channels. Received: shape={tuple(shape)}")

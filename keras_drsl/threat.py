@@ -304,11 +304,23 @@ class ThreatModel:
             x: The clean inputs, of integer values.
         """
         delta = x_adv.astype("float64") - x
-        nearest = (x + np.rint(delta)).astype("float32")
-        # Towards the clean input, where the nearest integers are too far away.
-        shorter = (x + np.trunc(delta)).astype("float32")
-        rows = self.contains(nearest, x).reshape(-1, *[1] * (x.ndim - 1))
-        rounded: Array = np.where(rows, nearest, shorter)
+        nearest, shorter = np.rint(delta), np.trunc(delta)
+        scale = np.broadcast_to(np.where(np.asarray(self.scale) > 0, self.scale, 1.0), x.shape)
+        radius = self.radius * (1 + 1e-6)
+        if self.norm == "inf":
+            nearest = np.where(np.abs(nearest) <= radius * scale, nearest, shorter)
+        else:
+            # Features that were rounded away from the clean input go back, those with the smallest fraction first,
+            # until the input lies in the ball.
+            added = ((nearest**2 - shorter**2) / scale**2).reshape(len(x), -1)
+            excess = ((nearest / scale) ** 2).reshape(len(x), -1).sum(axis=1) - radius**2
+            order = np.argsort(np.abs(shorter - delta).reshape(len(x), -1), axis=1)
+            before = np.cumsum(np.take_along_axis(added, order, axis=1), axis=1)
+            before -= np.take_along_axis(added, order, axis=1)
+            back = np.zeros(added.shape, bool)
+            np.put_along_axis(back, order, before < excess[:, None], axis=1)
+            nearest = np.where(back.reshape(x.shape), shorter, nearest)
+        rounded: Array = (x + nearest).astype("float32")
         return rounded
 
     def sample(self, generators: list[np.random.Generator], shape: tuple[int, ...]) -> Array:

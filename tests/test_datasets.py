@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_drsl import cli, datasets
+from keras_drsl.evaluation.evaluator import image_shape
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -72,6 +73,14 @@ def test_images_are_resized_to_the_model(tmp_path, capsys):
     command = ["evaluate", tmp_path / "model.keras", "--dataset", "several_sizes", "--data-dir", tmp_path, "--quiet"]
     assert cli.main([*map(str, command), "--eps", "0.1", "--suite", "quick"]) == 0
     assert "3 examples" in capsys.readouterr().out
+
+
+def test_a_model_of_vectors_or_matrices_takes_images_as_they_are(tmp_path):
+    prepare(tmp_path, "tiny_images", (4, 3, 3), [(4, 3)] * 3)
+    for shape in ((None, None, None), image_shape(keras.Sequential([keras.Input((4, 9))]))):
+        assert datasets.load_test("tiny_images", tmp_path, shape)[0].shape == (3, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"`shape` must be \(8, 8, 1\) for the digits. Received: shape=\(4, 4, 3\)"):
+        datasets.load_test("digits", shape=(4, 4, 3))
 
 
 def test_data_sets_of_another_kind_are_refused(tmp_path):

@@ -97,6 +97,20 @@ def test_classes_in_another_order_are_named(folder, model):
     found = clean_accuracy(images._replace(y=np.array([1, 2, 0])[images.y]))
     assert found.message.endswith("another order: apple as cat, bird as apple, cat as bird")
     assert clean_accuracy(images).status == "pass"
+    # A model may have more classes than the folder names.
+    dense = layers.Dense(5, use_bias=False)
+    larger = keras.Sequential(
+        [keras.Input((6, 5, 3)), layers.Rescaling(1 / 255), layers.GlobalAveragePooling2D(), dense]
+    )
+    dense.set_weights([100 * np.eye(5)[[3, 4, 0]]])
+    report = evaluate_robustness(
+        larger, images, eps=1, clip_max=255, suite="quick", checks=["clean_accuracy"], verbose=0
+    )
+    assert report.checks[0].message.endswith("another order: apple as 3, bird as 4, cat as apple")
+    # Two examples of a class say nothing.
+    few = np.flatnonzero((images.y == 0) | (np.arange(60) % 20 < 2))
+    some = images._replace(x=images.x[few], y=np.array([0, 2, 1])[images.y[few]], files=[images.files[i] for i in few])
+    assert "another order" not in clean_accuracy(some).message
     # Without an order: two classes are predicted as the same one, or only some of their images are.
     rng = np.random.default_rng(0)
     for y in (np.array([0, 0, 1])[images.y], rng.integers(0, 3, 60)):

@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
-from keras_drsl.attacks import APGD
+from keras_drsl.attacks import APGD, PGD, Noise, Square
 from keras_drsl.models import find_logits
 from tests.backends import BACKEND
 from tests.helpers import some_short
@@ -146,6 +146,83 @@ def test_curve_monitor_training_and_command_average_too(tmp_path, capsys):
     assert cli.main(command + options) == 0
     report = keras_drsl.RobustnessReport.from_json(tmp_path / "report.json")
     assert report.settings["expectation_draws"] == 3
+
+
+def checks_of(model, x, y, draws=4):
+    options = {"eps": EPS, "attacks": ["noise"], "checks": ["deterministic", "independent_rows"], "verbose": 0}
+    report = evaluate_robustness(model, x, y, expectation_draws=draws, **options)
+    return {check.name: check for check in report.checks}
+
+
+@pytest.mark.short
+def test_averages_hide_no_dependence_on_the_batch():
+    class Centred(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x - ops.mean(x, axis=0, keepdims=True))
+
+    x, y, _ = data()
+    found = checks_of(Centred(), x, y)
+    assert (found["deterministic"].status, found["independent_rows"].status) == ("pass", "fail")
+
+
+def test_noise_that_is_compiled_into_a_program_fails_a_check():
+    class NumpyNoise(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x + np.random.normal(0, 0.3, 4).astype("float32"))
+
+    x, y, _ = data()
+    found = checks_of(NumpyNoise(), x, y)["deterministic"]
+    # Nothing is compiled on torch.
+    assert ("compiled, the model always draws" in found.message) == (BACKEND != "torch")
+    assert found.status == "fail" or BACKEND == "torch"
+
+
+def test_an_average_of_equal_answers_is_no_harder_to_attack():
+    x = np.random.default_rng(0).random((120, 16)).astype("float32")
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(10)])
+    model.layers[0].set_weights([2 * weight for weight in model.layers[0].get_weights()])
+    y = model.predict(x, verbose=0).argmax(axis=1)
+    for attack in (PGD(0.05, steps=20), APGD(0.05, steps=30), Square(0.05, queries=300), Noise(0.05)):
+        options = {"eps": 0.05, "attacks": [attack], "checks": [], "verbose": 0}
+        once, twice = (
+            evaluate_robustness(model, x, y, expectation_draws=draws, **options).robust_accuracy for draws in (1, 2)
+        )
+        assert twice <= once < 1, attack
+
+
+def test_only_seeds_are_seeded():
+    class Ordered(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+            self.order = self.add_weight(shape=(2,), dtype="int32", initializer="zeros", trainable=False)
+            self.order.assign([1, 0])
+
+        def call(self, x):
+            return ops.take(self.dense(x), ops.convert_to_tensor(self.order), axis=1)
+
+    x, y, _ = data()
+    assert checks_of(Ordered(), x, y)["deterministic"].status == "pass"
+
+
+def test_the_pool_and_the_clean_answers_depend_on_the_seed_only():
+    x, y, _ = data()
+    model = random_model("logits", noise=0.5)
+    options = {"expectation_draws": 2, "verbose": 0, "checks": []}
+    attacks = [APGD(EPS, loss="margin", targeted=True, steps=2)]
+    first, second = (evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, **options) for _ in range(2))
+    assert first.to_dict()["provenance"] == second.to_dict()["provenance"]
+    curves = [robustness_curve(model, x, y, eps=[0, EPS], suite="quick", **options).accuracy for _ in range(2)]
+    assert curves[0] == curves[1]
+    assert curves[0][0] == first.clean_accuracy
 
 
 @pytest.mark.parametrize("draws", [0, 1.5, "two", True])

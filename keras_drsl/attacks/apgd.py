@@ -8,7 +8,7 @@ from keras import ops
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
-from keras_drsl.attacks.loop import run_steps, where_rows
+from keras_drsl.attacks.loop import is_better, run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, project, steepest_ascent
 
@@ -90,7 +90,9 @@ class APGD(GradientAttack):
             "halved": np.ones(count, bool),
             "broken": np.zeros(count, bool),
         }
-        steps_fn = classifier.compile_steps(_apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
+        steps_fn = classifier.compile_steps(
+            _apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
+        )
         spans = checkpoints(self.steps)
 
         def arguments(step: int, left: Array) -> tuple[Any, ...]:
@@ -121,6 +123,7 @@ def _apgd_step(
     loss: str,
     targeted: bool,
     norm: Norm,
+    stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step, and check progress where `span`, the number of steps since the last check, is not 0."""
     size = ops.reshape(rows["step_size"], (-1,) + (1,) * (len(rows["x"].shape) - 1))
@@ -131,8 +134,7 @@ def _apgd_step(
     x_adv = project(moved, rows["x"], bounds, norm)
     values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
 
-    searching = ops.logical_not(rows["broken"])
-    better = ops.logical_and(searching, ops.logical_or(wrong, values > rows["best_loss"]))
+    better = is_better(rows, wrong, values, rows["best_loss"], stop=stop)
     best = where_rows(better, x_adv, rows["best"])
     best_gradient = where_rows(better, gradient, rows["best_gradient"])
     best_loss = ops.where(better, values, rows["best_loss"])

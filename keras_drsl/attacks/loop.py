@@ -46,7 +46,6 @@ def run_steps(
         rows = steps_fn(rows, *_stack([arguments(step, left) for step in steps], len(left), size))
         broken = ops.convert_to_numpy(rows["broken"])[: len(left)]
         if not batch.stop_when_broken:
-            rows = rows | {"broken": np.zeros(size, bool)}
             continue
         # All restarts of an example leave with the first one that succeeds.
         broken = np.isin(batch.example_index[left], batch.example_index[left[broken]])
@@ -61,6 +60,24 @@ def run_steps(
             rows = {name: _take_rows(value, kept, size) for name, value in values.items()}
     best[left] = ops.convert_to_numpy(rows["best"])[: len(left)]
     return best
+
+
+def is_better(rows: dict[str, Tensor], wrong: Tensor, values: Tensor, best: Tensor, *, stop: bool) -> Tensor:
+    """Return where a new point replaces the best one of its row.
+
+    A misclassified point replaces one that is not. Otherwise a larger loss decides.
+
+    Args:
+        rows: `"broken"` says where the best point is misclassified.
+        wrong: Where the new point is misclassified.
+        values: Its loss.
+        best: The loss of the best point.
+        stop: Whether the first misclassified point stays.
+    """
+    larger = ops.logical_or(wrong, values > best)
+    if stop:
+        return ops.logical_and(ops.logical_not(rows["broken"]), larger)
+    return ops.where(rows["broken"], ops.logical_and(wrong, values > best), larger)
 
 
 def _stack(steps: list[tuple[Any, ...]], count: int, size: int) -> list[Any]:

@@ -8,7 +8,7 @@ from keras import ops
 from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Attack, Batch
-from keras_drsl.attacks.loop import run_steps, where_rows
+from keras_drsl.attacks.loop import is_better, run_steps, where_rows
 from keras_drsl.attacks.objectives import misclassified, objective
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, project
@@ -56,7 +56,7 @@ class Noise(Attack):
             at = [generators[row] for row in left]
             return self.threat.bounds, self.threat.sample(at, batch.x.shape[1:])
 
-        steps_fn = classifier.compile_steps(_noise_step, norm=self.norm)
+        steps_fn = classifier.compile_steps(_noise_step, norm=self.norm, stop=batch.stop_when_broken)
         return run_steps(steps_fn, batch, gradient_free_rows(batch), self.points, arguments)
 
 
@@ -67,12 +67,12 @@ def gradient_free_rows(batch: Batch) -> dict[str, Array]:
     return {"x": batch.x, "y": batch.y, "best": batch.x, "margin": margin, "broken": np.zeros(count, bool)}
 
 
-def keep_better(classifier: Classifier, rows: dict[str, Tensor], x_adv: Tensor) -> dict[str, Tensor]:
+def keep_better(classifier: Classifier, rows: dict[str, Tensor], x_adv: Tensor, *, stop: bool) -> dict[str, Tensor]:
     """Return the rows with `x_adv` as the best point where its margin is the largest so far."""
     logits = classifier(x_adv)
     margin = objective("margin", logits, rows["y"], rows["y"], targeted=False)
     wrong = misclassified(logits, rows["y"])
-    better = ops.logical_and(ops.logical_not(rows["broken"]), ops.logical_or(wrong, margin > rows["margin"]))
+    better = is_better(rows, wrong, margin, rows["margin"], stop=stop)
     return rows | {
         "best": where_rows(better, x_adv, rows["best"]),
         "margin": ops.where(better, margin, rows["margin"]),
@@ -81,7 +81,7 @@ def keep_better(classifier: Classifier, rows: dict[str, Tensor], x_adv: Tensor) 
 
 
 def _noise_step(
-    classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, *, norm: Norm
+    classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, *, norm: Norm, stop: bool
 ) -> dict[str, Tensor]:
     """Evaluate one more point of the ball."""
-    return keep_better(classifier, rows, project(rows["x"] + delta, rows["x"], bounds, norm))
+    return keep_better(classifier, rows, project(rows["x"] + delta, rows["x"], bounds, norm), stop=stop)

@@ -9,7 +9,7 @@ from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
-from keras_drsl.attacks.loop import run_steps, where_rows
+from keras_drsl.attacks.loop import is_better, run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, ThreatModel, project, steepest_ascent
 
@@ -94,7 +94,9 @@ class PGD(GradientAttack):
             "best_loss": np.full(len(batch.x), -np.inf, "float32"),
             "broken": np.zeros(len(batch.x), bool),
         }
-        steps_fn = classifier.compile_steps(_pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm)
+        steps_fn = classifier.compile_steps(
+            _pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
+        )
         params = {"step_size": np.float32(self.step_size), "momentum": np.float32(self.momentum)}
         # One step more than asked for: the first has no gradient yet and only evaluates the start.
         return run_steps(steps_fn, batch, rows, self.steps + 1, lambda step, left: (self.threat.bounds, params))
@@ -157,6 +159,7 @@ def _pgd_step(
     loss: str,
     targeted: bool,
     norm: Norm,
+    stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step and evaluate the point that it leads to."""
     step = params["step_size"] * steepest_ascent(rows["velocity"], norm, bounds.scale)
@@ -164,7 +167,7 @@ def _pgd_step(
     values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
     axes = tuple(range(1, len(x_adv.shape)))
     scale = ops.maximum(ops.mean(ops.abs(gradient), axis=axes, keepdims=True), 1e-30)
-    better = ops.logical_and(ops.logical_not(rows["broken"]), ops.logical_or(wrong, values > rows["best_loss"]))
+    better = is_better(rows, wrong, values, rows["best_loss"], stop=stop)
     return rows | {
         "x_adv": x_adv,
         "velocity": params["momentum"] * rows["velocity"] + gradient / scale,

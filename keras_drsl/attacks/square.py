@@ -97,7 +97,7 @@ class Square(Attack):
             return self.threat.bounds, self._params(query, shape), drawn[left, query % DRAW_AT_ONCE]
 
         step = _square_step_inf if self.norm == "inf" else _square_step_2
-        steps_fn = classifier.compile_steps(step, shape=shape)
+        steps_fn = classifier.compile_steps(step, shape=shape, stop=batch.stop_when_broken)
         return run_steps(steps_fn, batch, rows, self.queries, arguments, check_every=25)
 
     def _start(self, shape: tuple[int, ...], generators: list[np.random.Generator]) -> Array:
@@ -219,12 +219,14 @@ def _inside(params: dict[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _accept(
-    classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, shape: tuple[int, ...]
+    classifier: Classifier, rows: dict[str, Tensor], bounds: Bounds, delta: Tensor, shape: tuple[int, ...], stop: bool
 ) -> dict[str, Tensor]:
     """Return the rows with the changed perturbation where it raises the margin."""
     x_adv = ops.clip(rows["x"] + bounds.scale * _from_images(delta, shape), bounds.clip_min, bounds.clip_max)
-    kept = keep_better(classifier, rows, x_adv)
-    better = ops.logical_or(kept["margin"] > rows["margin"], kept["broken"])
+    kept = keep_better(classifier, rows, x_adv, stop=stop)
+    better = kept["margin"] > rows["margin"]
+    if stop:
+        better = ops.logical_or(better, kept["broken"])
     return kept | {"delta": ops.where(ops.reshape(better, (-1, 1, 1, 1)), delta, rows["delta"])}
 
 
@@ -241,12 +243,13 @@ def _square_step_inf(
     drawn: Tensor,
     *,
     shape: tuple[int, ...],
+    stop: bool,
 ) -> dict[str, Tensor]:
     """Set one square to a corner of the ball."""
     inside = _inside(params, *_window(params, drawn[:, :2], image_shape(shape)))
     changed = ops.logical_and(inside, params["moves"] > 0)
     delta = ops.where(changed, bounds.eps * _signs(drawn), rows["delta"])
-    return _accept(classifier, rows, bounds, delta, shape)
+    return _accept(classifier, rows, bounds, delta, shape, stop)
 
 
 def _square_step_2(
@@ -257,6 +260,7 @@ def _square_step_2(
     drawn: Tensor,
     *,
     shape: tuple[int, ...],
+    stop: bool,
 ) -> dict[str, Tensor]:
     """Replace the perturbation of two windows, and the unused part of the ball, by a bump in the first window."""
     image = image_shape(shape)
@@ -292,4 +296,4 @@ def _square_step_2(
     changed = ops.where(params["moves"] > 0, changed, rows["delta"])
     # The perturbation is scaled to the surface of the ball; clipping can only shorten it.
     changed = changed / (length(changed, (1, 2, 3)) + 1e-12) * bounds.eps
-    return _accept(classifier, rows, bounds, changed, shape)
+    return _accept(classifier, rows, bounds, changed, shape, stop)

@@ -223,6 +223,7 @@ def robustness_curve(
     breaking, found = np.full(len(examples.x), np.inf), {}
     with preserve_state(model, preprocessing, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
+        logits_model.seed(seed, "clean")
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
         examples = examples._replace(y=labels)

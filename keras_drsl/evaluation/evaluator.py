@@ -89,11 +89,15 @@ class Evaluator:
             raise ValueError(
                 f"`y` must be None for a folder of images, which names their classes. Received: {type(y).__name__}"
             )
-        folder = x if isinstance(x, datasets.Folder) else datasets.load_folder(x, image_shape(model))
+        folder = x if isinstance(x, datasets.Folder) else datasets.load_folder(x, image_shape(self._first(model)))
         # Images that were not resized have the values of their files.
         are_integers = np.array_equal(folder.x, np.rint(folder.x))
         examples = read_examples(folder.x.astype("uint8") if are_integers else folder.x, folder.y, **which)
         return self.check_examples(examples.with_names(folder.files, folder.class_names))
+
+    def _first(self, model: keras.Model) -> keras.Model:
+        """Return the model that inputs reach first."""
+        return self.view.preprocessing if isinstance(self.view.preprocessing, keras.Model) else model
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
@@ -125,6 +129,7 @@ class Evaluator:
         Raises:
             ValueError: If the pool does not fit the examples.
         """
+        model.seed(self.settings["seed"], "pool")
         x, y = examples.whole if x_pool is None else read_pool(x_pool)
         if x_pool is not None:
             if x.shape[1:] != examples.x.shape[1:]:
@@ -341,12 +346,12 @@ class _Run:
         self._finished += count * self._todo.pop(name)
 
 
-def image_shape(model: keras.Model) -> tuple[int | None, ...]:
-    """Return the height, width and channels that a model takes, as far as they are known."""
+def image_shape(model: Any) -> tuple[int | None, ...]:
+    """Return the height, width and channels that a model takes, None for each that is not known."""
     inputs = getattr(model, "inputs", None) or []
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
     if len(shape) != 3:
-        return (None, None, 3)
+        return (None, None, None)
     return (*shape[1:], shape[0]) if keras.config.image_data_format() == "channels_first" else shape
 
 

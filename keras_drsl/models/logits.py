@@ -53,7 +53,7 @@ class LogitsModel(NamedTuple):
         """Let the random numbers of a model depend on a key from here on, if its probabilities are averaged."""
         if self.expectation_draws > 1:
             for index, counter in enumerate(random_counters(self.model)):
-                if tuple(counter.shape) == (2,):  # a `keras.random.SeedGenerator`
+                if counter.name == "seed_generator_state":
                     counter.assign(np.array([zlib.crc32(repr((*key, index)).encode()), 0], dtype="uint32"))
 
     def misclassifies(self, x: Array, y: Array, batch_size: int) -> Array:
@@ -119,7 +119,7 @@ def find_logits(
     >>> keras_drsl.models.find_logits(model, np.ones((2, 8), "float32")).outputs
     'softmax'
     """
-    with preserve_state(model, inputs=x):
+    with preserve_state(model, preprocessing, inputs=x):
         return _find_logits(model, x, from_logits, View(output, preprocessing, expectation_draws).check())
 
 
