@@ -66,7 +66,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
-@pytest.mark.parametrize("name", some_short(HEADS, "logit", "average"))
+@pytest.mark.parametrize("name", some_short(HEADS, "logit"))
 def test_one_unit_gets_the_exact_verdict(name, labels):
     x, y, size = data()
     if labels != "ids" and name != "sigmoid":
@@ -113,7 +113,7 @@ def two_outputs(kind):
     return keras.Model(x, {"depth": outputs[0], "cat": outputs[1]}), "cat"
 
 
-@pytest.mark.parametrize("kind", some_short(["list", "names", "dict"], "dict", more=["list", "names"]))
+@pytest.mark.parametrize("kind", some_short(["list", "names", "dict"], more=["list", "names"]))
 def test_one_of_several_outputs_is_evaluated(kind):
     model, output = two_outputs(kind)
     x, y, size = data()
@@ -243,7 +243,7 @@ PREPROCESSINGS = {
 }
 
 
-@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, "layer", more=["resizing"]))
+@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, more=["resizing"]))
 def test_a_function_in_front_of_a_model_is_attacked_through(name):
     preprocessing, shown = PREPROCESSINGS[name]
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
@@ -258,7 +258,6 @@ def test_a_function_in_front_of_a_model_is_attacked_through(name):
     assert curve.settings["preprocessing"] == report.settings["preprocessing"]
 
 
-@pytest.mark.short
 def test_a_training_and_its_monitor_take_a_function_in_front():
     x, y, _ = data()
     rescaling = layers.Normalization(mean=0.5, variance=0.01)
