@@ -17,6 +17,7 @@ __all__ = ["Folder", "load", "load_folder", "load_npz", "load_test"]
 
 NAMES = ("digits", "mnist", "cifar10")
 NAME = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
+TEST_SPLITS = ("test", "validation")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # the endings that Keras reads
 
 
@@ -47,7 +48,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tup
         if name == "digits":
             return _load_digits()
         builder = _builder(name, data_dir)
-        return _read(builder, "train"), _read(builder, _test_split(builder))
+        return _read(builder, _split(builder, "train")), _read(builder, _split(builder, *TEST_SPLITS))
 
 
 def load_test(
@@ -83,7 +84,7 @@ def load_test(
                 raise ValueError(f"`shape` must be (8, 8, 1) for the digits. Received: shape={tuple(shape)}")
             return _load_digits()[1]
         builder = _builder(name, data_dir)
-        return _read(builder, _test_split(builder), shape)
+        return _read(builder, _split(builder, *TEST_SPLITS), shape)
 
 
 @contextlib.contextmanager
@@ -145,11 +146,12 @@ def _builder(name: str, data_dir: Any) -> Any:
     return builder
 
 
-def _test_split(builder: Any) -> str:
-    splits = [split for split in ("test", "validation") if split in builder.info.splits]
+def _split(builder: Any, *names: str) -> str:
+    """Return the first of some splits that a data set has, or raise `ValueError`."""
+    splits = [name for name in names if name in builder.info.splits]
     if not splits:
         raise ValueError(
-            f"`name` must be a data set with test or validation images. Received: name={builder.name!r} with "
+            f"`name` must be a data set with {' or '.join(names)} images. Received: name={builder.name!r} with "
             f"{', '.join(builder.info.splits)}"
         )
     return splits[0]
@@ -159,11 +161,6 @@ def _read(builder: Any, split: str, shape: Sequence[int | None] = (None, None, N
     """Return the images of a split, in [0, 1] and of one size, and their class ids."""
     import tensorflow as tf
 
-    if split not in builder.info.splits:
-        raise ValueError(
-            f"`name` must be a data set with {split} images. Received: name={builder.name!r} with "
-            f"{', '.join(builder.info.splits)}"
-        )
     own = builder.info.features[builder.info.supervised_keys[0]].shape
     height, width = (None, None) if None in shape[:2] else shape[:2]
     if shape[2] not in (None, own[2]):

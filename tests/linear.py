@@ -33,3 +33,14 @@ def distance(x, y, norm, weights=WEIGHTS):
 def exact_robust(x, y, eps, norm, weights=WEIGHTS):
     """Return where no perturbation within eps changes the class."""
     return distance(x, y, norm, weights) > eps
+
+
+# The weights of a single unit, or of two classes.
+UNIT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
+
+
+def unit_inputs(count=80):
+    """Return inputs away from the limits, their labels, and the size of the perturbation that changes the class."""
+    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
+    z = (x - 0.5) @ UNIT.astype("float64")
+    return x, (z > 0).astype("int32"), np.abs(z) / np.abs(UNIT).sum()

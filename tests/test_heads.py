@@ -11,17 +11,10 @@ from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.models import find_logits
 from tests.backends import values
 from tests.helpers import some_short
+from tests.linear import UNIT, unit_inputs
 
 EPS = 0.1
 METHODS = ("pgd", "fgsm", "trades", "mart", "consistency")
-WEIGHT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
-
-
-def data(count=80):
-    """Return inputs away from the limits, their labels, and the size of the perturbation that changes the class."""
-    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
-    z = (x - 0.5) @ WEIGHT.astype("float64")
-    return x, (z > 0).astype("int32"), np.abs(z) / np.abs(WEIGHT).sum()
 
 
 def assert_exact(report, size):
@@ -34,7 +27,7 @@ def assert_exact(report, size):
 def unit(activation=None, scale=1.0):
     """Return a model of one linear unit with an activation."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation)])
-    model.layers[0].set_weights([scale * WEIGHT[:, None], np.array([-scale * WEIGHT.sum() / 2])])
+    model.layers[0].set_weights([scale * UNIT[:, None], np.array([-scale * UNIT.sum() / 2])])
     return model
 
 
@@ -68,7 +61,7 @@ HEADS = {
 @pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
 @pytest.mark.parametrize("name", some_short(HEADS, "logit"))
 def test_one_unit_gets_the_exact_verdict(name, labels):
-    x, y, size = data()
+    x, y, size = unit_inputs()
     if labels != "ids" and name != "sigmoid":
         pytest.skip("each form of the labels with one head")
     forms = {
@@ -90,9 +83,9 @@ def test_one_unit_gets_the_exact_verdict(name, labels):
 
 
 def test_a_logit_between_0_and_1_is_a_logit_if_said_so():
-    x = data()[0]
+    x = unit_inputs()[0]
     model = unit()
-    model.layers[0].set_weights([0.1 * WEIGHT[:, None], np.array([0.5])])
+    model.layers[0].set_weights([0.1 * UNIT[:, None], np.array([0.5])])
     assert find_logits(model, x).outputs == "probabilities"
     found = find_logits(model, x, from_logits=True)
     assert found.outputs == "logits"
@@ -116,7 +109,7 @@ def two_outputs(kind):
 @pytest.mark.parametrize("kind", some_short(["list", "names", "dict"], more=["list", "names"]))
 def test_one_of_several_outputs_is_evaluated(kind):
     model, output = two_outputs(kind)
-    x, y, size = data()
+    x, y, size = unit_inputs()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
     report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, output=output, verbose=0)
     assert_exact(report, size)
@@ -143,7 +136,7 @@ def monitor(model, x, y, output):
 @pytest.mark.parametrize("call", some_short([evaluate, curve, monitor], more=[curve, monitor]))
 def test_each_call_takes_an_output(call):
     model, output = two_outputs("dict")
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     assert call(model, x, y, output) == output
     with pytest.raises(ValueError, match="`output` must be a name or a position. Received: output=True"):
         call(model, x, y, True)
@@ -156,7 +149,7 @@ def test_each_call_takes_an_output(call):
 
 
 def test_square_and_noise_break_one_unit():
-    x, y, size = data()
+    x, y, size = unit_inputs()
     model = find_logits(unit("sigmoid"), x).classifier
     x_adv = Square(EPS, queries=400)(model, x, y)
     broken = values(model(ops.convert_to_tensor(x_adv))).argmax(1) != y
@@ -165,7 +158,7 @@ def test_square_and_noise_break_one_unit():
 
 
 def test_an_undefended_unit_is_a_second_model():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     report = evaluate_robustness(
         unit("sigmoid"), x, y, eps=EPS, suite="quick", undefended=unit(scale=5.0), checks="standard", verbose=0
     )
@@ -174,7 +167,7 @@ def test_an_undefended_unit_is_a_second_model():
 
 def test_a_report_keeps_the_output(tmp_path):
     model, output = two_outputs("dict")
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     report = evaluate_robustness(model, x, y, eps=EPS, suite="quick", output=output, verbose=0)
     report.to_json(tmp_path / "report.json")
     again = keras_drsl.RobustnessReport.from_json(tmp_path / "report.json")
@@ -196,7 +189,7 @@ def test_a_report_keeps_the_output(tmp_path):
 @pytest.mark.parametrize("head", some_short(["logit", "sigmoid"], more=["sigmoid"]))
 def test_one_unit_is_trained_to_withstand_attacks(method, head):
     keras.utils.set_random_seed(0)
-    x, y, size = data(200)
+    x, y, size = unit_inputs(200)
     layer = layers.Dense(1, None if head == "logit" else "sigmoid")
     robust = AdversarialTraining(keras.Sequential([keras.Input((4,)), layer]), 0.05, method=method, steps=3)
     loss = keras.losses.BinaryCrossentropy(from_logits=head == "logit")
@@ -209,19 +202,19 @@ def test_one_unit_is_trained_to_withstand_attacks(method, head):
 
 
 def test_the_attack_of_a_training_follows_the_loss_of_one_unit():
-    x, y, _ = data(40)
+    x, y, _ = unit_inputs(40)
     robust = AdversarialTraining(unit("sigmoid"), 0.1, attack_loss="loss", steps=1, step_size=0.1)
     robust.compile("sgd", "binary_crossentropy")
     robust.fit(x, y, verbose=0)
-    robust.model.set_weights([WEIGHT[:, None], np.zeros(1)])
+    robust.model.set_weights([UNIT[:, None], np.zeros(1)])
     attacked = robust._attack_batch(ops.convert_to_tensor(x), ops.convert_to_tensor(y))
     moved = values(attacked.adversarial) - x
-    assert (np.sign(moved) == -np.sign(WEIGHT) * (2 * y[:, None] - 1)).mean() > 0.9
+    assert (np.sign(moved) == -np.sign(UNIT) * (2 * y[:, None] - 1)).mean() > 0.9
 
 
 def test_one_of_several_outputs_is_trained():
     model, output = two_outputs("dict")
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     robust = AdversarialTraining(model, 0.05, steps=2, output=output)
     robust.compile("adam", "binary_crossentropy", metrics=["accuracy"])
     assert robust.fit(x, y, epochs=2, verbose=0).history["accuracy"][-1] > 0.5
@@ -247,9 +240,9 @@ PREPROCESSINGS = {
 def test_a_function_in_front_of_a_model_is_attacked_through(name):
     preprocessing, shown = PREPROCESSINGS[name]
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-    weights = np.stack([0 * WEIGHT, WEIGHT], axis=1)
-    model.set_weights([weights, np.array([0, -WEIGHT.sum()])])  # the centre 0.5 is doubled
-    x, y, size = data()
+    weights = np.stack([0 * UNIT, UNIT], axis=1)
+    model.set_weights([weights, np.array([0, -UNIT.sum()])])  # the centre 0.5 is doubled
+    x, y, size = unit_inputs()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
     report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, preprocessing=preprocessing, verbose=0)
     assert_exact(report, size)
@@ -259,7 +252,7 @@ def test_a_function_in_front_of_a_model_is_attacked_through(name):
 
 
 def test_a_training_and_its_monitor_take_a_function_in_front():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     rescaling = layers.Normalization(mean=0.5, variance=0.01)
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     robust = AdversarialTraining(model, 0.02, steps=2, preprocessing=rescaling)
@@ -272,7 +265,7 @@ def test_a_training_and_its_monitor_take_a_function_in_front():
 
 
 def test_a_preprocessing_that_is_none_is_named():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     for wrong in (3, "caffe"):
         with pytest.raises(ValueError, match="`preprocessing` must be a Keras layer or a function. Received"):
             evaluate_robustness(unit(), x, y, eps=EPS, preprocessing=wrong, verbose=0)
@@ -281,6 +274,6 @@ def test_a_preprocessing_that_is_none_is_named():
 
 
 def test_an_attack_by_itself_names_the_way_out():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     with pytest.raises(ValueError, match=r"For one sigmoid unit of logit z, return the logits \[0, z\]"):
         PGD(EPS)(unit("sigmoid"), x, y)

@@ -9,12 +9,13 @@ import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
 from keras_drsl.attacks import APGD, PGD, Noise, Square
 from keras_drsl.models import find_logits
+from keras_drsl.models.state import random_counters
 from tests.backends import BACKEND
 from tests.helpers import some_short
 from tests.layers import Random
+from tests.linear import UNIT, unit_inputs
 
 EPS, NOISE, DRAWS = 0.1, 0.1, 24
-WEIGHT = np.array([1.0, -0.8, 0.5, 0.2], "float32")
 HEADS = ("logits", "softmax", "unit", "sigmoid")
 
 
@@ -23,30 +24,23 @@ def random_model(head, noise=NOISE):
     units = 1 if head in ("unit", "sigmoid") else 2
     dense = layers.Dense(units, activation={"softmax": "softmax", "sigmoid": "sigmoid"}.get(head))
     model = keras.Sequential([keras.Input((4,)), Random(noise), dense])
-    weight = 4 * WEIGHT
+    weight = 4 * UNIT
     kernel = weight[:, None] if units == 1 else np.stack([-weight / 2, weight / 2], axis=1)
     bias = np.array([-weight.sum() / 2]) if units == 1 else np.array([weight.sum(), -weight.sum()]) / 4
     dense.set_weights([kernel, bias])
     return model
 
 
-def data(count=80):
-    """Return inputs away from the limits, their labels, and the size of the perturbation that changes the class."""
-    x = np.random.default_rng(0).uniform(0.25, 0.75, (count, 4)).astype("float32")
-    z = (x - 0.5) @ WEIGHT.astype("float64")
-    return x, (z > 0).astype("int32"), np.abs(z) / np.abs(WEIGHT).sum()
-
-
 def counters_of(model):
-    return [ops.convert_to_numpy(variable).tolist() for variable in model.variables if "float" not in variable.dtype]
+    return [ops.convert_to_numpy(counter).tolist() for counter in random_counters(model)]
 
 
 @pytest.mark.parametrize("head", some_short(HEADS, "softmax", "unit"))
 def test_the_average_is_that_of_the_probabilities(head):
     model = random_model(head)
-    x, _, _ = data(8)
+    x, _, _ = unit_inputs(8)
     classifier = find_logits(model, x, expectation_draws=6).classifier
-    counters = [variable for variable in model.variables if "float" not in variable.dtype]
+    counters = random_counters(model)
     before = [ops.convert_to_numpy(counter) for counter in counters]
     found = classifier.logits(x)
     answers = np.empty((6, *ops.shape(model(x))))
@@ -69,7 +63,7 @@ def test_the_average_is_that_of_the_probabilities(head):
 
 @pytest.mark.parametrize("head", some_short(HEADS, more=("softmax", "unit")))
 def test_the_verdict_is_that_of_the_model_without_noise(head):
-    x, y, size = data()
+    x, y, size = unit_inputs()
     model = random_model(head)
     before = counters_of(model)
     attacks, checks = [APGD(EPS, loss="margin", targeted=True, steps=10)], ["deterministic", "independent_rows"]
@@ -89,7 +83,7 @@ def test_the_verdict_is_that_of_the_model_without_noise(head):
 
 
 def test_a_random_model_fails_a_check_until_it_is_averaged_enough():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     options = {"eps": EPS, "attacks": ["noise"], "checks": ["deterministic"], "verbose": 0}
 
     def check(model, draws):
@@ -104,7 +98,7 @@ def test_a_random_model_fails_a_check_until_it_is_averaged_enough():
 
 
 def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path):
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     options = {"eps": EPS, "checks": ["noise"], "verbose": 0, "expectation_draws": 3, "batch_size": 16}
 
     class Limited(keras_drsl.attacks.PGD):
@@ -129,7 +123,7 @@ def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path):
 
 @pytest.mark.more
 def test_curve_monitor_training_and_command_average_too(tmp_path, capsys):
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     model = random_model("logits")
     curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", expectation_draws=3, verbose=0)
     assert curve.settings["expectation_draws"] == 3
@@ -164,7 +158,7 @@ def test_averages_hide_no_dependence_on_the_batch():
         def call(self, x):
             return self.dense(x - ops.mean(x, axis=0, keepdims=True))
 
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     found = checks_of(Centred(), x, y)
     assert (found["deterministic"].status, found["independent_rows"].status) == ("pass", "fail")
 
@@ -178,7 +172,7 @@ def test_noise_that_is_compiled_into_a_program_fails_a_check():
         def call(self, x):
             return self.dense(x + np.random.normal(0, 0.3, 4).astype("float32"))
 
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     found = checks_of(NumpyNoise(), x, y)["deterministic"]
     # Nothing is compiled on torch.
     assert ("compiled, the model always draws" in found.message) == (BACKEND != "torch")
@@ -209,12 +203,12 @@ def test_only_seeds_are_seeded():
         def call(self, x):
             return ops.take(self.dense(x), ops.convert_to_tensor(self.order), axis=1)
 
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     assert checks_of(Ordered(), x, y)["deterministic"].status == "pass"
 
 
 def test_the_pool_and_the_clean_answers_depend_on_the_seed_only():
-    x, y, _ = data()
+    x, y, _ = unit_inputs()
     model = random_model("logits", noise=0.5)
     options = {"expectation_draws": 2, "verbose": 0, "checks": []}
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=2)]
@@ -227,6 +221,6 @@ def test_the_pool_and_the_clean_answers_depend_on_the_seed_only():
 
 @pytest.mark.parametrize("draws", [0, 1.5, "two", True])
 def test_draws_that_are_no_number_are_refused(draws):
-    x, y, _ = data(4)
+    x, y, _ = unit_inputs(4)
     with pytest.raises(ValueError, match="`expectation_draws` must be an integer of 1 or more. Received:"):
         evaluate_robustness(random_model("logits"), x, y, eps=EPS, expectation_draws=draws, verbose=0)

@@ -74,10 +74,11 @@ def is_better(rows: dict[str, Tensor], wrong: Tensor, values: Tensor, best: Tens
         best: The loss of the best point.
         stop: Whether the first misclassified point stays.
     """
-    larger = ops.logical_or(wrong, values > best)
+    larger = values > best
+    wrong_or_larger = ops.logical_or(wrong, larger)
     if stop:
-        return ops.logical_and(ops.logical_not(rows["broken"]), larger)
-    return ops.where(rows["broken"], ops.logical_and(wrong, values > best), larger)
+        return ops.logical_and(ops.logical_not(rows["broken"]), wrong_or_larger)
+    return ops.where(rows["broken"], ops.logical_and(wrong, larger), wrong_or_larger)
 
 
 def _stack(steps: list[tuple[Any, ...]], count: int, size: int) -> list[Any]:

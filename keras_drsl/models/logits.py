@@ -127,7 +127,7 @@ def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, view: V
     # Random inputs as well: what holds on the data alone may not hold elsewhere.
     tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
     head = _make_head(model, tried, from_logits, view)
-    rewind = keep_counters(head) if view.expectation_draws > 1 else lambda: None
+    rewind = _keep_draws(head)
     found = _Classifiers.of(head, x)
     outputs = found.outputs.logits(x)
     _check_outputs(model, outputs, from_logits)
@@ -168,6 +168,11 @@ def _make_head(model: keras.Model, x: Array, from_logits: bool | None, view: Vie
     return Head(model, view, "probability" if in_range else "logit", returns_logits=not in_range)
 
 
+def _keep_draws(head: Head) -> Callable[[], None]:
+    """Return a function that lets an average use the same random numbers again; it does nothing for a single call."""
+    return keep_counters(head) if head.expectation_draws > 1 else lambda: None
+
+
 class _Classifiers:
     """The classifiers that the logits of a model are looked for with. The model keeps them, and their programs.
 
@@ -200,7 +205,7 @@ class _Classifiers:
         if not _are_same(_attributes(head.model), self._attributes):
             return False
         self.outputs.check(x)
-        rewind = keep_counters(head) if head.view.expectation_draws > 1 else lambda: None
+        rewind = _keep_draws(head)
         now = ops.convert_to_numpy(self.outputs(ops.convert_to_tensor(x)))
         rewind()
         then = self.outputs.logits(x)

@@ -212,10 +212,10 @@ class AdversarialTraining(keras.Model):
         if not isinstance(inputs, AttackedBatch):
             return self._outputs_of(inputs, training)
         needs_clean = "clean" in self.method.learns_from or self.method.penalty is not None
-        rewind = keep_counters(self.model) if needs_clean else lambda: None
-        adversarial = self._outputs_of(inputs.adversarial, training)
         if not needs_clean:
-            return Outputs(None, adversarial)
+            return Outputs(None, self._outputs_of(inputs.adversarial, training))
+        rewind = keep_counters(self.model)
+        adversarial = self._outputs_of(inputs.adversarial, training)
         # Layers must draw the same noise or crops again: the two outputs are compared.
         rewind()
         return Outputs(self._outputs_of(inputs.clean, training), adversarial)
