@@ -26,6 +26,7 @@ DATASETS = ("digits", "mnist", "cifar10")
 DATASET = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
 SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
+TASKS = ("multiclass", "multilabel")
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report")
@@ -133,6 +134,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--expectation-draws", type=_integer(1), default=1, help="average a random model over so many calls"
     )
+    evaluate.add_argument(
+        "--attack-input",
+        type=_path,
+        metavar="NAME",
+        help="the input that is attacked, of a model with several, or an embedding layer; an npz file holds one array "
+        "for each input, and y",
+    )
+    evaluate.add_argument(
+        "--task", choices=TASKS, default="multiclass", help="multilabel for y of 0 and 1, one column per label"
+    )
+    evaluate.add_argument("--which", type=_integer(0), help="the only label that counts, for --task multilabel")
     evaluate.add_argument(
         "--max-samples", type=_integer(1), help="how many images, each class in proportion; by default all"
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -18,13 +18,17 @@ def to_array(x: Any) -> Array:
     return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
 
 
-def to_arrays(name: str, x: Any, y: Any) -> tuple[Array, Array]:
+Pack = Callable[[Any], Array]
+
+
+def to_arrays(name: str, x: Any, y: Any, pack: Pack | None = None) -> tuple[Array, Array]:
     """Return inputs and labels as arrays.
 
     Args:
         name: What an error calls the inputs.
         x: Inputs, shape `(count, ...)`.
         y: Their labels, shape `(count, ...)`.
+        pack: What makes one array of several inputs, or None for one input.
 
     Raises:
         ValueError: If either is not one array, or they have other numbers of rows.
@@ -34,7 +38,9 @@ def to_arrays(name: str, x: Any, y: Any) -> tuple[Array, Array]:
     _check_one_array(name, y)
     # A list of images is one array; a list of arrays of images is not.
     num_labels = len(y) if hasattr(y, "__len__") and getattr(y, "ndim", True) else None
-    if not isinstance(x, list | tuple) or len(x) != num_labels:
+    if pack is not None:
+        x = pack(x)
+    elif not isinstance(x, list | tuple) or len(x) != num_labels:
         _check_one_array(name, x)
     try:
         x, y = to_array(x), to_array(y)
@@ -104,11 +110,23 @@ def _largest_labels(y: Array, allow_ties: bool) -> Array:
     if len(wrong):
         row = np.array2string(values[wrong[0]], threshold=10)
         raise ValueError(
-            "`y` must name one class in each row: its values are not negative, sum to 1, and have one maximum. Labels "
-            f"of several classes per example are another task. Received: row {wrong[0]} of {row}"
+            "`y` must name one class in each row: its values are not negative, sum to 1, and have one maximum. For "
+            f'several labels per example, give task="multilabel". Received: row {wrong[0]} of {row}'
         )
     ids: Array = values.argmax(axis=1)
     return ids
+
+
+def binary_labels(y: Any) -> Array:
+    """Return the labels of a task of several, 0 or 1, int32, shape `(count, labels)`, or raise `ValueError`."""
+    y = to_array(y)
+    if y.ndim != 2 or not np.isin(y, (0, 1)).all():
+        received = f"shape {y.shape}" if y.ndim != 2 else f"a value of {y[~np.isin(y, (0, 1))][0]}"
+        raise ValueError(
+            f'`y` must hold 0 or 1 for each label, shape (count, labels), for task="multilabel". Received: {received}'
+        )
+    labels: Array = y.astype("int32")
+    return labels
 
 
 class Examples(NamedTuple):
@@ -123,6 +141,8 @@ class Examples(NamedTuple):
         files: The file of each example, or None.
         class_names: The names of the classes by id, or None.
         are_8bit: Whether the inputs were given as 8-bit integers.
+        layout: The `keras_drsl.models.inputs.Layout` of several inputs or labels, or None.
+        num_labels: How many rows each example has, one per label of a model of several; 1 for other tasks.
     """
 
     x: Array
@@ -133,18 +153,27 @@ class Examples(NamedTuple):
     files: Array | None = None
     class_names: list[str] | None = None
     are_8bit: bool = False
+    layout: Any = None
+    num_labels: int = 1
 
     def select(self, mask: Array) -> "Examples":
-        """Return the examples where a mask of shape `(count,)` is True."""
-        files = None if self.files is None else self.files[mask]
-        return self._replace(x=self.x[mask], y=self.y[mask], ids=self.ids[mask], files=files)
+        """Return the examples where a mask with a value for each is True."""
+        rows = np.asarray(np.repeat(mask, self.num_labels))
+        files = None if self.files is None else self.files[rows]
+        return self._replace(x=self.x[rows], y=self.y[rows], ids=self.ids[rows], files=files)
+
+    def any_label(self, of_rows: Array) -> Array:
+        """Return for which examples a value is True for any of their rows."""
+        return np.asarray(of_rows.reshape(-1, self.num_labels).any(axis=1))
 
     def with_names(self, files: list[str], class_names: list[str]) -> "Examples":
         """Return the examples with the names of all files of the data set, and of the classes."""
         return self._replace(files=np.array(files)[self.ids], class_names=class_names)
 
 
-def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None) -> Examples:
+def read_examples(
+    x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None, pack: Pack | None = None
+) -> Examples:
     """Return `max_samples` examples in proportion to the classes, and of these the ones of a shard `(i, n)`.
 
     The choice depends on the values of the inputs only, not on their order. A shard has the examples at the positions
@@ -156,19 +185,20 @@ def read_examples(x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, 
         max_samples: How many examples to choose, >= 1; None for all. Of a data set that does not know its length, the
             first ones are read.
         shard: `(i, n)`, or None for all examples.
+        pack: What makes one array of several inputs, or None for one input.
 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
     """
     if isinstance(x, np.ndarray | list | tuple | dict) or ops.is_tensor(x) or (y is not None and _is_column(x)):
-        x, y = to_arrays("x_or_dataset", x, y)
+        x, y = to_arrays("x_or_dataset", x, y, pack)
     else:
         if y is not None:
             raise ValueError(
                 "`y` must be None where `x_or_dataset` is a data set, which holds the labels itself. "
                 f"Received: x_or_dataset of {type(x).__name__}, y of {type(y).__name__}"
             )
-        x, y = _read_dataset(x, max_samples)
+        x, y = _read_dataset(x, max_samples, pack)
     if len(x) == 0:
         raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
     if x.ndim < 2:
@@ -203,21 +233,22 @@ def _choose(x: Array, y: Array, count: int | None) -> Array:
     return np.sort(np.concatenate(chosen))
 
 
-def read_pool(pool: Any) -> tuple[Array, Array | None]:
+def read_pool(pool: Any, pack: Pack | None = None) -> tuple[Array, Array | None]:
     """Return the inputs and labels of the argument `x_pool`. The labels are None for inputs alone.
 
     Args:
         pool: Inputs, a pair `(inputs, labels)`, or a data set of batches of such pairs.
+        pack: What makes one array of several inputs, or None for one input.
 
     Raises:
         ValueError: If it holds none of these, or no example.
     """
     if isinstance(pool, tuple) and len(pool) == 2:
-        x, y = map(to_array, pool)
-    elif isinstance(pool, np.ndarray | list) or ops.is_tensor(pool):
-        x, y = to_array(pool), None
+        x, y = (pack or to_array)(pool[0]), to_array(pool[1])
+    elif isinstance(pool, np.ndarray | list | dict) or ops.is_tensor(pool):
+        x, y = (pack or to_array)(pool), None
     elif isinstance(pool, keras.utils.PyDataset | Iterable):
-        x, y = _read_dataset(pool, None)
+        x, y = _read_dataset(pool, None, pack)
     else:
         raise ValueError(
             f"`x_pool` must hold inputs, a pair (inputs, labels) or batches of pairs. Received: {type(pool).__name__}"
@@ -231,12 +262,13 @@ def read_pool(pool: Any) -> tuple[Array, Array | None]:
     return x.astype("float32", copy=False), y
 
 
-def first_batch(x: Any, y: Any) -> tuple[Any, tuple[Array, Array]]:
+def first_batch(x: Any, y: Any, *, several: bool = False) -> tuple[Any, tuple[Any, Array]]:
     """Return training data and the inputs and labels that can be seen before training.
 
     Args:
         x: Inputs, or an iterable of batches, as `keras.Model.fit` takes them.
         y: Labels of an array of inputs, or None.
+        several: Whether an example has several inputs. They are then returned in the structure in which they come.
 
     Returns:
         `(x, (inputs, labels))`. Of arrays, all inputs and labels are seen; of other data, the first batch. The returned
@@ -257,11 +289,17 @@ def first_batch(x: Any, y: Any) -> tuple[Any, tuple[Array, Array]]:
     elif y is None and not hasattr(x, "shape"):
         batch = next(iter(x), None)
     inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
-    inputs, labels = only_input(inputs), only_input(labels)
+    inputs, labels = inputs if several else only_input(inputs), only_input(labels)
     if labels is None and inputs is not None:
         raise ValueError("`y` must hold labels, or `x` give batches `(inputs, labels)`. Received: no labels")
+    if several:
+        arrays = keras.tree.map_structure(lambda value: to_array(_backend.per_replica_value(value)), inputs)
+        return x, (arrays, to_array(_backend.per_replica_value(labels)))
     if isinstance(inputs, dict | list | tuple):
-        raise ValueError(f"`x` must hold one input per example, not several. Received: {type(inputs).__name__}")
+        raise ValueError(
+            "`x` must hold one input per example, not several; otherwise let `attack_input` name the one that is "
+            f"attacked. Received: {type(inputs).__name__}"
+        )
     _check_one_array("x", labels)
     inputs = np.empty(0) if inputs is None else to_array(_backend.per_replica_value(inputs))
     if inputs.size == 0:
@@ -289,8 +327,10 @@ def _check_one_array(name: str, values: Any) -> None:
         received = f"a {type(values).__name__} of {len(values)} arrays, of shapes {shapes}"
     else:
         return
+    names = f": {', '.join(map(str, values))}" if isinstance(values, dict) else ""
     raise ValueError(
-        f"`{name}` and `y` must hold one array of inputs and one of labels, without names. Received: {received}"
+        f"`{name}` and `y` must hold one array of inputs and one of labels, without names. For a model with several "
+        f"inputs, let `attack_input` name the one that is attacked{names}. Received: {received}"
     )
 
 
@@ -299,17 +339,17 @@ def _is_column(x: Any) -> bool:
     return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, keras.utils.PyDataset)
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
-    """Return the inputs and labels of a batch, or raise `ValueError`."""
+def _pair(batch: Any, *, several: bool) -> tuple[Any, Any]:
+    """Return the inputs, of which there may be several, and labels of a batch, or raise `ValueError`."""
     if isinstance(batch, Mapping):
         label = next((name for name in ("label", "labels") if name in batch), None)
         others = [name for name in batch if name != label]
-        if label is None or len(others) != 1:
+        if label is None or not others or (len(others) > 1 and not several):
             raise ValueError(
                 '`x_or_dataset` must give batches (inputs, labels), or dictionaries with a key "label" or "labels" '
-                f"and one other. Received: a dictionary with keys {list(batch)}"
+                f"and one other (with `attack_input`, several). Received: a dictionary with keys {list(batch)}"
             )
-        return batch[others[0]], batch[label]
+        return {name: batch[name] for name in others} if several else batch[others[0]], batch[label]
     if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
         raise ValueError(
             "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
@@ -318,16 +358,16 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def _read_dataset(dataset: Any, max_samples: int | None) -> tuple[Array, Array]:
+def _read_dataset(dataset: Any, max_samples: int | None, pack: Pack | None = None) -> tuple[Array, Array]:
     inputs: list[Array] = []
     labels: list[Array] = []
     count = 0
     batches, is_sized = _batches(dataset, max_samples)
     for batch in batches:
-        pair = _pair(batch)
-        for value in pair:
+        pair = _pair(batch, several=pack is not None)
+        for value in pair[pack is not None :]:
             _check_one_array("x_or_dataset", value)
-        x, y = map(to_array, pair)
+        x, y = (pack or to_array)(pair[0]), to_array(pair[1])
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
             raise ValueError(
                 "`x_or_dataset` must give batches of as many labels as inputs (a tf.data.Dataset: call `.batch`). "

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._data import class_ids, read_examples
+from keras_drsl._data import class_ids
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
@@ -57,6 +57,9 @@ class RobustnessMonitor(keras.callbacks.Callback):
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
         expectation_draws: As in `evaluate_robustness`.
+        attack_input: As in `evaluate_robustness`.
+        task: As in `evaluate_robustness`.
+        which: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -97,6 +100,9 @@ class RobustnessMonitor(keras.callbacks.Callback):
         output: str | int | None = None,
         preprocessing: Callable[[Tensor], Tensor] | None = None,
         expectation_draws: int = 1,
+        attack_input: str | int | None = None,
+        task: str = "multiclass",
+        which: int | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -113,13 +119,17 @@ class RobustnessMonitor(keras.callbacks.Callback):
             seed=seed,
             batch_size=batch_size,
             max_samples=max_samples,
-            view=View(output, preprocessing, expectation_draws),
+            view=View(output, preprocessing, expectation_draws, attack_input, task, which),
         )
-        self._examples = self._evaluator.check_examples(read_examples(x, y, max_samples=max_samples))
+        self._given = (x, y) if self._evaluator.reader.needs_model(x) else None
+        if self._given is None:
+            self._examples = self._evaluator.read_examples(None, x, y)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the logits of the model."""
         model = self.model.model if isinstance(self.model, AdversarialTraining) else self.model
+        if self._given is not None:
+            self._examples = self._evaluator.read_examples(model, *self._given)
         with preserve_state(model, self._evaluator.view.preprocessing):
             self._logits_model = self._evaluator.find_logits(model, self._examples)
             num_classes = self._logits_model.classifier.logits(self._examples.x[:1]).shape[1]
@@ -138,6 +148,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     def _evaluate(self) -> dict[str, float]:
         batch_size = self._evaluator.settings["batch_size"]
+        self._examples = self._evaluator.reader.refresh(self._examples)
         self._logits_model.seed(self._evaluator.settings["seed"], "clean")
         logits = self._logits_model.classifier.logits_in_batches(self._examples.x, batch_size)
         if not np.isfinite(logits).all():

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import keras
 
 from keras_drsl import _escape, _files, datasets
 from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
-from keras_drsl.evaluation.evaluator import image_shape
+from keras_drsl.evaluation.reading import image_shape
 from keras_drsl.evaluation.state import read_state
 from keras_drsl.plotting import new_figure
 from keras_drsl.threat import ThreatModel
@@ -62,6 +63,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         "output": args.output,
         "preprocessing": preprocessing,
         "expectation_draws": args.expectation_draws,
+        "attack_input": args.attack_input,
+        "task": args.task,
+        "which": args.which,
         "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(
@@ -76,15 +80,20 @@ def _evaluate(args: argparse.Namespace) -> int:
     problems = _deliver(report, args)
     if args.state is not None:
         with _collect(problems, f"The state in {args.state!r} does not hold the result"):
-            if read_state(args.state)["broken_by"] != report.per_example["broken_by"]:
+            # A state has one row per label.
+            by_label = report.per_example.get("broken_by_label", [report.per_example["broken_by"]])
+            if read_state(args.state)["broken_by"] != list(itertools.chain(*by_label)):
                 raise ValueError("it could not be written to the end")
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
-            largest = threat.largest_eps(x.shape[1:])
+            attacked = x.get(args.attack_input) if isinstance(x, dict) else x if args.attack_input is None else None
+            # Embeddings have no array here, but their range is one for all features.
+            largest = threat.largest_eps((1,) if attacked is None else attacked.shape[1:])
             radii = [factor * threat.radius for factor in CURVE if factor * threat.radius <= largest]
             index = report.per_example["index"]
+            chosen = keras.tree.map_structure(lambda values: values[index], x)
             # The pool of the report, so that the curve meets it at its radius.
-            curve = robustness_curve(model, x[index], y[index], x_pool=(x, y), eps=radii, **options)
+            curve = robustness_curve(model, chosen, y[index], x_pool=(x, y), eps=radii, **options)
             curve.plot(args.plot, overwrite=args.overwrite)
     if problems and args.state is not None and not any("does not hold the result" in text for text in problems):
         problems.append(

@@ -178,14 +178,15 @@ def _read(builder: Any, split: str, shape: Sequence[int | None] = (None, None, N
     return (x / 255).astype("float32"), y
 
 
-def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:
+def load_npz(path: str | os.PathLike[str]) -> tuple[Any, Array]:
     """Load the arrays `x` and `y`, or `x_test` and `y_test`, of a file. Pickled code in it is never executed.
 
     Args:
-        path: The npz file.
+        path: The npz file. For a model with several inputs it holds one array for each by name, in place of `x`.
 
     Returns:
-        Inputs, numbers of shape `(count, ...)`, and labels, numbers of shape `(count,)` or `(count, ...)`.
+        Inputs, numbers of shape `(count, ...)`, or a dictionary of several inputs; and labels, numbers of shape
+        `(count,)` or `(count, ...)`.
 
     Raises:
         ValueError: If the file is damaged, holds no such arrays or both pairs, or if the arrays do not hold finite
@@ -194,18 +195,26 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[Array, Array]:
     try:
         with np.load(Path(path), allow_pickle=False) as file:
             found = [names for names in (("x", "y"), ("x_test", "y_test")) if set(names) <= set(file.files)]
+            inputs = [name for name in file.files if name != "y"]
+            if not found and "y" in file.files and inputs:
+                found = [("", "y")]
             if len(found) != 1:
                 raise ValueError(f"it holds {_escape.for_terminal(', '.join(file.files)) or 'nothing'}")
             # NumPy does not read to the end of a member, where its checksum is compared.
             damaged = file.zip.testzip()
             if damaged is not None or len(set(file.files)) < len(file.files):
                 raise ValueError("it is damaged, or holds a name twice")
-            x, y = _numbers(found[0][0], file), _numbers(found[0][1], file)
-        if len(x) != len(y) or not len(x):
-            raise ValueError(f"it must hold one label for each input, and at least one. Received: {len(x)}, {len(y)}")
+            ((name, label),) = found
+            y = _numbers(label, file)
+            x = _numbers(name, file) if name else {name: _numbers(name, file) for name in inputs}
+        for array in x.values() if isinstance(x, dict) else [x]:
+            if len(array) != len(y) or not len(y):
+                received = f"{len(array)}, {len(y)}"
+                raise ValueError(f"it must hold one label for each input, and at least one. Received: {received}")
     except Exception as error:
         raise ValueError(
-            f"`path` must be an npz file with arrays x and y, or x_test and y_test, without pickles. "
+            "`path` must be an npz file with arrays x and y, or x_test and y_test, or y and one for each of several "
+            "inputs, without pickles. "
             f"Received: path={str(path)!r} ({_escape.error_line(error)})"
         ) from error
     return x, y

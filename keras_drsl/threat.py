@@ -48,7 +48,7 @@ class ThreatModel:
     own.
 
     Formula: `||x_adv - x|| <= eps` in the norm, and `clip_min <= x_adv <= clip_max` for every value. With several
-    values of `eps`: `||(x_adv - x) / eps|| <= 1`. Where `mask` is True, `x_adv = x`.
+    values of `eps`: `||(x_adv - x) / eps|| <= 1`. Where `mask` is True, `x_adv = x`, which may lie outside the range.
 
     Note:
 
@@ -184,8 +184,12 @@ class ThreatModel:
     @cached_property
     def bounds(self) -> Bounds:
         """The numbers as compiled programs take them."""
-        numbers = (self.radius, self.scale, self.clip_min, self.clip_max)
-        return Bounds(*(np.asarray(values, dtype="float32") for values in numbers))
+        low, high = (np.asarray(values, dtype="float32") for values in (self.clip_min, self.clip_max))
+        if self.mask is not None:
+            # A feature that may not change keeps a value outside the range.
+            masked, largest = np.asarray(self.mask), np.finfo("float32").max
+            low, high = np.where(masked, -largest, low), np.where(masked, largest, high)
+        return Bounds(*(np.asarray(values, dtype="float32") for values in (self.radius, self.scale, low, high)))
 
     @property
     def tensors(self) -> Bounds:
@@ -208,6 +212,26 @@ class ThreatModel:
         """Return the threat model with all of `eps` scaled so that the largest radius is another one."""
         is_one = not isinstance(self.eps, tuple)
         return self.replace(eps=radius if is_one else np.asarray(self.eps) * (radius / self.radius))
+
+    def append_fixed(self, features: int, count: int) -> "ThreatModel":
+        """Return the threat model of inputs with more features along the last axis, which may not change.
+
+        Args:
+            features: The length of the last axis of an input.
+            count: How many features are appended to it.
+        """
+
+        def append(values: Any, fixed: Any) -> Any:
+            array = np.asarray(values)
+            whole = np.broadcast_to(array, (*array.shape[:-1], features))
+            return np.concatenate([whole, np.full((*whole.shape[:-1], count), fixed)], axis=-1)
+
+        # One number stays one: the mask alone says which features may not change.
+        several = {name: getattr(self, name) for name in ("eps", "clip_min", "clip_max")}
+        changes = {name: append(value, np.max(value)) for name, value in several.items() if isinstance(value, tuple)}
+        if "clip_min" in changes:
+            changes["clip_min"] = append(self.clip_min, np.min(self.clip_min))
+        return self.replace(**changes, mask=append(self.mask or False, True)) if count else self
 
     def largest_eps(self, shape: tuple[int, ...]) -> float:
         """Return the radius of a ball that holds every valid input of a shape `(...)`."""
@@ -237,10 +261,14 @@ class ThreatModel:
                     f"`{field}` must be one number or fit inputs of shape {shape}, as ({shape[-1]},) does. "
                     f"Received: shape {of_field}"
                 )
-        if not ((x >= np.asarray(self.clip_min)) & (x <= np.asarray(self.clip_max))).all():
+        masked = np.asarray(self.mask or False)
+        if not (
+            ((x >= np.asarray(self.clip_min)) & (x <= np.asarray(self.clip_max))) | (masked & np.isfinite(x))
+        ).all():
+            free = x[:, np.broadcast_to(~masked, shape)]
             raise ValueError(
                 f"`{name}` must lie in [clip_min, clip_max] = [{_format(self.clip_min)}, {_format(self.clip_max)}]. "
-                f"Received: values from {x.min():g} to {x.max():g}.{_hint(x)}"
+                f"Received: values from {free.min():g} to {free.max():g}.{_hint(free)}"
             )
         largest = self.largest_eps(shape)
         if self.radius > largest:
@@ -274,6 +302,7 @@ class ThreatModel:
             x: The inputs themselves, of the same shape.
         """
         slack = 1e-6 * np.asarray(self.span)
+        masked = np.asarray(self.mask or False)
         # In units of the largest radius, rounding is larger for features of a smaller one.
         scale = self.scale
         rounding = (slack / np.where(scale > 0, scale, np.inf)).max()
@@ -282,8 +311,8 @@ class ThreatModel:
             allowed: Array = (
                 np.isfinite(x_adv).all(axis=axes)
                 & (self.size(x_adv.astype("float64") - x) <= self.radius * (1 + 1e-5) + rounding)
-                & (x_adv >= np.asarray(self.clip_min) - slack).all(axis=axes)
-                & (x_adv <= np.asarray(self.clip_max) + slack).all(axis=axes)
+                & ((x_adv >= np.asarray(self.clip_min) - slack) | masked).all(axis=axes)
+                & ((x_adv <= np.asarray(self.clip_max) + slack) | masked).all(axis=axes)
             )
         return allowed
 

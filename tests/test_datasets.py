@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_drsl import cli, datasets
-from keras_drsl.evaluation.evaluator import image_shape
+from keras_drsl.evaluation.reading import image_shape
 
 tfds = pytest.importorskip("tensorflow_datasets")
 

@@ -1,5 +1,6 @@
 """The base class of attacks: checks, restarts, and the choice of the worst point found."""
 
+import copy
 import inspect
 import json
 import zlib
@@ -102,6 +103,7 @@ class Attack:
 
     needs_gradient = True
     restarts = 1
+    _takes_fixed = True  # works on inputs with features that are fixed
 
     def __init__(
         self,
@@ -178,6 +180,19 @@ class Attack:
 
     def __hash__(self) -> int:
         return hash((type(self), json.dumps(self.settings, sort_keys=True, default=repr)))
+
+    def with_threat(self, threat: ThreatModel) -> "Attack":
+        """Return the attack with another threat model of the same radius, for inputs with features that are fixed."""
+        if threat == self.threat:
+            return self
+        if not self._takes_fixed:
+            raise ValueError(
+                f"`attacks` cannot hold {self.name} for a model of several inputs or labels: it cannot keep features "
+                "as they are"
+            )
+        other = copy.copy(self)
+        vars(other).update(threat=threat, _classifier=None)
+        return other
 
     def num_runs(self, num_classes: int) -> int:
         """Return the number of searches per example. An example leaves after the first search that breaks it."""

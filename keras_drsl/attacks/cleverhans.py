@@ -41,6 +41,7 @@ class FastGradientMethod(Attack):
 
     _function, _short_name = "fast_gradient_method", "fgm"  # in cleverhans, and in reports
     _losses: tuple[str, ...] = ("ce", "margin")
+    _takes_fixed = False
     _start: dict[str, Any] = {}  # noqa: RUF012 -- never changed
 
     def __init__(self, eps: float | None = None, *, loss: str = "ce", restarts: int = 1, **options: Any) -> None:

@@ -121,9 +121,10 @@ def input_gradient(
     def loss_along_gradient(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         logits = classifier(x)
         values, _, gradient = _backend.value_and_gradient(lambda z: (loss_fn(z), ()), ops.stop_gradient(logits))
-        largest = ops.max(ops.abs(gradient), axis=-1, keepdims=True)
+        axes = tuple(range(1, len(logits.shape)))
+        largest = ops.max(ops.abs(gradient), axis=axes, keepdims=True)
         scaled = ops.stop_gradient(gradient / ops.maximum(largest, 1e-30))
-        return ops.sum(logits * scaled, axis=-1), (values, logits)
+        return ops.sum(logits * scaled, axis=axes), (values, logits)
 
     _, (values, logits), gradient = _backend.value_and_gradient(loss_along_gradient, x)
     return values, logits, gradient

@@ -8,6 +8,7 @@ import numpy as np
 from keras_drsl._data import class_ids, content_keys, digest, to_array
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import Classifier
+from keras_drsl.models.inputs import Layout
 
 ROUNDING = 1e-10  # how much the fast distances are off, relative to the squares of the images
 
@@ -28,7 +29,7 @@ class Pool:
     Attributes:
         digest: The SHA-256 of all images and labels, whatever their order.
         num_images: How many images are classified as their labels say.
-        empty_classes: The classes without such an image.
+        empty_classes: The classes without such an image; of a model of several labels, for any label.
 
     Args:
         logits_fn: A `keras.Model`, a function that maps inputs to logits, or a `keras_drsl.models.Classifier`.
@@ -36,6 +37,8 @@ class Pool:
         y: Their labels: class ids `(count,)` or `(count, 1)`, or one-hot `(count, C)`. None to take the predictions of
             the model.
         batch_size: How many images are classified together.
+        layout: Where inputs that are not attacked lie in `x`, a `keras_drsl.models.inputs.Layout`, or None. Only what
+            is attacked is compared, and only images of the same label.
 
     Raises:
         ValueError: If labels do not match.
@@ -51,7 +54,13 @@ class Pool:
     """
 
     def __init__(
-        self, logits_fn: Callable[[Tensor], Tensor] | Classifier, x: Any, y: Any = None, *, batch_size: int = 256
+        self,
+        logits_fn: Callable[[Tensor], Tensor] | Classifier,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int = 256,
+        layout: Layout | None = None,
     ) -> None:
         x = np.asarray(to_array(x), dtype="float32")
         logits = Classifier.of(logits_fn).logits_in_batches(x, batch_size)
@@ -59,11 +68,22 @@ class Pool:
         labels = predictions if y is None else class_ids(y, len(x), logits.shape[1])
         keys = content_keys(x)
         correct = np.flatnonzero(predictions == labels)
-        by_class = {class_id: correct[labels[correct] == class_id] for class_id in range(logits.shape[1])}
+        self._layout = layout
+        of_label = self._labels(x)
+        groups = [(label, class_id) for label in np.unique(of_label) for class_id in range(logits.shape[1])]
+        by_group = {group: correct[(of_label[correct] == group[0]) & (labels[correct] == group[1])] for group in groups}
         self.digest = digest(*(values[np.lexsort((labels, keys))] for values in (keys, labels.astype("int64"))))
         self.num_images = len(correct)
-        self.empty_classes = [class_id for class_id, images in by_class.items() if len(images) == 0]
-        self._x, self._keys, self._by_class = x, keys, by_class
+        # Of a model of several labels: for any of them.
+        self.empty_classes = sorted({class_id for (_, class_id), images in by_group.items() if len(images) == 0})
+        self._x, self._keys, self._by_group = x, keys, by_group
+
+    def _labels(self, x: Array) -> Array:
+        return np.zeros(len(x), int) if self._layout is None else self._layout.labels(x)
+
+    def _compared(self, x: Array) -> Array:
+        part = x if self._layout is None else self._layout.attacked_part(x)
+        return part.reshape(len(x), -1).astype("float64")
 
     def nearest(self, x: Array, target: Array) -> tuple[Array, Array]:
         """Return the nearest image of a class for each input, and whether the class has one.
@@ -75,13 +95,16 @@ class Pool:
         Returns:
             Images of the shape of `x`, and bool `(batch,)`. Where it is False, the image is the input.
         """
-        images, found = np.array(x, dtype="float32"), ~np.isin(target, self.empty_classes)
-        for class_id in np.unique(target[found]):
-            rows = np.flatnonzero(target == class_id)
-            candidates = self._by_class[class_id]
-            flat = self._x[candidates].reshape(len(candidates), -1).astype("float64")
-            chosen = _nearest(images[rows].reshape(len(rows), -1).astype("float64"), flat, self._keys[candidates])
+        images, found = np.array(x, dtype="float32"), np.zeros(len(x), bool)
+        of_label = self._labels(images)
+        for label, class_id in sorted(set(zip(of_label.tolist(), target.tolist(), strict=True))):
+            candidates = self._by_group.get((label, class_id), [])
+            if len(candidates) == 0:
+                continue
+            rows = np.flatnonzero((of_label == label) & (target == class_id))
+            chosen = _nearest(self._compared(images[rows]), self._compared(self._x[candidates]), self._keys[candidates])
             images[rows] = self._x[candidates[chosen]]
+            found[rows] = True
         return images, found
 
 

@@ -289,6 +289,9 @@ def _square_step_2(
     # The new bump keeps the direction of the perturbation that it replaces.
     fresh = ops.expand_dims(shape_of_bump, -1) * _signs(drawn) + in_first / (length(in_first, (1, 2)) + 1e-12)
     fresh = ops.where(first, fresh, 0.0)
+    if len(bounds.scale.shape):
+        # What is spent on features that may not change is lost.
+        fresh = fresh * _to_images(ops.broadcast_to(ops.cast(bounds.scale > 0, "float32"), ops.shape(x)), shape)
     unused = ops.maximum(ops.square(bounds.eps) - ops.square(length(held, (1, 2, 3))), 0.0) / image[2]
     budget = ops.sqrt(unused + ops.square(length(in_both, (1, 2))))
     fresh = fresh / (length(fresh, (1, 2)) + 1e-12) * budget

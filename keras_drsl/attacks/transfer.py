@@ -38,6 +38,7 @@ class Transfer(Attack):
     """
 
     needs_gradient = False
+    _takes_fixed = False  # the second model knows nothing of the others
 
     def __init__(self, source: Callable[[Tensor], Tensor] | Classifier, attack: Attack) -> None:
         if not isinstance(attack, Attack):

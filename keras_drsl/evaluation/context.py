@@ -52,6 +52,7 @@ class EvaluationContext:
         audit: A record of the perturbations that the attacks returned.
         class_names: The names of the classes by id, or None.
         are_8bit: Whether the inputs were given as 8-bit integers.
+        is_partly_fixed: Whether a mask or an input that is not attacked keeps a part of what the model is given.
     """
 
     model: LogitsModel
@@ -68,6 +69,7 @@ class EvaluationContext:
     audit: Audit
     class_names: list[str] | None = None
     are_8bit: bool = False
+    is_partly_fixed: bool = False
 
     @property
     def gradient_free(self) -> list[str]:

@@ -153,6 +153,9 @@ def robustness_curve(
     output: str | int | None = None,
     preprocessing: Callable[[Tensor], Tensor] | None = None,
     expectation_draws: int = 1,
+    attack_input: str | int | None = None,
+    task: str = "multiclass",
+    which: int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     x_pool: Any = None,
@@ -181,6 +184,9 @@ def robustness_curve(
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
         expectation_draws: As in `evaluate_robustness`.
+        attack_input: As in `evaluate_robustness`.
+        task: As in `evaluate_robustness`.
+        which: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
@@ -210,7 +216,7 @@ def robustness_curve(
         "seed": seed,
         "batch_size": batch_size,
         "max_samples": max_samples,
-        "view": View(output, preprocessing, expectation_draws),
+        "view": View(output, preprocessing, expectation_draws, attack_input, task, which),
     }
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
@@ -220,14 +226,14 @@ def robustness_curve(
     examples = first.read_examples(model, x_or_dataset, y)
     for evaluator in others:
         evaluator.check_examples(examples)
-    breaking, found = np.full(len(examples.x), np.inf), {}
+    breaking, found = np.full(len(examples.x) // examples.num_labels, np.inf), {}
     with preserve_state(model, preprocessing, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
         logits_model.seed(seed, "clean")
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
         examples = examples._replace(y=labels)
-        breaking[is_misclassified(outputs, labels)] = 0.0
+        breaking[examples.any_label(is_misclassified(outputs, labels))] = 0.0
         pool = first.make_pool(logits_model, examples, x_pool)
         for radius, evaluator in evaluators.items():
             robust = np.isinf(breaking)

@@ -32,6 +32,9 @@ def evaluate_robustness(
     output: str | int | None = None,
     preprocessing: Callable[[Tensor], Tensor] | None = None,
     expectation_draws: int = 1,
+    attack_input: str | int | None = None,
+    task: str = "multiclass",
+    which: int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -91,6 +94,11 @@ def evaluate_robustness(
             to what the model takes. Attacks change what it is given.
         expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1. Attacks follow
             the gradient of the average, and the average decides what is misclassified.
+        attack_input: For a model with several inputs, the name or position of the one that is attacked; the others stay
+            as they are. Or `"embeddings"`, or the name of an embedding layer: then what the layer gives is attacked.
+        task: `"multiclass"`, or `"multilabel"` for a model with a unit for each of several labels, and `y` of 0 and 1
+            of shape `(count, labels)`. An example is then robust if all labels stay right.
+        which: For `"multilabel"`, the only label that counts, or None for all.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
         max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
             depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
@@ -132,7 +140,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         max_samples=max_samples,
         shard=shard,
-        view=View(output, preprocessing, expectation_draws),
+        view=View(output, preprocessing, expectation_draws, attack_input, task, which),
     )
     examples = evaluator.read_examples(model, x_or_dataset, y)
     with preserve_state(model, undefended, preprocessing, inputs=examples.x):

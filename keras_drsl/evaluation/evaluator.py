@@ -11,13 +11,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _backend, _validation, datasets
-from keras_drsl._data import Examples, class_ids, digest, read_examples, read_pool
+from keras_drsl import _backend, _validation
+from keras_drsl._data import Examples, class_ids, digest
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
 from keras_drsl.evaluation.progress import Progress
+from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
@@ -25,7 +26,7 @@ from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.models.classifier import is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.heads import View
-from keras_drsl.models.logits import LogitsModel, find_logits
+from keras_drsl.models.logits import LogitsModel, find_logits_of
 from keras_drsl.models.state import check_model, owner
 from keras_drsl.threat import ThreatModel
 
@@ -57,6 +58,7 @@ class Evaluator:
     ) -> None:
         self.threat = threat
         self.view = (view or View()).check()
+        self.reader = Reader(threat, self.view)
         suite = check_suite(suite)
         attack_seed = _validation.check_integer("seed", seed, at_least=0)
         by_name = make_attacks(suite, attacks, threat, attack_seed)
@@ -77,38 +79,26 @@ class Evaluator:
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
-        self.threat.validate("x_or_dataset", examples.whole[0])
+        self.reader.check_inputs("x_or_dataset", examples.whole[0], examples.layout, self.threat)
         return examples
 
-    def read_examples(self, model: keras.Model, x: Any, y: Any) -> Examples:
+    def read_examples(self, model: keras.Model | None, x: Any, y: Any) -> Examples:
         """Return the examples of arrays, a data set or a folder of images, or raise `ValueError`."""
-        which = {name: self.settings[name] for name in ("max_samples", "shard")}
-        if not isinstance(x, str | os.PathLike | datasets.Folder):
-            return self.check_examples(read_examples(x, y, **which))
-        if y is not None:
-            raise ValueError(
-                f"`y` must be None for a folder of images, which names their classes. Received: {type(y).__name__}"
-            )
-        folder = x if isinstance(x, datasets.Folder) else datasets.load_folder(x, image_shape(self._first(model)))
-        # Images that were not resized have the values of their files.
-        are_integers = np.array_equal(folder.x, np.rint(folder.x))
-        examples = read_examples(folder.x.astype("uint8") if are_integers else folder.x, folder.y, **which)
-        return self.check_examples(examples.with_names(folder.files, folder.class_names))
-
-    def _first(self, model: keras.Model) -> keras.Model:
-        """Return the model that inputs reach first."""
-        return self.view.preprocessing if isinstance(self.view.preprocessing, keras.Model) else model
+        return self.reader.read(model, x, y, **{name: self.settings[name] for name in ("max_samples", "shard")})
 
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
-        return find_logits(model, examples.x[:NUM_TRIED], from_logits, **vars(self.view))
+        return find_logits_of(model, examples.x[:NUM_TRIED], from_logits, self.reader.view_of(examples))
 
     def find_undefended(self, undefended: Any, model: LogitsModel, examples: Examples) -> LogitsModel:
         """Find the logits of an undefended model, or raise `ValueError` if it does not fit the other model."""
         check_model("undefended", undefended)
         x = examples.x[:NUM_TRIED]
+        view = self.reader.view_of(examples)
+        if view.embedding is not None:
+            raise ValueError("`undefended` must be left out where embeddings are attacked: it has others")
         try:
-            second = find_logits(undefended, x)
+            second = find_logits_of(undefended, x, None, view.replace(output=None, preprocessing=None))
             num_classes = [some.classifier.logits(x[:1]).shape[1] for some in (second, model)]
         except Exception as error:
             raise ValueError(f"`undefended` must be a classifier of the same inputs as `model`: {error}") from error
@@ -130,17 +120,11 @@ class Evaluator:
             ValueError: If the pool does not fit the examples.
         """
         model.seed(self.settings["seed"], "pool")
-        x, y = examples.whole if x_pool is None else read_pool(x_pool)
-        if x_pool is not None:
-            if x.shape[1:] != examples.x.shape[1:]:
-                raise ValueError(
-                    f"`x_pool` must hold inputs of shape {examples.x.shape[1:]}. Received: shape {x.shape[1:]}"
-                )
-            self.threat.validate("x_pool", x)
+        x, y = examples.whole if x_pool is None else self.reader.read_pool(x_pool, examples)
         # Two is the least number of classes.
         if not any(attack.num_pool_runs(num_classes=2) for attack in self.attacks.values()):
             return None
-        return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"])
+        return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"], layout=examples.layout)
 
     def evaluate(
         self,
@@ -177,6 +161,7 @@ class Evaluator:
         settings = self.settings | {"outputs": model.outputs}
         provenance = _provenance(model, undefended, examples, pool)
         state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
+        threat = self.threat if examples.layout is None else examples.layout.extend(self.threat)
         wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
         state.broken_rounded = [bool(pair[0]) or pair[1] for pair in zip(wrong, state.broken_rounded, strict=True)]
@@ -187,20 +172,22 @@ class Evaluator:
             ids=examples.ids,
             logits=logits,
             broken_by=tuple(state.broken_by),
-            threat=self.threat,
+            threat=threat,
             seed=settings["seed"],
             batch_size=batch_size,
-            attacks=self.attacks,
+            attacks={name: attack.with_threat(threat) for name, attack in self.attacks.items()},
             undefended=undefended,
             audit=Audit(**state.audit),
             class_names=examples.class_names,
             are_8bit=examples.are_8bit,
+            is_partly_fixed=self.threat.mask is not None
+            or (examples.layout is not None and examples.layout.has_fixed_inputs),
         )
         names = [name for name in self.checks if self._listed or applies(name, context)]
         with Progress(enabled=bool(verbose)) as progress:
-            run = _Run(context, state, pool, names, progress, title)
+            run = _Run(context, state, pool, names, progress, title, examples.num_labels)
             run.run_checks([name for name in names if CHECKS[name].stage == "before"])
-            for name, attack in self.attacks.items():
+            for name, attack in context.attacks.items():
                 run.run_attack(name, attack)
             run.run_checks([name for name in names if CHECKS[name].stage == "after"])
         return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=1))
@@ -239,8 +226,10 @@ class Evaluator:
             "label": examples.y.tolist(),
             "broken_by": list(state.broken_by),
         }
+        if examples.num_labels > 1:
+            per_example = _join_labels(per_example, examples.num_labels, [str(record["name"]) for record in records])
         if examples.are_8bit:
-            per_example["broken_rounded"] = state.broken_rounded
+            per_example["broken_rounded"] = examples.any_label(np.array(state.broken_rounded)).tolist()
         if examples.files is not None:
             per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
             provenance = provenance | {"classes": examples.class_names}
@@ -259,7 +248,9 @@ class _Run:
         checks: list[str],
         progress: Progress,
         title: str,
+        num_labels: int,
     ) -> None:
+        self._num_labels = num_labels
         self._context = context
         self._state = state
         self._pool = pool
@@ -326,9 +317,15 @@ class _Run:
                     "value": outcome.value,
                     "message": outcome.message,
                 }
-                state.done[key], state.seconds[key] = len(context.robust.x), time.perf_counter() - began
+                state.done[key], state.seconds[key] = self._num_robust(context), time.perf_counter() - began
                 state.save()
             self._finish(f"check:{name}", count)
+
+    def _num_robust(self, context: EvaluationContext) -> int:
+        """Return how many examples a check attacks, of those whose labels are all robust so far."""
+        ids, labels = context.robust.ids, self._num_labels
+        robust = np.array([name is None for name in context.broken_by]).reshape(-1, labels).all(axis=1)
+        return len(np.intersect1d(ids // labels, (context.ids[::labels] // labels)[robust]))
 
     def _show(self, name: str, done: int, count: int) -> None:
         """Show which attack or check is at work, after `done` of its `count` examples."""
@@ -346,13 +343,22 @@ class _Run:
         self._finished += count * self._todo.pop(name)
 
 
-def image_shape(model: Any) -> tuple[int | None, ...]:
-    """Return the height, width and channels that a model takes, None for each that is not known."""
-    inputs = getattr(model, "inputs", None) or []
-    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
-    if len(shape) != 3:
-        return (None, None, None)
-    return (*shape[1:], shape[0]) if keras.config.image_data_format() == "channels_first" else shape
+def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str]) -> dict[str, list[Any]]:
+    """Return the verdict on each example of the verdicts on its labels.
+
+    What broke an example is what broke the first of its labels.
+    """
+    rank = {name: position for position, name in enumerate([CLEAN, *names])}
+    by_label = [
+        per_row["broken_by"][start : start + num_labels] for start in range(0, len(per_row["index"]), num_labels)
+    ]
+    starts = range(0, len(per_row["index"]), num_labels)
+    return {
+        "index": [per_row["index"][start] // num_labels for start in starts],
+        "label": [per_row["label"][start : start + num_labels] for start in starts],
+        "broken_by": [min((name for name in row if name), key=rank.__getitem__, default=None) for row in by_label],
+        "broken_by_label": by_label,
+    }
 
 
 def _check_shard(shard: Any) -> tuple[int, int]:

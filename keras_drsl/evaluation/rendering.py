@@ -85,7 +85,10 @@ def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
 
 
 def _examples(report: EvaluationResults) -> str:
-    """Return how many examples of how many classes were evaluated."""
+    """Return how many examples of how many classes, or labels, were evaluated."""
+    by_label = report.robust_accuracy_by_label
+    if by_label is not None:
+        return f"{report.num_examples} examples of {len(by_label)} labels, correct if all of them are"
     counts = report.class_counts.values()
     low, high = min(counts), max(counts)
     each = f"{low}" if low == high else f"{low} to {high}"
@@ -99,7 +102,11 @@ def _rounded_line(report: EvaluationResults) -> list[str]:
 
 
 def _class_lines(report: EvaluationResults) -> list[str]:
-    """Return the robust accuracy of each class, where the classes have names."""
+    """Return the robust accuracy of each label, or of each class where the classes have names."""
+    by_label = report.robust_accuracy_by_label
+    if by_label is not None:
+        parts = [f"{label} {share:.1%}" for label, share in by_label.items()]
+        return _wrap(f"robust by label  {', '.join(parts)}", indent=17)
     names = report.provenance.get("classes")
     if not names:
         return []

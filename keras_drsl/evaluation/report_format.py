@@ -23,6 +23,7 @@ def _is_shard(value: Any) -> bool:
 POSITION = schema.integer(at_least=0)
 COUNT = schema.integer(at_least=1)
 SHARD = schema.optional(Rule("[i, n] with 0 <= i < n", _is_shard))
+NAME_OR_POSITION = Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value))
 REPORT = {
     "format": Rule(str(FORMAT), lambda value: type(value) is int and value == FORMAT),
     "clean_accuracy": schema.SHARE,
@@ -48,7 +49,10 @@ SETTINGS = {
     "mask": Rule("nested lists of true and false", lambda value: schema.is_nested(value, schema.BOOL.obeys)),
     "preprocessing": schema.NAME,
     "expectation_draws": COUNT,
-    "output": Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value)),
+    "output": NAME_OR_POSITION,
+    "attack_input": NAME_OR_POSITION,
+    "task": Rule('"multilabel"', lambda value: value == "multilabel"),
+    "which": POSITION,
     "checks": Rule(
         "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)
     ),
@@ -84,15 +88,20 @@ PROVENANCE = {
     "classes": schema.list_of(schema.TEXT),
     "versions": schema.DICT,
 }
+LABELS = schema.list_of(Rule("0 or 1", lambda value: type(value) is int and value in (0, 1)))
 PER_EXAMPLE = {
     "file": schema.list_of(schema.TEXT),
     "prediction": schema.list_of(POSITION),
     "index": schema.list_of(POSITION),
-    "label": schema.list_of(POSITION),
+    "label": Rule(
+        "a list of class ids, or of lists of 0 and 1",
+        lambda value: schema.list_of(POSITION).obeys(value) or schema.list_of(LABELS).obeys(value),
+    ),
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
+    "broken_by_label": schema.list_of(schema.list_of(schema.optional(schema.NAME))),
     "broken_rounded": schema.list_of(schema.BOOL),
 }
-OPTIONAL = ("file", "prediction", "broken_rounded")  # of PER_EXAMPLE
+OPTIONAL = ("file", "prediction", "broken_rounded", "broken_by_label")  # of PER_EXAMPLE
 
 
 def to_json_values(value: Any) -> Any:
@@ -184,8 +193,10 @@ def _check_structure(content: Any) -> None:
         schema.check_fields(f"checks[{position}]", check, CHECK)
     _check_unique("attacks", names)
     _check_unique("checks", [check["name"] for check in content["checks"]])
-    _check_examples(content["per_example"], {None, CLEAN, *names})
+    _check_examples(content["per_example"], [CLEAN, *names])
     names_of_classes = content["provenance"].get("classes")
+    if names_of_classes is not None and "broken_by_label" in content["per_example"]:
+        raise ValueError("`provenance.classes` must be left out for examples of several labels")
     if names_of_classes is not None and max(content["per_example"]["label"]) >= len(names_of_classes):
         raise ValueError("`provenance.classes` must name the class of each label. Received: too few names")
     _check_threat(settings)
@@ -198,7 +209,7 @@ def _check_unique(where: str, names: list[Any]) -> None:
         raise ValueError(f"`{where}` must have different names. Received: {twice!r} twice")
 
 
-def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None]) -> None:
+def _check_examples(per_example: dict[str, list[Any]], sources: list[str]) -> None:
     lengths = {name: len(values) for name, values in per_example.items()}
     if len(set(lengths.values())) != 1 or not lengths["index"]:
         raise ValueError(f"`per_example` must hold lists of one length of 1 or more. Received: lengths {lengths}")
@@ -210,9 +221,29 @@ def _check_examples(per_example: dict[str, list[Any]], sources: set[str | None])
                 "`per_example.broken_rounded` must be true for an example that is misclassified without an attack, and "
                 f"false for a robust one. Received: {rounded!r} where `broken_by` is {name!r}"
             )
-    unknown = set(per_example["broken_by"]) - sources
+    unknown = set(per_example["broken_by"]) - {None, *sources}
     if unknown:
         raise ValueError(f"`per_example.broken_by` must hold names of `attacks`. Received: {min(unknown)!r}")
+    _check_labels(per_example, sources)
+
+
+def _check_labels(per_example: dict[str, list[Any]], sources: list[str]) -> None:
+    """Check that what broke the labels of each example, if it has several, fits them and what broke the example."""
+    rows = per_example.get("broken_by_label")
+    are_lists = {isinstance(label, list) for label in per_example["label"]}
+    if are_lists != {rows is not None}:
+        raise ValueError("`per_example` must hold `broken_by_label` where `label` holds lists, and only there")
+    if rows is None:
+        return
+    lengths = {len(row) for row in [*rows, *per_example["label"]]}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"`per_example.broken_by_label` must have one item per label. Received: {sorted(lengths)}")
+    for row, name in zip(rows, per_example["broken_by"], strict=True):
+        if name != next((source for source in sources if source in row), None) or not set(row) <= {None, *sources}:
+            raise ValueError(
+                "`per_example.broken_by` must be the first of `attacks` that broke a label. "
+                f"Received: {name!r} where `broken_by_label` is {row!r}"
+            )
 
 
 def _check_threat(settings: dict[str, Any]) -> None:

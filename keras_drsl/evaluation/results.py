@@ -41,7 +41,8 @@ class EvaluationResults:
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
             was needed, None if it withstood them all. For 8-bit inputs also `broken_rounded`: whether what broke the
-            example still did with its values rounded to integers.
+            example still did with its values rounded to integers. For a model of several labels, `label` is a list of 0
+            and 1, and `broken_by_label` has what broke each label; `broken_by` is then what broke the first of them.
         provenance: Model, data, versions and device, as recorded.
     """
 
@@ -66,12 +67,25 @@ class EvaluationResults:
 
     @property
     def class_counts(self) -> dict[int, int]:
-        """The number of examples of each class that has any, by class id."""
-        return dict(sorted(Counter(self.per_example["label"]).items()))
+        """The number of examples of each class that has any, by class id; of each label, for a model of several."""
+        labels = self.per_example["label"]
+        if "broken_by_label" in self.per_example:
+            return {number: sum(column) for number, column in enumerate(zip(*labels, strict=True))}
+        return dict(sorted(Counter(labels).items()))
+
+    @property
+    def robust_accuracy_by_label(self) -> dict[int, float] | None:
+        """The share of examples on which each label stayed right, by label; None for a model of classes."""
+        rows = self.per_example.get("broken_by_label")
+        if rows is None:
+            return None
+        return {number: column.count(None) / len(rows) for number, column in enumerate(zip(*rows, strict=True))}
 
     @property
     def robust_accuracy_by_class(self) -> dict[int, float]:
-        """The share of the examples of each class that withstood everything, by class id."""
+        """The share of the examples of each class that withstood everything, by class id; empty for several labels."""
+        if self.robust_accuracy_by_label is not None:
+            return {}
         pairs = zip(self.per_example["label"], self.per_example["broken_by"], strict=True)
         robust = Counter(label for label, name in pairs if name is None)
         return {label: robust[label] / count for label, count in self.class_counts.items()}

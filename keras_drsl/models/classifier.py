@@ -119,7 +119,8 @@ class Classifier:
                     f"`{name}` must take batches of any size, here inputs of shape {batch.shape}."
                     f"{_unusual(model, batch)} Received: {type(error).__name__}: {_reason(error)}"
                 ) from error
-            _check_one_output(name, outputs, len(batch))
+            per_position = getattr(self.logits_fn, "per_position", False)
+            _check_one_output(name, outputs, len(batch), per_position=per_position)
         self._checked_shape = x.shape[1:]
 
     def logits(self, x: Array) -> Array:
@@ -158,8 +159,8 @@ def _unusual(function: Any, batch: Array) -> str:
     return ""
 
 
-def _check_one_output(name: str, outputs: Any, count: int) -> None:
-    """Raise `ValueError` unless outputs are one tensor of shape `(count, C >= 2)`."""
+def _check_one_output(name: str, outputs: Any, count: int, *, per_position: bool) -> None:
+    """Raise `ValueError` unless outputs are one tensor of shape `(count, C >= 2)`, or `(count, ..., C)` by position."""
     if isinstance(outputs, np.ndarray):
         raise ValueError(
             f"`{name}` must return a tensor, through which gradients flow: give the model, not its `predict`. "
@@ -169,6 +170,8 @@ def _check_one_output(name: str, outputs: Any, count: int) -> None:
         names = f" with keys {list(outputs)}" if isinstance(outputs, dict) else ""
         raise ValueError(f"`{name}` must have one output. Received: outputs of type {type(outputs).__name__}{names}")
     shape = tuple(outputs.shape)
+    if per_position and len(shape) > 2 and shape[0] == count and shape[-1] >= 2:
+        return
     if len(shape) != 2 or shape[0] != count or shape[1] < 2:
         hint = " For one sigmoid unit of logit z, return the logits [0, z]." if shape == (count, 1) else ""
         raise ValueError(f"`{name}` must return outputs of shape (batch, classes >= 2).{hint} Received: {shape}")

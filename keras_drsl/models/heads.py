@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_drsl import _backend, _validation
-from keras_drsl._typing import Tensor
+from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.fingerprint import fingerprint
+from keras_drsl.models.inputs import Layout, changed_embedding, replace_embedding
 
 Unit = Literal["logit", "probability"]
+TASKS = ("multiclass", "multilabel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,22 @@ class View:
         output: The name or position of the output that holds the classes; None for a model with one output.
         preprocessing: A Keras layer or a function that maps inputs to what the model takes, or None.
         expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1.
+        attack_input: The name or position of the input that is attacked, or of an embedding layer; None for a model
+            with one input.
+        task: `"multiclass"`, or `"multilabel"` for a model with a unit per label.
+        which: The only label that counts, or None for all.
+        layout: Where the inputs lie in the array that is attacked, or None for a model with one input.
+        embedding: The embedding layer that is attacked, or None.
     """
 
     output: str | int | None = None
     preprocessing: Callable[[Tensor], Tensor] | None = None
     expectation_draws: int = 1
+    attack_input: str | int | None = None
+    task: str = "multiclass"
+    which: int | None = None
+    layout: Layout | None = None
+    embedding: keras.layers.Embedding | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -38,7 +52,15 @@ class View:
             name = f"{name} {fingerprint(function)[:16]}"
         draws = None if self.expectation_draws == 1 else self.expectation_draws
         values = {"output": self.output, "preprocessing": name, "expectation_draws": draws}
+        values |= {"attack_input": self.attack_input, "which": self.which}
+        values |= {"task": None if self.task == "multiclass" else self.task}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def per_position(self) -> bool:
+        """Whether each row has several predictions: all labels at once, as in training."""
+        has_label = self.which is not None or (self.layout is not None and self.layout.num_labels > 0)
+        return self.task == "multilabel" and not has_label
 
     def check(self) -> "View":
         """Return the view, or raise `ValueError` for arguments of a wrong kind."""
@@ -49,7 +71,20 @@ class View:
                 f"`preprocessing` must be a Keras layer or a function. Received: preprocessing={self.preprocessing!r}"
             )
         _validation.check_integer("expectation_draws", self.expectation_draws, at_least=1)
+        if isinstance(self.attack_input, bool) or not isinstance(self.attack_input, str | int | None):
+            raise ValueError(
+                f"`attack_input` must be a name or a position. Received: attack_input={self.attack_input!r}"
+            )
+        _validation.check_choice("task", self.task, TASKS)
+        if self.which is not None:
+            _validation.check_integer("which", self.which, at_least=0)
+            if self.task != "multilabel":
+                raise ValueError(f'`which` must be left out unless task="multilabel". Received: which={self.which!r}')
         return self
+
+    def replace(self, **changes: Any) -> "View":
+        """Return a view with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
     def call(self, model: keras.Model, x: Tensor, training: bool | None) -> Any:
         """Return the outputs that are looked at, for inputs `(batch, ...)`."""
@@ -57,7 +92,26 @@ class View:
 
     def call_all(self, model: keras.Model, x: Tensor, training: bool | None) -> Any:
         """Return all outputs of the model."""
-        return model(x if self.preprocessing is None else self.preprocessing(x), training=training)
+        if self.layout is None:
+            return self._call_model(model, x, training)
+        inputs, attacked, _ = self.layout.unpack(x)
+        if self.embedding is None:
+            return self._call_model(model, inputs, training)
+        with changed_embedding(self.embedding, replace_embedding(attacked, training)):
+            return self._call_model(model, inputs, training)
+
+    def _call_model(self, model: keras.Model, inputs: Any, training: bool | None) -> Any:
+        return model(inputs if self.preprocessing is None else self.preprocessing(inputs), training=training)
+
+    def random_like(self, x: Array) -> Array:
+        """Return inputs `(count, ...)` with random values between the smallest and the largest of those given.
+
+        Inputs that are not attacked keep their values.
+        """
+        end = x.shape[-1] if self.layout is None else self.layout.shape[-1]
+        part = x[..., :end]
+        random = np.random.default_rng(0).uniform(part.min(), part.max(), part.shape).astype("float32")
+        return np.concatenate([random, x[..., end:]], axis=-1)
 
 
 class Head:
@@ -88,6 +142,11 @@ class Head:
         return self.view.expectation_draws
 
     @property
+    def per_position(self) -> bool:
+        """Whether each row has several predictions: the outputs are `(batch, ..., C)`."""
+        return self.view.per_position
+
+    @property
     def settings(self) -> tuple[Any, ...]:
         """What makes this another function of the model."""
         return self.view, self.unit, self._returns_logits and self.expectation_draws > 1
@@ -115,13 +174,36 @@ class Head:
 
     def _call_once(self, x: Tensor) -> Tensor:
         outputs = self.view.call(self.model, x, training=False)
-        return outputs if self.unit is None else two_classes(outputs, self.unit)
+        if self.unit is None:
+            return outputs
+        if self.view.task != "multilabel":
+            return two_classes(outputs, self.unit)
+        pairs = two_classes_each(outputs, self.unit)
+        return pairs if self.per_position else self._of_label(pairs, x)
+
+    def _of_label(self, pairs: Tensor, x: Tensor) -> Tensor:
+        """Return the two classes of one label per row, `(batch, 2)`, of those of all labels, `(batch, labels, 2)`."""
+        if self.view.which is not None:
+            return pairs[:, self.view.which]
+        assert self.view.layout is not None
+        label = self.view.layout.unpack(x)[2]
+        # Not `take_along_axis`: behind a product and a sum, the logits of probabilities are found.
+        chosen = ops.one_hot(label, pairs.shape[1], dtype=pairs.dtype)
+        return ops.sum(pairs * ops.expand_dims(chosen, -1), axis=1)
 
 
 def two_classes(outputs: Tensor, unit: Unit) -> Tensor:
     """Return the outputs of a single unit `(batch, 1)` as those of two classes `(batch, 2)`."""
-    other = ops.zeros_like(outputs) if unit == "logit" else 1 - outputs
-    return ops.concatenate([other, outputs], axis=-1)
+    return ops.concatenate([_other_class(outputs, unit), outputs], axis=-1)
+
+
+def two_classes_each(outputs: Tensor, unit: Unit) -> Tensor:
+    """Return the outputs of several units `(batch, labels)` as those of two classes each, `(batch, labels, 2)`."""
+    return ops.stack([_other_class(outputs, unit), outputs], axis=-1)
+
+
+def _other_class(outputs: Tensor, unit: Unit) -> Tensor:
+    return ops.zeros_like(outputs) if unit == "logit" else 1 - outputs
 
 
 def select_output(model: keras.Model, outputs: Any, output: str | int | None) -> Any:

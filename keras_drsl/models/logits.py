@@ -120,12 +120,13 @@ def find_logits(
     'softmax'
     """
     with preserve_state(model, preprocessing, inputs=x):
-        return _find_logits(model, x, from_logits, View(output, preprocessing, expectation_draws).check())
+        return find_logits_of(model, x, from_logits, View(output, preprocessing, expectation_draws).check())
 
 
-def _find_logits(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> LogitsModel:
+def find_logits_of(model: keras.Model, x: Array, from_logits: bool | None, view: View) -> LogitsModel:
+    """Find the logits of a model, looked at by a view; see `find_logits`. The state of the model may change."""
     # Random inputs as well: what holds on the data alone may not hold elsewhere.
-    tried = np.concatenate([x, np.random.default_rng(0).uniform(x.min(), x.max(), x.shape).astype("float32")])
+    tried = np.concatenate([x, view.random_like(x)])
     head = _make_head(model, tried, from_logits, view)
     rewind = _keep_draws(head)
     found = _Classifiers.of(head, x)
@@ -162,10 +163,33 @@ def _make_head(model: keras.Model, x: Array, from_logits: bool | None, view: Vie
     if not ops.is_tensor(outputs):
         return Head(model, view)
     values = ops.convert_to_numpy(ops.cast(outputs, "float32"))
-    if values.shape != (len(x), 1):
+    if view.task == "multilabel":
+        _check_labels(values, view)
+    elif values.shape != (len(x), 1):
         return Head(model, view, returns_logits=not looks_like_probabilities(values))
     in_range = bool(((values >= 0) & (values <= 1)).all()) if from_logits is None else not from_logits
     return Head(model, view, "probability" if in_range else "logit", returns_logits=not in_range)
+
+
+def _check_labels(values: Array, view: View) -> None:
+    """Raise `ValueError` unless outputs have a unit for each label."""
+    if values.ndim != 2:
+        raise ValueError(
+            f'`model` must return one unit per label, shape (batch, labels), for task="multilabel". '
+            f"Received: shape {values.shape}"
+        )
+    if view.which is not None and view.which >= values.shape[1]:
+        raise ValueError(
+            f"`which` must be one of the {values.shape[1]} labels of `model`. Received: which={view.which}"
+        )
+    if view.layout is not None and view.layout.num_labels:
+        check_num_labels(view.layout.num_labels, values.shape[1])
+
+
+def check_num_labels(received: int, expected: int) -> None:
+    """Raise `ValueError` unless labels have a column for each unit of a model."""
+    if received != expected:
+        raise ValueError(f"`y` must have a column for each of the {expected} labels of `model`. Received: {received}")
 
 
 def _keep_draws(head: Head) -> Callable[[], None]:
@@ -266,6 +290,10 @@ class _Function:
     def expectation_draws(self) -> int:
         return self._head.expectation_draws
 
+    @property
+    def per_position(self) -> bool:
+        return self._head.per_position
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._function(x)
 
@@ -285,15 +313,15 @@ def _check_outputs(model: keras.Model, outputs: Array, from_logits: bool | None)
     if from_logits is False and not probabilities:
         raise ValueError(
             "`from_logits=False`, but the outputs of `model` are no probabilities. "
-            f"Received: values from {outputs.min():g} to {outputs.max():g}, sums from {outputs.sum(1).min():g} to "
-            f"{outputs.sum(1).max():g}"
+            f"Received: values from {outputs.min():g} to {outputs.max():g}, sums from {outputs.sum(-1).min():g} to "
+            f"{outputs.sum(-1).max():g}"
         )
 
 
 def _is_softmax_of(probabilities: Array, logits: Array) -> bool:
     """Return whether the softmax of the logits equals the probabilities, small ones included."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     significant = probabilities > 1e-4
     # Above that, the logarithm of a half-precision probability is exact to 0.02.
     return np.allclose(log_p[significant], np.log(probabilities[significant]), atol=2e-2)

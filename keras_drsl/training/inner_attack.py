@@ -55,13 +55,15 @@ class InnerAttack:
         logits = ops.stop_gradient(classifier(x))
         batch = CleanBatch(x, as_class_ids(y, logits), y, logits)
         scale = ops.convert_to_tensor(eps_scale)
-        clean, adversarial, loss_increase = x, x, ops.zeros_like(logits[:, 0])
+        clean, adversarial, loss_increase = x, x, ops.zeros((ops.shape(x)[0],))
         if self.method.random_copies:
             clean, adversarial = x + self._random_delta(x, scale), x + self._random_delta(x, scale)
         if self.method.loss_fn is not None:
-            adversarial = ops.stop_gradient(self._search(classifier, batch, self.method.loss_fn, scale))
-            loss_increase = cross_entropy(classifier(adversarial), batch) - cross_entropy(logits, batch)
-        is_correct = ops.cast(ops.logical_not(misclassified(logits, batch.y)), "float32")
+            loss_fn = per_sample(self.method.loss_fn)
+            adversarial = ops.stop_gradient(self._search(classifier, batch, loss_fn, scale))
+            entropy = per_sample(cross_entropy)
+            loss_increase = entropy(classifier(adversarial), batch) - entropy(logits, batch)
+        is_correct = per_sample(_is_correct)(logits, batch)
         return AttackedBatch(clean, adversarial, is_correct, ops.stop_gradient(loss_increase))
 
     def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
@@ -87,12 +89,41 @@ class InnerAttack:
         return random_delta(ops.shape(x), bounds, self.threat.norm, self.seeds)
 
 
+def _is_correct(logits: Tensor, batch: CleanBatch) -> Tensor:
+    return ops.cast(ops.logical_not(misclassified(logits, batch.y)), "float32")
+
+
+def per_sample(loss_fn: LossFn) -> LossFn:
+    """Return a function of logits that also takes those of several predictions per sample, `(batch, ..., C)`.
+
+    It then calls the given function with one row per prediction, and returns the mean over those of each sample.
+    """
+
+    def mean(logits: Tensor, batch: CleanBatch) -> Tensor:
+        if len(logits.shape) == 2 or getattr(loss_fn, "takes_positions", False):
+            return loss_fn(logits, batch)
+        rows = batch._replace(y=ops.reshape(batch.y, (-1,)), logits=to_rows(batch.logits))
+        return mean_of_sample(loss_fn(to_rows(logits), rows), logits)
+
+    return mean
+
+
+def to_rows(values: Tensor) -> Tensor:
+    """Return values of several predictions per sample, `(batch, ..., C)`, with one row per prediction."""
+    return ops.reshape(values, (-1, values.shape[-1]))
+
+
+def mean_of_sample(values: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean of one value per prediction over those of each sample, shape `(batch,)`."""
+    return ops.mean(ops.reshape(values, (ops.shape(logits)[0], -1)), axis=1)
+
+
 def as_class_ids(y: Tensor, logits: Tensor) -> Tensor:
-    """Return labels of any form as class ids, int32, shape `(batch,)`.
+    """Return labels of any form as class ids, int32, shape `(batch,)`, or `(batch, ...)` for several predictions.
 
     Args:
-        y: Class ids `(batch,)` or `(batch, 1)`, or one-hot labels `(batch, C)`.
-        logits: The logits of the batch, shape `(batch, C)`.
+        y: Class ids `(batch, ...)` or `(batch, ..., 1)`, or one-hot labels `(batch, ..., C)`.
+        logits: The logits of the batch, shape `(batch, ..., C)`.
     """
     if len(y.shape) == len(logits.shape):
         y = ops.argmax(y, axis=-1) if y.shape[-1] == logits.shape[-1] else ops.squeeze(y, axis=-1)

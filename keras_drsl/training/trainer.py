@@ -1,5 +1,6 @@
 """The Keras model that trains another model on attacked inputs."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +10,16 @@ import keras
 from keras import ops
 
 from keras_drsl import _renamed, _validation
-from keras_drsl._data import class_ids, first_batch, only_input
+from keras_drsl._data import binary_labels, class_ids, first_batch, only_input
 from keras_drsl._typing import Norm, Numbers, Tensor
-from keras_drsl.models.heads import View, two_classes
-from keras_drsl.models.logits import LogitsModel, find_logits, log_probabilities
+from keras_drsl.models.heads import View, two_classes, two_classes_each
+from keras_drsl.models.inputs import Inputs
+from keras_drsl.models.logits import LogitsModel, check_num_labels, find_logits_of, log_probabilities
 from keras_drsl.models.state import check_model, keep_counters, preserve_state, random_counters
 from keras_drsl.predictions import Reduction, logits_behind_softmax
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import safeguards
-from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds, as_class_ids
+from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds, as_class_ids, mean_of_sample, to_rows
 from keras_drsl.training.methods import (
     ATTACK_LOSSES,
     METHODS,
@@ -111,6 +113,9 @@ class AdversarialTraining(keras.Model):
             and not saved.
         expectation_draws: Over how many calls the attack averages the probabilities of a model that is random at
             inference, >= 1.
+        attack_input: For a model with several inputs, the one that is attacked, or an embedding layer; as in
+            `evaluate_robustness`.
+        task: `"multiclass"`, or `"multilabel"` for a model with a unit per label. Methods then average over the labels.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -151,11 +156,14 @@ class AdversarialTraining(keras.Model):
         output: str | int | None = None,
         preprocessing: Callable[[Tensor], Tensor] | None = None,
         expectation_draws: int = 1,
+        attack_input: str | int | None = None,
+        task: str = "multiclass",
     ) -> None:
         check_model("model", model)
         if isinstance(model, AdversarialTraining):
             raise ValueError("`model` must be a plain model. Received: an AdversarialTraining")
-        safeguards.check_inputs(model)
+        if attack_input is None:
+            safeguards.check_inputs(model)
         # The attack needs inputs of full precision; the model casts them itself.
         super().__init__(dtype=model.dtype_policy, autocast=False)
         if eps is None and threat is None:
@@ -171,7 +179,9 @@ class AdversarialTraining(keras.Model):
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
         self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
         self.model = model
-        self._view = View(output, preprocessing, expectation_draws).check()
+        self._view = View(output, preprocessing, expectation_draws, attack_input, task).check()
+        # Of a model with several inputs, from the first batch on: how they lie in what the attack is given.
+        self._inputs: Inputs | None = None
         # An attribute of its own, for Keras to track its state.
         self._seeds = ReplicaSeeds(_validation.check_integer("seed", seed, at_least=0))
         self._attack = InnerAttack(self.method, self.threat, self.steps, self.step_size, self._seeds)
@@ -213,15 +223,22 @@ class AdversarialTraining(keras.Model):
             return self._outputs_of(inputs, training)
         needs_clean = "clean" in self.method.learns_from or self.method.penalty is not None
         if not needs_clean:
-            return Outputs(None, self._outputs_of(inputs.adversarial, training))
+            return Outputs(None, self._outputs_of(inputs.adversarial, training, packed=True))
         rewind = keep_counters(self.model)
-        adversarial = self._outputs_of(inputs.adversarial, training)
+        adversarial = self._outputs_of(inputs.adversarial, training, packed=True)
         # Layers must draw the same noise or crops again: the two outputs are compared.
         rewind()
-        return Outputs(self._outputs_of(inputs.clean, training), adversarial)
+        return Outputs(self._outputs_of(inputs.clean, training, packed=True), adversarial)
 
-    def _outputs_of(self, x: Tensor, training: bool | None) -> Tensor:
-        return self._view.call(self.model, x, training)
+    def _outputs_of(self, x: Any, training: bool | None, *, packed: bool = False) -> Tensor:
+        """Return the outputs for inputs as the model takes them, or packed as the attack is given them."""
+        view = self._packed_view if packed else self._view
+        return view.call(self.model, x, training)
+
+    @property
+    def _packed_view(self) -> View:
+        inputs = self._inputs
+        return self._view if inputs is None else self._view.replace(layout=inputs.layout, embedding=inputs.embedding)
 
     def train_step(self, *arguments: Any) -> Any:
         """Run one training step on an attacked batch, with the backend's own arguments and results."""
@@ -240,7 +257,9 @@ class AdversarialTraining(keras.Model):
         non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
         return super().train_step((trainable, non_trainable, *others), (x, y, sample_weight))
 
-    def _attack_batch(self, x: Tensor, y: Tensor) -> AttackedBatch:
+    def _attack_batch(self, x: Any, y: Tensor) -> AttackedBatch:
+        if self._inputs is not None:
+            x = self._inputs.pack_tensors(x)
         return self._attack(self._found_logits().classifier, x, y, self._eps_scale)
 
     def _found_logits(self) -> LogitsModel:
@@ -252,12 +271,16 @@ class AdversarialTraining(keras.Model):
         """Compute the loss given to `compile`, shape `(batch,)`."""
         found, labels = self._found_logits(), batch.labels
         if found.unit is not None:
-            outputs = logits[:, 1:] - logits[:, :1]
+            outputs = logits[..., 1] - logits[..., 0]
             outputs = outputs if found.unit == "logit" else ops.sigmoid(outputs)
-            labels = ops.reshape(labels, (-1, 1))
+            if self._view.task == "multiclass":
+                outputs, labels = ops.expand_dims(outputs, -1), ops.reshape(labels, (-1, 1))
         else:
             outputs = logits if found.outputs == "logits" else keras.activations.softmax(logits)
         return safeguards.loss_function(keras.losses.get(self.loss))(labels, outputs)
+
+    # It needs the labels of a sample together.
+    _compiled_loss.takes_positions = True  # type: ignore[attr-defined]
 
     def compute_loss(
         self,
@@ -276,14 +299,17 @@ class AdversarialTraining(keras.Model):
         if self.method.penalty is None:
             return loss
         log_p, log_q = self._log_probabilities(y_pred.clean), self._log_probabilities(y_pred.adversarial)
-        penalty = self.method.penalty(log_p, log_q, as_class_ids(y, log_p), self.beta)
+        class_ids_ = as_class_ids(y, log_p)
+        penalty = self.method.penalty(to_rows(log_p), to_rows(log_q), ops.reshape(class_ids_, (-1,)), self.beta)
+        penalty = mean_of_sample(penalty, log_p)
         average = Reduction(name="penalty", reduction=getattr(self.loss, "reduction", "sum_over_batch_size"))
         return loss + average(penalty, penalty, sample_weight=sample_weight)
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:
         found = self._found_logits()
         if found.unit is not None:
-            outputs, are_logits = two_classes(outputs, found.unit), found.unit == "logit"
+            pair = two_classes_each if self._view.task == "multilabel" else two_classes
+            outputs, are_logits = pair(outputs, found.unit), found.unit == "logit"
         else:
             outputs, are_logits = logits_behind_softmax(outputs, found.outputs == "logits", -1)
         outputs = ops.cast(outputs, "float32")
@@ -391,19 +417,37 @@ class AdversarialTraining(keras.Model):
         """Check data, model and loss, and find the logits of the model; return the data with no batch lost."""
         if not self.compiled:
             raise ValueError("Call `compile` of the AdversarialTraining first: that of `model` has no effect here.")
-        x, (inputs, labels) = first_batch(x, y)
-        self.threat.validate("x", inputs)
+        attack_input = self._view.attack_input
+        several = attack_input is not None
+        x, (inputs, labels) = first_batch(x, y, several=several)
+        attacked = inputs
+        if attack_input is not None:
+            self._inputs = Inputs(self.model, attack_input, self._view.preprocessing)
+            given = keras.tree.map_structure(lambda values: values[:CHECKED_ROWS], inputs)
+            tried = self._inputs.pack(given)
+            layout = self._inputs.layout
+            assert layout is not None
+            self._attack = dataclasses.replace(self._attack, threat=layout.extend(self.threat))
+            attacked = self._inputs.attacked(inputs, tried)
+        else:
+            tried = given = inputs[:CHECKED_ROWS].astype("float32")
+        self.threat.validate("x", attacked)
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
-        tried = inputs[:CHECKED_ROWS].astype("float32")
-        with preserve_state(self.model, inputs=tried):
-            found = self._logits_model = find_logits(self.model, tried, **vars(self._view))
+        is_multilabel = self._view.task == "multilabel"
+        with preserve_state(self.model, inputs=None if several else tried):
+            found = self._logits_model = find_logits_of(self.model, tried, None, self._packed_view)
             outputs = found.model.logits(tried)
             safeguards.check_outputs(loss, outputs)
-            class_ids(labels, len(inputs), outputs.shape[-1], allow_ties=True)  # as mixed images have them
-            given = self._outputs_of(ops.convert_to_tensor(tried), training=False)
-            labels = labels[:CHECKED_ROWS] if found.unit is None else labels[:CHECKED_ROWS].reshape(-1, 1)
-            safeguards.check_value_per_sample(loss, labels, given)
+            if is_multilabel:
+                check_num_labels(binary_labels(labels).shape[1], outputs.shape[1])
+            else:
+                count = len(keras.tree.flatten(inputs)[0])
+                class_ids(labels, count, outputs.shape[-1], allow_ties=True)  # as mixed images have them
+            shown = self._outputs_of(keras.tree.map_structure(ops.convert_to_tensor, given), training=False)
+            labels = labels[:CHECKED_ROWS]
+            labels = labels if found.unit is None or is_multilabel else labels.reshape(-1, 1)
+            safeguards.check_value_per_sample(loss, labels, shown)
         if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
             # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.
             self.optimizer.build(self.trainable_variables)

@@ -80,8 +80,10 @@ def _predict_otherwise(context: EvaluationContext) -> bool:
 
 
 def _towards_middle(context: EvaluationContext, x: Array) -> Array:
-    """Return inputs that are half as far from the middle of the valid range."""
-    return (x + np.float32((context.threat.clip_min + context.threat.clip_max) / 2)) / 2
+    """Return inputs whose features, where they may change, are half as far from the middle of the valid range."""
+    threat = context.threat
+    middle = (np.asarray(threat.clip_min) + np.asarray(threat.clip_max)) / 2
+    return np.where(threat.scale > 0, (x + middle) / 2, x).astype("float32")
 
 
 @check(suites=None, stage="before")

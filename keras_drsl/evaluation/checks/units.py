@@ -16,7 +16,7 @@ def units(context: EvaluationContext) -> Outcome:
     """Check that `eps` has the units of the inputs: that it is not far too small."""
     threat = context.threat
     grey_levels = 255 * float((threat.radius * threat.scale / np.asarray(threat.span)).max())
-    eps = describe_radius(threat.to_dict())
+    eps = describe_radius(threat.to_dict() | {"mask": None})
     if grey_levels < 0.5:
         message = f"{eps} is below half a grey level of 8-bit images: it must be in the units of the inputs"
         return Outcome("warn", grey_levels, message)
