@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,11 @@ def test_earlier_runs_are_those_of_the_published_table():
         found = which_training.earlier(which_training.TRAININGS[training][row])
         assert len(found) == 5
         assert round(100 * np.mean(found), 1) == pytest.approx(percent, abs=0.051)
+
+
+def test_the_published_runs_are_tabled_again(tmp_path):
+    for ending in ("jsonl", "md"):
+        shutil.copy(RESULTS / f"which_training.{ending}", tmp_path)
+    before = (tmp_path / "which_training.md").read_text()
+    which_training.main(["--out", str(tmp_path)], run=lambda *arguments: pytest.fail("A run was repeated."))
+    assert (tmp_path / "which_training.md").read_text() == before
