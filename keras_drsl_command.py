@@ -26,7 +26,7 @@ DATASETS = ("digits", "mnist", "cifar10")
 DATASET = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
 SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
-TASKS = ("multiclass", "multilabel")
+TASKS = ("multiclass", "multilabel", "positions")
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report")
@@ -142,8 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         "for each input, and y",
     )
     evaluate.add_argument(
-        "--task", choices=TASKS, default="multiclass", help="multilabel for y of 0 and 1, one column per label"
+        "--task",
+        choices=TASKS,
+        default="multiclass",
+        help="multilabel for y of 0 and 1, one column per label; positions for one class per pixel or token",
     )
+    evaluate.add_argument("--ignore-class", type=int, help="the class that does not count, for --task positions")
     evaluate.add_argument("--which", type=_integer(0), help="the only label that counts, for --task multilabel")
     evaluate.add_argument(
         "--max-samples", type=_integer(1), help="how many images, each class in proportion; by default all"

@@ -117,6 +117,48 @@ def _largest_labels(y: Array, allow_ties: bool) -> Array:
     return ids
 
 
+def position_ids(y: Any, logits: Array, ignore_class: int | None = None) -> Array:
+    """Return the labels of a model of positions as class ids, -1 where a position does not count, int32.
+
+    Args:
+        y: Class ids `(count, ...)` or `(count, ..., 1)`, or one-hot `(count, ..., C)`. Negative ids do not count.
+        logits: The logits, shape `(count, positions, C)`.
+        ignore_class: Another class id that does not count, or None.
+
+    Returns:
+        An array `(count, positions)`.
+
+    Raises:
+        ValueError: If the labels have another number of positions, are no classes, or none of an example counts.
+    """
+    y = to_array(y)
+    count, positions, num_classes = logits.shape
+    if y.size == count * positions * num_classes and y.shape[-1] == num_classes and y.ndim > 2:
+        y = _largest_labels(y.reshape(-1, num_classes), False)
+    if y.size != count * positions or len(y) not in (count, count * positions):
+        raise ValueError(
+            f"`y` must hold one label for each of the {positions} positions of each of the {count} inputs. "
+            f"Received: y.shape={y.shape}"
+        )
+    ids = y.reshape(count, positions)
+    is_class = np.isin(ids, np.arange(num_classes)) | (ids < 0) | (ids == ignore_class)
+    if not is_class.all():
+        raise ValueError(
+            f"`y` must hold class ids in [0, {num_classes}), or negative ones where a position does not count. "
+            f"Received: {ids[~is_class][0]}"
+        )
+    ids = np.where((ids < 0) | (ids == ignore_class), -1, ids).astype("int32")
+    empty = np.flatnonzero((ids < 0).all(axis=1))
+    if len(empty):
+        raise ValueError(f"`y` must have a label that counts for each input. Received: none for input {empty[0]}")
+    return ids
+
+
+def read_labels(y: Any, logits: Array, ignore_class: int | None = None) -> Array:
+    """Return labels as class ids `(count,)`, or `(count, positions)` for logits `(count, positions, C)`."""
+    return class_ids(y, len(logits), logits.shape[1]) if logits.ndim == 2 else position_ids(y, logits, ignore_class)
+
+
 def binary_labels(y: Any) -> Array:
     """Return the labels of a task of several, 0 or 1, int32, shape `(count, labels)`, or raise `ValueError`."""
     y = to_array(y)
@@ -172,7 +214,13 @@ class Examples(NamedTuple):
 
 
 def read_examples(
-    x: Any, y: Any, *, max_samples: int | None, shard: tuple[int, int] | None = None, pack: Pack | None = None
+    x: Any,
+    y: Any,
+    *,
+    max_samples: int | None,
+    shard: tuple[int, int] | None = None,
+    pack: Pack | None = None,
+    weights_mask: bool = False,
 ) -> Examples:
     """Return `max_samples` examples in proportion to the classes, and of these the ones of a shard `(i, n)`.
 
@@ -186,6 +234,7 @@ def read_examples(
             first ones are read.
         shard: `(i, n)`, or None for all examples.
         pack: What makes one array of several inputs, or None for one input.
+        weights_mask: Whether a label whose sample weight is 0 becomes -1. Otherwise weights are ignored.
 
     Raises:
         ValueError: If there are no examples, or inputs and labels do not fit.
@@ -198,7 +247,7 @@ def read_examples(
                 "`y` must be None where `x_or_dataset` is a data set, which holds the labels itself. "
                 f"Received: x_or_dataset of {type(x).__name__}, y of {type(y).__name__}"
             )
-        x, y = _read_dataset(x, max_samples, pack)
+        x, y = _read_dataset(x, max_samples, pack, weights_mask)
     if len(x) == 0:
         raise ValueError("`x_or_dataset` must hold at least one example. Received: none")
     if x.ndim < 2:
@@ -339,7 +388,7 @@ def _is_column(x: Any) -> bool:
     return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, keras.utils.PyDataset)
 
 
-def _pair(batch: Any, *, several: bool) -> tuple[Any, Any]:
+def _pair(batch: Any, *, several: bool, weights_mask: bool) -> tuple[Any, Any]:
     """Return the inputs, of which there may be several, and labels of a batch, or raise `ValueError`."""
     if isinstance(batch, Mapping):
         label = next((name for name in ("label", "labels") if name in batch), None)
@@ -355,16 +404,20 @@ def _pair(batch: Any, *, several: bool) -> tuple[Any, Any]:
             "`x_or_dataset` must give batches (inputs, labels), with or without sample weights, which are ignored. "
             f"Received: {type(batch).__name__}"
         )
+    if weights_mask and len(batch) == 3 and batch[2] is not None:
+        return batch[0], np.where(to_array(batch[2]) == 0, -1, to_array(batch[1]))
     return batch[0], batch[1]
 
 
-def _read_dataset(dataset: Any, max_samples: int | None, pack: Pack | None = None) -> tuple[Array, Array]:
+def _read_dataset(
+    dataset: Any, max_samples: int | None, pack: Pack | None = None, weights_mask: bool = False
+) -> tuple[Array, Array]:
     inputs: list[Array] = []
     labels: list[Array] = []
     count = 0
     batches, is_sized = _batches(dataset, max_samples)
     for batch in batches:
-        pair = _pair(batch, several=pack is not None)
+        pair = _pair(batch, several=pack is not None, weights_mask=weights_mask)
         for value in pair[pack is not None :]:
             _check_one_array("x_or_dataset", value)
         x, y = (pack or to_array)(pair[0]), to_array(pair[1])

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._data import class_ids
+from keras_drsl._data import read_labels
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
@@ -60,6 +60,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         attack_input: As in `evaluate_robustness`.
         task: As in `evaluate_robustness`.
         which: As in `evaluate_robustness`.
+        ignore_class: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
 
@@ -103,6 +104,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         attack_input: str | int | None = None,
         task: str = "multiclass",
         which: int | None = None,
+        ignore_class: int | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -119,7 +121,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
             seed=seed,
             batch_size=batch_size,
             max_samples=max_samples,
-            view=View(output, preprocessing, expectation_draws, attack_input, task, which),
+            view=View(output, preprocessing, expectation_draws, attack_input, task, which, ignore_class),
         )
         self._given = (x, y) if self._evaluator.reader.needs_model(x) else None
         if self._given is None:
@@ -132,8 +134,9 @@ class RobustnessMonitor(keras.callbacks.Callback):
             self._examples = self._evaluator.read_examples(model, *self._given)
         with preserve_state(model, self._evaluator.view.preprocessing):
             self._logits_model = self._evaluator.find_logits(model, self._examples)
-            num_classes = self._logits_model.classifier.logits(self._examples.x[:1]).shape[1]
-        self._labels = class_ids(self._examples.y, len(self._examples.x), num_classes)
+            logits = self._logits_model.classifier.logits(self._examples.x[:1])
+        shape = (len(self._examples.x), *logits.shape[1:])
+        self._labels = read_labels(self._examples.y, np.broadcast_to(logits, shape), self._evaluator.view.ignore_class)
         self._values: dict[str, float] | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -156,7 +159,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
             return {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
         pool = self._evaluator.make_pool(self._logits_model, self._examples)
         self.report = self._evaluator.evaluate(self._logits_model, self._examples, pool=pool)
-        diversity = softmax_diversity(self._labels, logits, from_logits=True)
+        counts = self._labels >= 0  # positions
+        diversity = softmax_diversity(self._labels[counts], logits[counts], from_logits=True)
         return {
             "robust_accuracy": self.report.robust_accuracy,
             "softmax_diversity": float(ops.mean(diversity)),

@@ -66,6 +66,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "attack_input": args.attack_input,
         "task": args.task,
         "which": args.which,
+        "ignore_class": args.ignore_class,
         "verbose": int(not args.quiet),
     }
     report = evaluate_robustness(

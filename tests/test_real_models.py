@@ -3,12 +3,15 @@
 Their weights are random, and their labels the predictions: the code is that of pretrained models, without a download.
 """
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_drsl import AdversarialTraining, evaluate_robustness, robustness_curve
+from keras_drsl.attacks import PGD
 from tests.backends import values
 
 RADII = [2.0**-power for power in range(12, 0, -1)]
@@ -59,7 +62,13 @@ def test_applications_are_evaluated_trained_saved_and_loaded(make, tmp_path):
     seen = tensor if front is None else front(tensor)
     settle(model, seen)
     y = values(model(seen)).argmax(1)
-    options = {"clip_max": 255, "attacks": ["pgd_margin"], "checks": [], "preprocessing": front, "verbose": 0}
+    options = {
+        "clip_max": 255,
+        "attacks": [partial(PGD, loss="margin", steps=5)],
+        "checks": [],
+        "preprocessing": front,
+        "verbose": 0,
+    }
     curve = robustness_curve(model, x, y, eps=[0, *RADII], **options)
     assert curve.accuracy[0] == 1
     eps = next(radius for radius, accuracy in zip(curve.eps, curve.accuracy, strict=True) if accuracy <= 0.75)

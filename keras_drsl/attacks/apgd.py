@@ -88,7 +88,7 @@ class APGD(GradientAttack):
             "step_size": np.full(count, 2 * self.threat.radius, "float32"),
             "rises": np.zeros(count, "float32"),
             "halved": np.ones(count, bool),
-            "broken": np.zeros(count, bool),
+            "wrong": np.zeros(count, "float32"),
         }
         steps_fn = classifier.compile_steps(
             _apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
@@ -155,5 +155,5 @@ def _apgd_step(
         "step_size": ops.where(halve, rows["step_size"] / 2, rows["step_size"]),
         "rises": ops.where(is_check, 0.0, rises),
         "halved": ops.where(is_check, halve, rows["halved"]),
-        "broken": ops.logical_or(rows["broken"], wrong),
+        "wrong": ops.where(better, wrong, rows["wrong"]),
     }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from keras_drsl import _validation
-from keras_drsl._data import class_ids, content_keys, to_arrays
+from keras_drsl._data import content_keys, read_labels, to_arrays
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks.pool import Pool
 from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
@@ -28,9 +28,10 @@ class Batch(NamedTuple):
 
     Attributes:
         x: Inputs, float32, shape `(batch, ...)`.
-        y: Class ids, int32, shape `(batch,)`.
+        y: Class ids, int32, shape `(batch,)`; of a model of positions `(batch, positions)`, negative where a position
+            does not count.
         ids: Integers that the random numbers of an example depend on, shape `(batch,)`.
-        logits: The logits of the clean inputs, shape `(batch, C)`.
+        logits: The logits of the clean inputs, shape `(batch, C)` or `(batch, positions, C)`.
         restart: Which of the `Attack.num_runs` runs each row is for, shape `(batch,)`.
         example_index: Equal integers for the rows of one example, shape `(batch,)`.
         stop_when_broken: Whether a search may end for an example as soon as it is misclassified. An average of random
@@ -277,7 +278,7 @@ class Attack:
                 "`logits_fn` must return logits, but its outputs look like probabilities: they are not negative and "
                 "sum to 1. Give the model before its softmax: keras_drsl.models.find_logits(model, x).classifier."
             )
-        y = class_ids(y, len(x), logits.shape[1])
+        y = read_labels(y, logits)
         ids = content_keys(x) if ids is None else np.asarray(ids)
         rows = Batch(x, y, ids, logits, np.zeros(len(x), int), np.arange(len(x)), pool=pool)
         return self._run_all(classifier, rows, max(batch_size or len(x), len(x)))
@@ -294,7 +295,7 @@ class Attack:
         x, y, ids, logits = all_rows[:4]
         x_adv: Array = x.copy()
         reached = margins(logits, y)
-        num_classes = logits.shape[1]
+        num_classes = logits.shape[-1]
         # An average of random answers may be wrong by chance: no search ends early, and the largest margin counts.
         is_random = classifier.expectation_draws > 1
         left = np.arange(len(x)) if is_random else np.flatnonzero(~is_misclassified(logits, y))

@@ -9,7 +9,7 @@ from keras import ops
 from keras_drsl import _backend, _validation
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.attacks.base import Attack, Batch
-from keras_drsl.attacks.objectives import LOSSES, misclassified, objective
+from keras_drsl.attacks.objectives import ATTACK_LOSSES, objective, share_wrong
 from keras_drsl.models.classifier import Classifier
 
 
@@ -18,7 +18,7 @@ class GradientAttack(Attack):
 
     Args:
         eps: The radius of the ball, > 0, in units of the input.
-        loss: `"ce"`, `"margin"` or `"dlr"`; see `keras_drsl.attacks.objectives`.
+        loss: `"ce"`, `"margin"`, `"dlr"` or `"js"`; see `keras_drsl.attacks.objectives`.
         targeted: Whether to aim at each target class in turn, beginning with the one of the largest logit.
         targets: How many target classes, >= 1; all non-true classes if there are fewer.
         steps: How many steps, >= 1.
@@ -43,7 +43,7 @@ class GradientAttack(Attack):
         **options: Any,
     ) -> None:
         super().__init__(eps, **options)
-        self.loss = _validation.check_choice("loss", loss, LOSSES)
+        self.loss = _validation.check_choice("loss", loss, ATTACK_LOSSES)
         self.targeted = bool(targeted)
         self.targets = _validation.check_integer("targets", targets, at_least=1)
         self.steps = _validation.check_integer("steps", steps, at_least=1)
@@ -69,7 +69,7 @@ class GradientAttack(Attack):
 
     def _targets_and_starts(self, batch: Batch, *, random_start: bool = True) -> tuple[Array, Array]:
         """Return the target class of each row and the point where its search starts."""
-        num_runs = self.num_runs(batch.logits.shape[1])
+        num_runs = self.num_runs(batch.logits.shape[-1])
         from_pool = batch.restart >= num_runs
         rank = np.where(from_pool, batch.restart - num_runs, batch.restart // self.restarts)
         target = target_class(batch, rank)
@@ -90,7 +90,14 @@ def target_class(batch: Batch, rank: Array) -> Array:
         batch: The rows to attack.
         rank: Which target of each row, shape `(batch,)`; 0 for the non-true class of the largest logit.
     """
-    others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
+    if batch.logits.ndim == 3:
+        # Of positions, the class of the largest mean logit where it is not the true one.
+        is_other = (np.arange(batch.logits.shape[2]) != batch.y[..., None]) & (batch.y >= 0)[..., None]
+        count = is_other.sum(axis=1)
+        total = np.where(is_other, batch.logits, 0.0).sum(axis=1)
+        others = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
+    else:
+        others = np.where(np.arange(batch.logits.shape[1]) == batch.y[:, None], -np.inf, batch.logits)
     order = np.argsort(-others, axis=1, kind="stable")
     # Untargeted attacks ignore the target and may have more restarts than there are classes.
     rank = np.minimum(rank, order.shape[1] - 1)
@@ -100,13 +107,13 @@ def target_class(batch: Batch, rank: Array) -> Array:
 def loss_and_gradient(
     classifier: Classifier, x_adv: Tensor, rows: dict[str, Tensor], *, loss: str, targeted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of an attack at a point, a gradient to follow, and whether the point is misclassified."""
+    """Return the loss of an attack at a point, a gradient to follow, and the share of predictions that are wrong."""
 
     def loss_fn(logits: Tensor) -> Tensor:
         return objective(loss, logits, rows["y"], rows["target"], targeted=targeted)
 
     values, logits, gradient = input_gradient(classifier, loss_fn, x_adv)
-    return values, replace_nonfinite(gradient), misclassified(logits, rows["y"])
+    return values, replace_nonfinite(gradient), share_wrong(logits, rows["y"])
 
 
 def input_gradient(

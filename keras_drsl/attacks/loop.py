@@ -26,8 +26,8 @@ def run_steps(
     Args:
         steps_fn: Maps rows and the stacked arguments of several steps to the next rows; see `Classifier.compile_steps`.
         batch: The rows that are attacked.
-        rows: Arrays with one row each. `"best"` is the point to return. `"broken"` says whether it is misclassified,
-            which ends the search for its example if `batch.stop_when_broken`.
+        rows: Arrays with one row each. `"best"` is the point to return. `"wrong"` is the share of its predictions that
+            are wrong: 1.0 ends the search for its example if `batch.stop_when_broken`.
         num_steps: How many steps to take.
         arguments: Maps the number of a step and the positions of the rows that are left to the arguments of the step.
             Arrays among them have one row per position.
@@ -44,7 +44,7 @@ def run_steps(
     for start in range(0, num_steps, check_every):
         steps = range(start, min(start + check_every, num_steps))
         rows = steps_fn(rows, *_stack([arguments(step, left) for step in steps], len(left), size))
-        broken = ops.convert_to_numpy(rows["broken"])[: len(left)]
+        broken = ops.convert_to_numpy(rows["wrong"])[: len(left)] >= 1
         if not batch.stop_when_broken:
             continue
         # All restarts of an example leave with the first one that succeeds.
@@ -65,20 +65,18 @@ def run_steps(
 def is_better(rows: dict[str, Tensor], wrong: Tensor, values: Tensor, best: Tensor, *, stop: bool) -> Tensor:
     """Return where a new point replaces the best one of its row.
 
-    A misclassified point replaces one that is not. Otherwise a larger loss decides.
+    More wrong predictions decide; of equally many, a larger loss.
 
     Args:
-        rows: `"broken"` says where the best point is misclassified.
-        wrong: Where the new point is misclassified.
+        rows: `"wrong"` is the share of wrong predictions at the best point.
+        wrong: The share at the new point.
         values: Its loss.
         best: The loss of the best point.
-        stop: Whether the first misclassified point stays.
+        stop: Whether the first point stays at which all predictions are wrong.
     """
-    larger = values > best
-    wrong_or_larger = ops.logical_or(wrong, larger)
-    if stop:
-        return ops.logical_and(ops.logical_not(rows["broken"]), wrong_or_larger)
-    return ops.where(rows["broken"], ops.logical_and(wrong, larger), wrong_or_larger)
+    more = wrong > rows["wrong"]
+    better = ops.logical_or(more, ops.logical_and(wrong == rows["wrong"], values > best))
+    return ops.logical_and(better, rows["wrong"] < 1) if stop else better
 
 
 def _stack(steps: list[tuple[Any, ...]], count: int, size: int) -> list[Any]:

@@ -9,7 +9,7 @@ from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Attack, Batch
 from keras_drsl.attacks.loop import is_better, run_steps, where_rows
-from keras_drsl.attacks.objectives import misclassified, objective
+from keras_drsl.attacks.objectives import objective, share_wrong
 from keras_drsl.models.classifier import Classifier
 from keras_drsl.threat import Bounds, project
 
@@ -64,19 +64,19 @@ def gradient_free_rows(batch: Batch) -> dict[str, Array]:
     """Return the rows that a search without gradients starts with."""
     count = len(batch.x)
     margin = np.full(count, -np.inf, "float32")
-    return {"x": batch.x, "y": batch.y, "best": batch.x, "margin": margin, "broken": np.zeros(count, bool)}
+    return {"x": batch.x, "y": batch.y, "best": batch.x, "margin": margin, "wrong": np.zeros(count, "float32")}
 
 
 def keep_better(classifier: Classifier, rows: dict[str, Tensor], x_adv: Tensor, *, stop: bool) -> dict[str, Tensor]:
     """Return the rows with `x_adv` as the best point where its margin is the largest so far."""
     logits = classifier(x_adv)
     margin = objective("margin", logits, rows["y"], rows["y"], targeted=False)
-    wrong = misclassified(logits, rows["y"])
+    wrong = share_wrong(logits, rows["y"])
     better = is_better(rows, wrong, margin, rows["margin"], stop=stop)
     return rows | {
         "best": where_rows(better, x_adv, rows["best"]),
         "margin": ops.where(better, margin, rows["margin"]),
-        "broken": ops.logical_or(rows["broken"], wrong),
+        "wrong": ops.where(better, wrong, rows["wrong"]),
     }
 
 

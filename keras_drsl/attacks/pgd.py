@@ -92,7 +92,7 @@ class PGD(GradientAttack):
             "velocity": np.zeros_like(batch.x),
             "best": batch.x,
             "best_loss": np.full(len(batch.x), -np.inf, "float32"),
-            "broken": np.zeros(len(batch.x), bool),
+            "wrong": np.zeros(len(batch.x), "float32"),
         }
         steps_fn = classifier.compile_steps(
             _pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
@@ -173,5 +173,5 @@ def _pgd_step(
         "velocity": params["momentum"] * rows["velocity"] + gradient / scale,
         "best": where_rows(better, x_adv, rows["best"]),
         "best_loss": ops.where(better, values, rows["best_loss"]),
-        "broken": ops.logical_or(rows["broken"], wrong),
+        "wrong": ops.where(better, wrong, rows["wrong"]),
     }

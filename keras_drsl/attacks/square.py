@@ -226,7 +226,7 @@ def _accept(
     kept = keep_better(classifier, rows, x_adv, stop=stop)
     better = kept["margin"] > rows["margin"]
     if stop:
-        better = ops.logical_or(better, kept["broken"])
+        better = ops.logical_or(better, kept["wrong"] >= 1)
     return kept | {"delta": ops.where(ops.reshape(better, (-1, 1, 1, 1)), delta, rows["delta"])}
 
 

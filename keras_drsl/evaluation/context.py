@@ -39,9 +39,10 @@ class EvaluationContext:
     Attributes:
         model: The model under evaluation, `model.model`, and its logits, `model.classifier`.
         x: Inputs, float32, shape `(count, ...)`.
-        y: Class ids, int32, shape `(count,)`.
+        y: Class ids, int32, shape `(count,)`; of a model of positions `(count, positions)`, -1 where one does not
+            count.
         ids: The position of each example in the data set, shape `(count,)`.
-        logits: The logits of the clean inputs, shape `(count, C)`.
+        logits: The logits of the clean inputs, shape `(count, C)` or `(count, positions, C)`.
         broken_by: For each example the name of the attack that broke it so far, `"clean"` if it is misclassified
             without an attack, or None.
         threat: The threat model.
@@ -52,6 +53,8 @@ class EvaluationContext:
         audit: A record of the perturbations that the attacks returned.
         class_names: The names of the classes by id, or None.
         are_8bit: Whether the inputs were given as 8-bit integers.
+        wrong: For a model of positions: by attack, and under `"clean"`, how many positions of each example are wrong at
+            the worst point so far, shape `(count,)`. Otherwise empty.
         is_partly_fixed: Whether a mask or an input that is not attacked keeps a part of what the model is given.
     """
 
@@ -70,6 +73,7 @@ class EvaluationContext:
     class_names: list[str] | None = None
     are_8bit: bool = False
     is_partly_fixed: bool = False
+    wrong: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def gradient_free(self) -> list[str]:
@@ -88,7 +92,26 @@ class EvaluationContext:
             kept = np.sort(kept[np.argsort(content_keys(self.x[kept]), kind="stable")[:MAX_EXAMPLES]])
         broken_by = tuple(self.broken_by[index] for index in kept)
         arrays = {name: getattr(self, name)[kept] for name in ("x", "y", "ids", "logits")}
-        return dataclasses.replace(self, **arrays, broken_by=broken_by)
+        wrong = {name: counts[kept] for name, counts in self.wrong.items()}
+        return dataclasses.replace(self, **arrays, broken_by=broken_by, wrong=wrong)
+
+    @property
+    def num_predictions(self) -> Array:
+        """How many predictions of each example count, shape `(count,)`: 1, or the number of positions."""
+        return np.ones(len(self.x), int) if self.y.ndim == 1 else np.asarray((self.y >= 0).sum(axis=1))
+
+    @property
+    def predictions(self) -> tuple[Array, Array]:
+        """The logits and class ids of all predictions that count, shapes `(predictions, C)` and `(predictions,)`."""
+        counts = self.y >= 0
+        return self.logits[counts], self.y[counts]
+
+    @property
+    def robust_share(self) -> Array:
+        """The share of the predictions of each example that withstood everything so far, shape `(count,)`."""
+        if self.wrong:
+            return 1 - self.wrong[list(self.wrong)[-1]] / self.num_predictions
+        return np.array([float(name is None) for name in self.broken_by])
 
     @property
     def correct(self) -> "EvaluationContext":
@@ -106,40 +129,45 @@ class EvaluationContext:
         return family(threat=threat, **{"seed": self.seed} | options)
 
     def withstood(self, attack: Attack, model: LogitsModel | None = None) -> Array:
-        """Return which examples an attack does not break within its own threat model, shape `(count,)`.
+        """Return the share of the predictions of each example that an attack leaves right, shape `(count,)`.
+
+        It is 0.0 or 1.0 except for a model of positions. A point outside the attack's own threat model does not count.
 
         Args:
             attack: The attack.
             model: The model that is attacked, by default the one under evaluation.
         """
         model = model or self.model
-        parts = [np.zeros(0, bool)]
+        parts = [np.zeros(0)]
         for start in range(0, len(self.x), self.batch_size):
             part = slice(start, start + self.batch_size)
             x, y = self.x[part], self.y[part]
             x_adv = attack(model.classifier, x, y, batch_size=self.batch_size)
-            parts.append(~breaks(model, x_adv, x, y, attack.threat)[0])
+            wrong = breaks(model, x_adv, x, y, attack.threat)[0]
+            parts.append(1 - wrong / self.num_predictions[part])
         return np.concatenate(parts)
 
     def accuracy_under(self, attack: Attack, model: LogitsModel | None = None) -> float:
-        """Return the share of examples that withstand an attack, 0 without examples; arguments as `withstood`."""
+        """Return the share of predictions that withstand an attack, 0 without examples; arguments as `withstood`."""
         withstood = self.withstood(attack, model)
-        return float(withstood.mean()) if len(withstood) else 0.0
+        return float(np.average(withstood, weights=self.num_predictions)) if len(withstood) else 0.0
 
 
 def breaks(model: LogitsModel, x_adv: Array, x: Array, y: Array, threat: ThreatModel) -> tuple[Array, Audit]:
     """Return which inputs an attack has broken, and a record of the perturbations.
 
-    An input is broken if the perturbed one lies within the threat model and the model itself misclassifies it.
+    An input is broken if the perturbed one lies within the threat model and the model itself misclassifies it. For a
+    model of positions, return how many of them are wrong.
 
     Args:
         model: The model.
         x_adv: The inputs that the attack returned, shape `(batch, ...)`.
         x: The clean inputs.
-        y: Class ids, shape `(batch,)`.
+        y: Class ids, shape `(batch,)` or `(batch, positions)`.
         threat: The threat model.
     """
     allowed = threat.contains(x_adv, x)
     sizes = threat.size(x_adv.astype("float64") - x)
     audit = Audit(float(sizes[np.isfinite(sizes)].max(initial=0.0)), int((~allowed).sum()))
-    return allowed & model.misclassifies(x_adv, y, len(x_adv)), audit
+    find = model.misclassifies if y.ndim == 1 else model.count_wrong
+    return allowed * find(x_adv, y, len(x_adv)), audit

@@ -11,13 +11,13 @@ import keras
 import numpy as np
 
 from keras_drsl import _files, _validation
-from keras_drsl._data import class_ids
-from keras_drsl._typing import Norm, Numbers, Tensor
+from keras_drsl._data import read_labels
+from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
-from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.intervals import of_ratio, wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import UPPER_BOUND, Check
-from keras_drsl.models.classifier import is_misclassified
+from keras_drsl.models.classifier import count_wrong, is_misclassified
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.plotting import new_figure, norm_label, save_figure
@@ -33,15 +33,23 @@ class RobustnessCurve:
             without an attack, infinity if it withstood them all.
         settings: The arguments of the evaluation at each radius.
         checks: By radius, the outcome of each check there.
+        positions: For a model of positions, how many count of each example. `breaking_eps` then has a value for each
+            position that counts, example by example. Otherwise None.
     """
 
     def __init__(
-        self, eps: Sequence[float], breaking_eps: Any, settings: dict[str, Any], checks: dict[float, list[Check]]
+        self,
+        eps: Sequence[float],
+        breaking_eps: Any,
+        settings: dict[str, Any],
+        checks: dict[float, list[Check]],
+        positions: Sequence[int] | None = None,
     ) -> None:
         self.eps = list(eps)
         self.breaking_eps = np.asarray(breaking_eps, dtype="float64")
         self.settings = settings
         self.checks = checks
+        self.positions = None if positions is None else list(positions)
 
     @property
     def trustworthy(self) -> bool:
@@ -55,7 +63,10 @@ class RobustnessCurve:
 
     @property
     def confidence_intervals(self) -> list[tuple[float, float]]:
-        """The 95 % confidence interval of each accuracy, by Wilson's method."""
+        """The 95 % confidence interval of each accuracy, as that of `RobustnessReport`."""
+        if self.positions is not None:
+            parts = np.split(self.breaking_eps, np.cumsum(self.positions)[:-1])
+            return [of_ratio([int((part <= eps).sum()) for part in parts], self.positions) for eps in self.eps]
         count = len(self.breaking_eps)
         return [wilson(round(share * count), count) for share in self.accuracy]
 
@@ -65,7 +76,7 @@ class RobustnessCurve:
         )
         if self.settings["suite"] in UPPER_BOUND:
             lines.append(f"Each accuracy is an upper bound, of suite {self.settings['suite']}.")
-        count = len(self.breaking_eps)
+        count = len(self.breaking_eps) if self.positions is None else len(self.positions)
         lines.append(f"{'eps':>10}{'robust':>9}   95 % interval, {count} examples, norm {self.settings['norm']}")
         for eps, share, (low, high) in zip(self.eps, self.accuracy, self.confidence_intervals, strict=True):
             lines.append(f"{eps:>10.4g}{share:>9.1%}   {low:.1%} to {high:.1%}")
@@ -81,6 +92,8 @@ class RobustnessCurve:
             "checks": [{"eps": eps, **vars(check)} for eps, checks in self.checks.items() for check in checks],
             "breaking_eps": self.breaking_eps.tolist(),
         }
+        if self.positions is not None:
+            content["positions"] = self.positions
         values: dict[str, Any] = to_json_values(content)
         return values
 
@@ -156,6 +169,7 @@ def robustness_curve(
     attack_input: str | int | None = None,
     task: str = "multiclass",
     which: int | None = None,
+    ignore_class: int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     x_pool: Any = None,
@@ -187,6 +201,7 @@ def robustness_curve(
         attack_input: As in `evaluate_robustness`.
         task: As in `evaluate_robustness`.
         which: As in `evaluate_robustness`.
+        ignore_class: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         max_samples: As in `evaluate_robustness`.
         x_pool: As in `evaluate_robustness`.
@@ -216,7 +231,7 @@ def robustness_curve(
         "seed": seed,
         "batch_size": batch_size,
         "max_samples": max_samples,
-        "view": View(output, preprocessing, expectation_draws, attack_input, task, which),
+        "view": View(output, preprocessing, expectation_draws, attack_input, task, which, ignore_class),
     }
     evaluators = {
         radius: Evaluator(threat, suite=suite, attacks=attacks, checks=checks, **options)
@@ -226,29 +241,47 @@ def robustness_curve(
     examples = first.read_examples(model, x_or_dataset, y)
     for evaluator in others:
         evaluator.check_examples(examples)
-    breaking, found = np.full(len(examples.x) // examples.num_labels, np.inf), {}
+    num_examples, found = len(examples.x) // examples.num_labels, {}
     with preserve_state(model, preprocessing, inputs=examples.x):
         logits_model = first.find_logits(model, examples, from_logits)
         logits_model.seed(seed, "clean")
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
-        labels = class_ids(examples.y, len(examples.x), outputs.shape[1])
+        labels = read_labels(examples.y, outputs, ignore_class)
         examples = examples._replace(y=labels)
-        breaking[examples.any_label(is_misclassified(outputs, labels))] = 0.0
+        counts = np.ones(num_examples, int) if labels.ndim == 1 else (labels >= 0).sum(axis=1)
+        # How many predictions of each example are wrong, at each radius so far.
+        wrong = examples.any_label(is_misclassified(outputs, labels)).astype(int)
+        if labels.ndim == 2:
+            wrong = count_wrong(outputs, labels)
+        broken_at = [(0.0, wrong)]
         pool = first.make_pool(logits_model, examples, x_pool)
         for radius, evaluator in evaluators.items():
-            robust = np.isinf(breaking)
+            robust = wrong < counts
             if radius == 0 or not robust.any():
                 continue
             report = evaluator.evaluate(
                 logits_model, examples.select(robust), pool=pool, verbose=verbose, title=f"eps {radius:.4g}, "
             )
-            broken = [name is not None for name in report.per_example["broken_by"]]
-            breaking[np.flatnonzero(robust)[broken]] = radius
+            reached = [int(name is not None) for name in report.per_example["broken_by"]]
+            if labels.ndim == 2:
+                reached = [row[-1] for row in report.per_example["wrong"]]
+            wrong = wrong.copy()
+            wrong[robust] = np.maximum(wrong[robust], reached)
+            broken_at.append((radius, wrong))
             found[radius] = report.checks
             if verbose:
-                print(f"eps {radius:.4g}: robust {np.isinf(breaking).mean():.1%}", flush=True)
-    settings = {key: value for key, value in first.settings.items() if key != "eps"}
-    return RobustnessCurve(list(threats), breaking, settings | {"examples": len(breaking)}, found)
+                print(f"eps {radius:.4g}: robust {1 - wrong.sum() / counts.sum():.1%}", flush=True)
+    settings = {key: value for key, value in first.settings.items() if key != "eps"} | {"examples": num_examples}
+    positions = None if labels.ndim == 1 else counts.tolist()
+    return RobustnessCurve(list(threats), _breaking_eps(broken_at, counts), settings, found, positions)
+
+
+def _breaking_eps(broken_at: list[tuple[float, Array]], counts: Array) -> Array:
+    """Return at which radius each prediction broke, of how many of each example are wrong at rising radii."""
+    radii = [radius for radius, _ in broken_at] + [math.inf]
+    totals = np.stack([wrong for _, wrong in broken_at] + [counts])
+    at_each = np.diff(totals, axis=0, prepend=0)
+    return np.concatenate([np.repeat(radii, at_each[:, example]) for example in range(len(counts))])
 
 
 def _threats(

@@ -35,6 +35,7 @@ def evaluate_robustness(
     attack_input: str | int | None = None,
     task: str = "multiclass",
     which: int | None = None,
+    ignore_class: int | None = None,
     batch_size: int = 256,
     max_samples: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -97,8 +98,12 @@ def evaluate_robustness(
         attack_input: For a model with several inputs, the name or position of the one that is attacked; the others stay
             as they are. Or `"embeddings"`, or the name of an embedding layer: then what the layer gives is attacked.
         task: `"multiclass"`, or `"multilabel"` for a model with a unit for each of several labels, and `y` of 0 and 1
-            of shape `(count, labels)`. An example is then robust if all labels stay right.
+            of shape `(count, labels)`. An example is then robust if all labels stay right. Or `"positions"` for a model
+            that classifies each position, with outputs `(batch, ..., C)`: pixels of an image, tokens of a text. All
+            accuracies are then shares of positions, under one perturbation of the whole input. Negative labels do not
+            count, nor labels whose sample weight is 0 in a data set.
         which: For `"multilabel"`, the only label that counts, or None for all.
+        ignore_class: For `"positions"`, the class id of those that do not count, beside negative ids; or None.
         batch_size: How many examples are attacked together. It changes speed and memory only, up to rounding.
         max_samples: How many examples to evaluate; None for all. Each class has its share, and the choice does not
             depend on the order of the data set. Of a data set that does not know its length, the first ones are taken.
@@ -140,7 +145,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         max_samples=max_samples,
         shard=shard,
-        view=View(output, preprocessing, expectation_draws, attack_input, task, which),
+        view=View(output, preprocessing, expectation_draws, attack_input, task, which, ignore_class),
     )
     examples = evaluator.read_examples(model, x_or_dataset, y)
     with preserve_state(model, undefended, preprocessing, inputs=examples.x):

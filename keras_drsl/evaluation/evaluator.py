@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_drsl import _backend, _validation
-from keras_drsl._data import Examples, class_ids, digest
+from keras_drsl._data import Examples, digest, read_labels
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
@@ -23,7 +23,7 @@ from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
-from keras_drsl.models.classifier import is_misclassified
+from keras_drsl.models.classifier import count_wrong, is_misclassified
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import LogitsModel, find_logits_of
@@ -61,7 +61,7 @@ class Evaluator:
         self.reader = Reader(threat, self.view)
         suite = check_suite(suite)
         attack_seed = _validation.check_integer("seed", seed, at_least=0)
-        by_name = make_attacks(suite, attacks, threat, attack_seed)
+        by_name = make_attacks(suite, attacks, threat, attack_seed, of_positions=self.view.task == "positions")
         # Attacks without gradients come last: the images that they break withstood the others.
         self.attacks = dict(sorted(by_name.items(), key=lambda item: not item[1].needs_gradient))
         self.checks, self._listed = choose(checks, suite)
@@ -109,7 +109,7 @@ class Evaluator:
         return second
 
     def make_pool(self, model: LogitsModel, examples: Examples, x_pool: Any = None) -> Pool | None:
-        """Return the images that searches may start from, or None if no attack uses them.
+        """Return the images that searches may start from, or None if no attack uses them, as for a model of positions.
 
         Args:
             model: The model and its logits.
@@ -120,6 +120,8 @@ class Evaluator:
             ValueError: If the pool does not fit the examples.
         """
         model.seed(self.settings["seed"], "pool")
+        if self.view.task == "positions":
+            return None
         x, y = examples.whole if x_pool is None else self.reader.read_pool(x_pool, examples)
         # Two is the least number of classes.
         if not any(attack.num_pool_runs(num_classes=2) for attack in self.attacks.values()):
@@ -155,7 +157,7 @@ class Evaluator:
         model.seed(self.settings["seed"], "clean")
         logits = model.classifier.logits_in_batches(examples.x, batch_size)
         outputs = logits if model.outputs == "logits" else model.model.logits_in_batches(examples.x, batch_size)
-        examples = examples._replace(y=class_ids(examples.y, len(examples.x), logits.shape[1]))
+        examples = examples._replace(y=read_labels(examples.y, logits, self.view.ignore_class))
         if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}
@@ -165,6 +167,8 @@ class Evaluator:
         wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
         state.broken_rounded = [bool(pair[0]) or pair[1] for pair in zip(wrong, state.broken_rounded, strict=True)]
+        if outputs.ndim == 3:
+            state.wrong = {CLEAN: count_wrong(outputs, examples.y).tolist()} | state.wrong
         context = EvaluationContext(
             model=model,
             x=examples.x,
@@ -190,14 +194,15 @@ class Evaluator:
             for name, attack in context.attacks.items():
                 run.run_attack(name, attack)
             run.run_checks([name for name in names if CHECKS[name].stage == "after"])
-        return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=1))
+            run.finish()
+        return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
 
     def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
         """Return what must be equal for an evaluation to continue from a state."""
         return {
             "settings": settings,
             **{key: provenance[key] for key in ("model", "undefended", "data", "pool", "backend")},
-            "predictions": digest(outputs.argmax(axis=1)),
+            "predictions": digest(outputs.argmax(axis=-1)),
             "attacks": {name: attack.settings for name, attack in self.attacks.items()},
             "version": provenance["versions"]["keras-drsl"],
         }
@@ -221,14 +226,18 @@ class Evaluator:
                 records.append(
                     {"name": name, "settings": {}, "seconds": state.seconds[name], "tried": state.done[name]}
                 )
-        per_example = {
-            "index": examples.ids.tolist(),
-            "label": examples.y.tolist(),
-            "broken_by": list(state.broken_by),
-        }
+        per_example: dict[str, list[Any]] = {"index": examples.ids.tolist(), "broken_by": list(state.broken_by)}
+        if state.wrong:
+            # After each attack; what checks found is in the last number.
+            columns = [state.wrong[name] for name in (CLEAN, *self.attacks, "checks")]
+            per_example["wrong"] = [list(counts) for counts in zip(*columns, strict=True)]
+            per_example["positions"] = (examples.y >= 0).sum(axis=1).tolist()
+            records = records[: len(self.attacks)]
+        else:
+            per_example["label"] = examples.y.tolist()
         if examples.num_labels > 1:
             per_example = _join_labels(per_example, examples.num_labels, [str(record["name"]) for record in records])
-        if examples.are_8bit:
+        if examples.are_8bit and not state.wrong:
             per_example["broken_rounded"] = examples.any_label(np.array(state.broken_rounded)).tolist()
         if examples.files is not None:
             per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
@@ -258,7 +267,7 @@ class _Run:
         self._title = title
         # The work that is left, in evaluations of the model per robust example.
         self._todo = {f"check:{name}": float(CHECK_WORK[CHECKS[name].stage]) for name in checks}
-        num_classes = context.logits.shape[1]
+        num_classes = context.logits.shape[-1]
         for name, attack in context.attacks.items():
             runs = attack.num_runs(num_classes) + (0 if pool is None else attack.num_pool_runs(num_classes))
             self._todo[name] = float(runs * attack.num_evaluations)
@@ -269,6 +278,8 @@ class _Run:
         context, state = self._context, self._state
         # The examples that were robust when the attack began, also if it began before a kill.
         robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
+        if state.wrong:
+            state.wrong.setdefault(name, list(self._worst()))
         starts = range(0, len(robust), context.batch_size)
         state.done.setdefault(name, 0)
         state.seconds.setdefault(name, 0.0)
@@ -281,10 +292,10 @@ class _Run:
             x, y = context.x[rows], context.y[rows]
             context.model.seed(context.seed, name, number)
             x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
-            broken, audit = breaks(context.model, x_adv, x, y, context.threat)
-            for index in rows[broken]:
-                state.broken_by[index] = name
-            if context.are_8bit and broken.any():
+            found, audit = breaks(context.model, x_adv, x, y, context.threat)
+            self._record(name, rows, found)
+            broken = found.astype(bool)
+            if context.are_8bit and not state.wrong and broken.any():
                 rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
                 wrong = context.model.misclassifies(rounded, y[broken], len(rounded))
                 for index in rows[broken][wrong]:
@@ -295,22 +306,57 @@ class _Run:
             state.save()
         self._finish(name, len(robust))
 
+    def finish(self) -> None:
+        """Record that all attacks and checks have run."""
+        if self._state.wrong:
+            self._state.wrong.setdefault("checks", list(self._worst()))
+
+    def _worst(self) -> list[int]:
+        """Return how many positions of each example are wrong at the worst point so far."""
+        return list(self._state.wrong.values())[-1]
+
+    def _record(self, name: str, rows: Array, found: Array, *, key: str | None = None) -> None:
+        """Record which examples an attack has broken, or how many of their positions.
+
+        Args:
+            name: The name of the attack.
+            rows: The positions of the examples.
+            found: What `breaks` returned for them.
+            key: Where the numbers of positions are kept, by default under the name.
+        """
+        state = self._state
+        if not state.wrong:
+            for index in rows[found.astype(bool)]:
+                state.broken_by[index] = state.broken_by[index] or name
+            return
+        worst = state.wrong.setdefault(key or name, list(self._worst()))
+        for index, count in zip(rows.tolist(), found.tolist(), strict=True):
+            worst[index] = max(worst[index], int(count))
+            if worst[index] == self._context.num_predictions[index]:
+                state.broken_by[index] = state.broken_by[index] or name
+
     def run_checks(self, names: list[str]) -> None:
         """Run the checks that the state does not hold yet."""
         state = self._state
+        if state.wrong and any(CHECKS[name].stage == "after" for name in names):
+            state.wrong.setdefault("checks", list(self._worst()))
         for name in names:
             count = min(state.broken_by.count(None), MAX_EXAMPLES)
             self._show(f"check:{name}", 0, count)
             if name not in state.checks:
                 began = time.perf_counter()
                 context = dataclasses.replace(
-                    self._context, broken_by=tuple(state.broken_by), audit=Audit(**state.audit)
+                    self._context,
+                    broken_by=tuple(state.broken_by),
+                    audit=Audit(**state.audit),
+                    wrong={key: np.array(counts) for key, counts in state.wrong.items()},
                 )
                 context.model.seed(context.seed, name)
                 outcome = run_check(name, context)
                 key = f"check:{name}"
-                for index in np.flatnonzero(np.isin(context.ids, list(outcome.broken))):
-                    state.broken_by[index] = state.broken_by[index] or key
+                rows = np.flatnonzero(np.isin(context.ids, list(outcome.broken)))
+                found = np.array([outcome.wrong.get(int(number), 1) for number in context.ids[rows]], int)
+                self._record(key, rows, found, key="checks" if "checks" in state.wrong else "checks_before")
                 state.checks[name] = {
                     "name": name,
                     "status": outcome.status,

@@ -40,6 +40,7 @@ class Reader:
     ) -> Examples:
         """Return examples of the form that `evaluate_robustness` takes, or raise `ValueError`."""
         chosen: dict[str, Any] = {"max_samples": max_samples, "shard": shard}
+        chosen["weights_mask"] = self._view.task == "positions"
         if isinstance(x, str | os.PathLike | datasets.Folder):
             examples = self._read_folder(model, x, y, chosen)
         elif self._view.attack_input is None:
@@ -54,7 +55,7 @@ class Reader:
 
     def _read_folder(self, model: Any, x: Any, y: Any, chosen: dict[str, Any]) -> Examples:
         task, attack_input = self._view.task, self._view.attack_input
-        if task == "multilabel" or attack_input is not None:
+        if task != "multiclass" or attack_input is not None:
             raise ValueError(
                 "`task` and `attack_input` must be left out for a folder of images, which holds one image and one "
                 f"class per example. Received: task={task!r}, attack_input={attack_input!r}"

@@ -85,7 +85,9 @@ def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
 
 
 def _examples(report: EvaluationResults) -> str:
-    """Return how many examples of how many classes, or labels, were evaluated."""
+    """Return how many examples of how many classes, labels or positions were evaluated."""
+    if report.num_positions is not None:
+        return f"{report.num_examples} examples of {report.num_positions} positions, which are counted one by one"
     by_label = report.robust_accuracy_by_label
     if by_label is not None:
         return f"{report.num_examples} examples of {len(by_label)} labels, correct if all of them are"

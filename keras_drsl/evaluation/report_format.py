@@ -51,8 +51,9 @@ SETTINGS = {
     "expectation_draws": COUNT,
     "output": NAME_OR_POSITION,
     "attack_input": NAME_OR_POSITION,
-    "task": Rule('"multilabel"', lambda value: value == "multilabel"),
+    "task": Rule('"multilabel" or "positions"', lambda value: value in ("multilabel", "positions")),
     "which": POSITION,
+    "ignore_class": Rule("an integer", lambda value: type(value) is int),
     "checks": Rule(
         "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)
     ),
@@ -100,8 +101,10 @@ PER_EXAMPLE = {
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
     "broken_by_label": schema.list_of(schema.list_of(schema.optional(schema.NAME))),
     "broken_rounded": schema.list_of(schema.BOOL),
+    "positions": schema.list_of(COUNT),
+    "wrong": schema.list_of(schema.list_of(POSITION)),
 }
-OPTIONAL = ("file", "prediction", "broken_rounded", "broken_by_label")  # of PER_EXAMPLE
+OPTIONAL = ("file", "prediction", "label", "broken_rounded", "broken_by_label", "positions", "wrong")  # of PER_EXAMPLE
 
 
 def to_json_values(value: Any) -> Any:
@@ -195,8 +198,9 @@ def _check_structure(content: Any) -> None:
     _check_unique("checks", [check["name"] for check in content["checks"]])
     _check_examples(content["per_example"], [CLEAN, *names])
     names_of_classes = content["provenance"].get("classes")
-    if names_of_classes is not None and "broken_by_label" in content["per_example"]:
-        raise ValueError("`provenance.classes` must be left out for examples of several labels")
+    is_of_classes = all(isinstance(label, int) for label in content["per_example"].get("label", [None]))
+    if names_of_classes is not None and not is_of_classes:
+        raise ValueError("`provenance.classes` must be left out for examples of several labels or positions")
     if names_of_classes is not None and max(content["per_example"]["label"]) >= len(names_of_classes):
         raise ValueError("`provenance.classes` must name the class of each label. Received: too few names")
     _check_threat(settings)
@@ -224,7 +228,22 @@ def _check_examples(per_example: dict[str, list[Any]], sources: list[str]) -> No
     unknown = set(per_example["broken_by"]) - {None, *sources}
     if unknown:
         raise ValueError(f"`per_example.broken_by` must hold names of `attacks`. Received: {min(unknown)!r}")
-    _check_labels(per_example, sources)
+    if ("label" in per_example) == ("wrong" in per_example) or ("wrong" in per_example) != ("positions" in per_example):
+        raise ValueError("`per_example` must hold `label`, or both `wrong` and `positions`. Received: other fields")
+    if "wrong" in per_example:
+        _check_positions(per_example, len(sources))
+    else:
+        _check_labels(per_example, sources)
+
+
+def _check_positions(per_example: dict[str, list[Any]], num_columns: int) -> None:
+    """Check the numbers of wrong positions: one without an attack, one per attack, and one after the checks."""
+    for row, count in zip(per_example["wrong"], per_example["positions"], strict=True):
+        if len(row) != num_columns + 1 or row != sorted(row) or row[-1] > count:
+            raise ValueError(
+                f"`per_example.wrong` must hold {num_columns + 1} numbers for each example, none smaller than the one "
+                f"before, and at most its `positions`. Received: {row} of {count}"
+            )
 
 
 def _check_labels(per_example: dict[str, list[Any]], sources: list[str]) -> None:
@@ -277,6 +296,8 @@ def _check_shards(settings: dict[str, Any], index: list[int]) -> None:
 
 def _check_robust_counts(results: EvaluationResults) -> None:
     """Check how many examples each attack was tried on."""
+    if results.num_positions is not None:
+        return
     robust = results.num_examples - results.per_example["broken_by"].count(CLEAN)
     limit = robust
     checks = {f"check:{check.name}" for check in results.checks}

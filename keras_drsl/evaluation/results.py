@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_drsl._typing import Status
-from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.intervals import of_ratio, wilson
 
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
 BY_SEVERITY: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")  # the outcomes of checks, the worst first
@@ -43,6 +43,8 @@ class EvaluationResults:
             was needed, None if it withstood them all. For 8-bit inputs also `broken_rounded`: whether what broke the
             example still did with its values rounded to integers. For a model of several labels, `label` is a list of 0
             and 1, and `broken_by_label` has what broke each label; `broken_by` is then what broke the first of them.
+            For a model of positions there is no `label`. `positions` is how many count, and `wrong` lists how many of
+            them are wrong at the worst point: without an attack, after each attack, and after the checks.
         provenance: Model, data, versions and device, as recorded.
     """
 
@@ -68,7 +70,7 @@ class EvaluationResults:
     @property
     def class_counts(self) -> dict[int, int]:
         """The number of examples of each class that has any, by class id; of each label, for a model of several."""
-        labels = self.per_example["label"]
+        labels = self.per_example.get("label", [])
         if "broken_by_label" in self.per_example:
             return {number: sum(column) for number, column in enumerate(zip(*labels, strict=True))}
         return dict(sorted(Counter(labels).items()))
@@ -84,7 +86,7 @@ class EvaluationResults:
     @property
     def robust_accuracy_by_class(self) -> dict[int, float]:
         """The share of the examples of each class that withstood everything, by class id; empty for several labels."""
-        if self.robust_accuracy_by_label is not None:
+        if self.robust_accuracy_by_label is not None or self.num_positions is not None:
             return {}
         pairs = zip(self.per_example["label"], self.per_example["broken_by"], strict=True)
         robust = Counter(label for label, name in pairs if name is None)
@@ -92,12 +94,16 @@ class EvaluationResults:
 
     @property
     def clean_accuracy(self) -> float:
-        """The share of examples that are classified correctly without an attack, in [0, 1]."""
+        """The share of examples, or of positions, that are classified correctly without an attack, in [0, 1]."""
+        if self.num_positions is not None:
+            return self._right_after(0)
         return 1 - self._count_broken_by(CLEAN) / self.num_examples
 
     @property
     def robust_accuracy(self) -> float:
-        """The share of examples that withstood everything that ran, in [0, 1]."""
+        """The share of examples, or of positions, that withstood everything that ran, in [0, 1]."""
+        if self.num_positions is not None:
+            return self._right_after(-1)
         return self._count_broken_by(None) / self.num_examples
 
     @property
@@ -112,7 +118,13 @@ class EvaluationResults:
 
     @property
     def confidence_interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the robust accuracy, by Wilson's method."""
+        """The 95 % confidence interval of the robust accuracy, by Wilson's method.
+
+        Of a model of positions it is that of a ratio of sums over examples: positions of one example resemble each
+        other.
+        """
+        if self.num_positions is not None:
+            return of_ratio([row[-1] for row in self.per_example["wrong"]], self.per_example["positions"])
         return wilson(self._count_broken_by(None), self.num_examples)
 
     @property
@@ -120,8 +132,11 @@ class EvaluationResults:
         """The accuracies by attack, in the order the attacks ran, each on the examples that withstood those before.
 
         `cumulative` is the share of all examples that are robust after the attack. `alone` is the share of the examples
-        it was tried on that withstood it; `tried` is their number.
+        it was tried on that withstood it; `tried` is their number. Of a model of positions, both are shares of
+        positions, and `tried` is the number of examples with a position that was right.
         """
+        if self.num_positions is not None:
+            return self._accuracy_of_positions()
         robust = self.num_examples - self._count_broken_by(CLEAN)
         result = {}
         for attack in self.attacks:
@@ -138,6 +153,26 @@ class EvaluationResults:
     def trustworthy(self) -> bool:
         """False if a check failed."""
         return all(check.status != "fail" for check in self.checks)
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many positions of all examples count, for a model of positions; otherwise None."""
+        return sum(self.per_example["positions"]) if "positions" in self.per_example else None
+
+    def _right_after(self, column: int) -> float:
+        assert self.num_positions is not None
+        wrong: int = sum(row[column] for row in self.per_example["wrong"])
+        return 1 - wrong / self.num_positions
+
+    def _accuracy_of_positions(self) -> dict[str, dict[str, float]]:
+        result = {}
+        for column, attack in enumerate(self.attacks, 1):
+            before, after = self._right_after(column - 1), self._right_after(column)
+            pairs = zip(self.per_example["wrong"], self.per_example["positions"], strict=True)
+            tried = sum(row[column - 1] < count for row, count in pairs)
+            alone = after / before if before else math.nan
+            result[attack["name"]] = {"cumulative": after, "alone": alone, "tried": tried}
+        return result
 
     def _count_broken_by(self, name: str | None) -> int:
         return self.per_example["broken_by"].count(name)

@@ -31,6 +31,7 @@ def _is_outcome(value: Any) -> bool:
 FIELDS = {
     "broken_by": schema.list_of(schema.optional(schema.NAME)),
     "broken_rounded": schema.list_of(schema.BOOL),
+    "wrong": schema.dict_of(schema.list_of(schema.integer(at_least=0))),
     "done": schema.dict_of(schema.integer(at_least=0)),
     "seconds": schema.dict_of(schema.SECONDS),
     "audit": schema.dict_of(schema.NOT_NEGATIVE),
@@ -51,6 +52,8 @@ class State:
     Attributes:
         broken_by: For each example the attack that broke it, or None.
         broken_rounded: For each example whether it was also broken by an image of integer values.
+        wrong: For a model of positions, by attack: for each example, how many are wrong at the worst point so far.
+            Under `"clean"`, how many are without an attack; under `"checks"`, after the checks.
         done: By attack, the number of batches that it has finished.
         seconds: By attack, the time that it took.
         audit: The fields of `keras_drsl.evaluation.context.Audit`.
@@ -65,6 +68,7 @@ class State:
         self._identity = json.loads(json.dumps(identity))
         self.broken_by: list[str | None] = [None] * count
         self.broken_rounded = [False] * count
+        self.wrong: dict[str, list[int]] = {}
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.audit: dict[str, Any] = {}

@@ -17,6 +17,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd_ce": APGD,
     "apgd_margin": partial(APGD, loss="margin"),
     "apgd_dlr": partial(APGD, loss="dlr"),
+    "apgd_js": partial(APGD, loss="js"),
     "apgd_t_ce": partial(APGD, loss="ce", targeted=True),
     "apgd_t_margin": partial(APGD, loss="margin", targeted=True),
     "apgd_t_dlr": partial(APGD, loss="dlr", targeted=True),
@@ -33,6 +34,11 @@ SUITES: dict[str, tuple[str | Callable[..., Attack], ...]] = {
     "cleverhans": tuple(f"cleverhans_{name}" for name in cleverhans.BY_NAME),
     "standard": ("apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"),
 }
+# For models of positions: attacks with one target for all positions are weak there, and cost one search per class.
+SUITES_OF_POSITIONS: dict[str, tuple[str | Callable[..., Attack], ...]] = {
+    "quick": ("fgsm_ce", partial(PGD, loss="margin", steps=20)),
+    "standard": ("apgd_ce", "apgd_js", "apgd_margin", "square"),
+}
 # `"standard"` is AutoAttack with targeted APGD on the margin in place of FAB.
 SUITE_ALIASES = {"autoattack": "standard"}
 
@@ -42,7 +48,9 @@ def check_suite(suite: Any) -> str:
     return _validation.check_name("suite", SUITE_ALIASES.get(str(suite).lower(), suite), tuple(SUITES))
 
 
-def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel, seed: int) -> dict[str, Attack]:
+def make_attacks(
+    suite: str, attacks: Iterable[Any] | None, threat: ThreatModel, seed: int, *, of_positions: bool = False
+) -> dict[str, Attack]:
     """Return the attacks of a suite, or those given, by names that tell them apart.
 
     Args:
@@ -50,6 +58,7 @@ def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel,
         attacks: Names or attacks in place of the suite.
         threat: The threat model of the evaluation.
         seed: The seed of attacks given by name.
+        of_positions: Whether the suite is for a model of positions.
 
     Raises:
         ValueError: If an attack is unknown, or an attack was made for another threat model.
@@ -57,7 +66,10 @@ def make_attacks(suite: str, attacks: Iterable[Any] | None, threat: ThreatModel,
     if isinstance(attacks, str | Attack):
         attacks = [attacks]
     made: dict[str, Attack] = {}
-    for item in SUITES[suite] if attacks is None else attacks:
+    suites = SUITES_OF_POSITIONS if of_positions else SUITES
+    if attacks is None and suite not in suites:
+        raise ValueError(f"`suite` must be one of {', '.join(suites)} for a model of positions. Received: {suite!r}")
+    for item in suites[suite] if attacks is None else attacks:
         attack = item if isinstance(item, Attack) else _find(item)(threat=threat, seed=seed)
         if attack.threat != threat:
             raise ValueError(

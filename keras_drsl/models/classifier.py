@@ -174,6 +174,7 @@ def _check_one_output(name: str, outputs: Any, count: int, *, per_position: bool
         return
     if len(shape) != 2 or shape[0] != count or shape[1] < 2:
         hint = " For one sigmoid unit of logit z, return the logits [0, z]." if shape == (count, 1) else ""
+        hint = ' For a model of positions, give task="positions".' if len(shape) > 2 else hint
         raise ValueError(f"`{name}` must return outputs of shape (batch, classes >= 2).{hint} Received: {shape}")
 
 
@@ -182,7 +183,12 @@ def _forward(classifier: Classifier, x: Tensor) -> Tensor:
 
 
 def margins(logits: Array, y: Array) -> Array:
-    """Return the largest non-true logit minus the true one, shape `(batch,)`; infinite where a logit is NaN."""
+    """Return the largest non-true logit minus the true one, shape `(batch,)`; infinite where a logit is NaN.
+
+    Of a model of positions, return the share of positions that are wrong.
+    """
+    if logits.ndim == 3:
+        return np.asarray(count_wrong(logits, y) / np.maximum((y >= 0).sum(axis=1), 1))
     true = np.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     others = np.where(np.arange(logits.shape[1]) == y[:, None], -np.inf, logits)
     with np.errstate(invalid="ignore"):
@@ -191,9 +197,29 @@ def margins(logits: Array, y: Array) -> Array:
 
 
 def is_misclassified(logits: Array, y: Array) -> Array:
-    """Return where the prediction is not the true class or a logit is NaN, shape `(batch,)`."""
-    wrong: Array = (logits.argmax(axis=1) != y) | np.isnan(logits).any(axis=1)
+    """Return where the prediction is not the true class or a logit is NaN, shape `(batch,)`.
+
+    Of a model of positions, return where all positions that count are wrong.
+    """
+    if logits.ndim == 3:
+        return np.asarray(count_wrong(logits, y) == (y >= 0).sum(axis=1))
+    return is_wrong(logits, y)
+
+
+def is_wrong(logits: Array, y: Array) -> Array:
+    """Return for each prediction whether it is not the true class or a logit is NaN, shape `(batch, ...)`."""
+    wrong: Array = (logits.argmax(axis=-1) != y) | np.isnan(logits).any(axis=-1)
     return wrong
+
+
+def count_wrong(logits: Array, y: Array) -> Array:
+    """Return how many positions of each row are wrong, of those whose class id is not negative, shape `(batch,)`.
+
+    Args:
+        logits: Shape `(batch, positions, C)`.
+        y: Class ids, shape `(batch, positions)`.
+    """
+    return np.asarray((is_wrong(logits, y) & (y >= 0)).sum(axis=1))
 
 
 def compute_rounding(classifier: Classifier) -> float:

@@ -15,7 +15,7 @@ from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.inputs import Layout, changed_embedding, replace_embedding
 
 Unit = Literal["logit", "probability"]
-TASKS = ("multiclass", "multilabel")
+TASKS = ("multiclass", "multilabel", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,10 @@ class View:
         expectation_draws: Over how many calls the probabilities of a random model are averaged, >= 1.
         attack_input: The name or position of the input that is attacked, or of an embedding layer; None for a model
             with one input.
-        task: `"multiclass"`, or `"multilabel"` for a model with a unit per label.
+        task: `"multiclass"`, `"multilabel"` for a model with a unit per label, or `"positions"` for one that classifies
+            each position of an input: the pixels of an image, the tokens of a text.
         which: The only label that counts, or None for all.
+        ignore_class: For a model of positions, the class id of those that do not count, beside negative ids; or None.
         layout: Where the inputs lie in the array that is attacked, or None for a model with one input.
         embedding: The embedding layer that is attacked, or None.
     """
@@ -40,6 +42,7 @@ class View:
     attack_input: str | int | None = None
     task: str = "multiclass"
     which: int | None = None
+    ignore_class: int | None = None
     layout: Layout | None = None
     embedding: keras.layers.Embedding | None = None
 
@@ -52,13 +55,15 @@ class View:
             name = f"{name} {fingerprint(function)[:16]}"
         draws = None if self.expectation_draws == 1 else self.expectation_draws
         values = {"output": self.output, "preprocessing": name, "expectation_draws": draws}
-        values |= {"attack_input": self.attack_input, "which": self.which}
+        values |= {"attack_input": self.attack_input, "which": self.which, "ignore_class": self.ignore_class}
         values |= {"task": None if self.task == "multiclass" else self.task}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def per_position(self) -> bool:
-        """Whether each row has several predictions: all labels at once, as in training."""
+        """Whether each row has several predictions: those of positions, or of all labels at once as in training."""
+        if self.task == "positions":
+            return True
         has_label = self.which is not None or (self.layout is not None and self.layout.num_labels > 0)
         return self.task == "multilabel" and not has_label
 
@@ -80,6 +85,13 @@ class View:
             _validation.check_integer("which", self.which, at_least=0)
             if self.task != "multilabel":
                 raise ValueError(f'`which` must be left out unless task="multilabel". Received: which={self.which!r}')
+        if self.ignore_class is not None:
+            _validation.check_number("ignore_class", self.ignore_class, "an integer", lambda value: value == int(value))
+            if self.task != "positions":
+                raise ValueError(
+                    '`ignore_class` must be left out unless task="positions". '
+                    f"Received: ignore_class={self.ignore_class!r}"
+                )
         return self
 
     def replace(self, **changes: Any) -> "View":
@@ -174,6 +186,8 @@ class Head:
 
     def _call_once(self, x: Tensor) -> Tensor:
         outputs = self.view.call(self.model, x, training=False)
+        if self.view.task == "positions":
+            outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
         if self.unit is None:
             return outputs
         if self.view.task != "multilabel":

@@ -14,7 +14,13 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
-from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, looks_like_probabilities
+from keras_drsl.models.classifier import (
+    Classifier,
+    compute_rounding,
+    count_wrong,
+    is_misclassified,
+    looks_like_probabilities,
+)
 from keras_drsl.models.heads import Head, Unit, View, select_output
 from keras_drsl.models.state import keep_counters, preserve_state, random_counters
 from keras_drsl.spread import class_values
@@ -64,11 +70,17 @@ class LogitsModel(NamedTuple):
         """
         outputs = self.model.logits_in_batches(x, batch_size)
         wrong = is_misclassified(outputs, y)
+        if outputs.ndim == 3:
+            return wrong
         if self.outputs == "softmax":
             second, first = np.sort(outputs, axis=1)[:, -2:].T
             tied = first - second <= 4 * compute_rounding(self.model) * first
             wrong |= tied & is_misclassified(self.classifier.logits_in_batches(x, batch_size), y)
         return wrong
+
+    def count_wrong(self, x: Array, y: Array, batch_size: int) -> Array:
+        """Return how many positions of each input the model gets wrong, `batch_size` inputs at a time."""
+        return count_wrong(self.model.logits_in_batches(x, batch_size), y)
 
 
 def find_logits(
@@ -165,6 +177,13 @@ def _make_head(model: keras.Model, x: Array, from_logits: bool | None, view: Vie
     values = ops.convert_to_numpy(ops.cast(outputs, "float32"))
     if view.task == "multilabel":
         _check_labels(values, view)
+    elif view.task == "positions" and values.ndim < 3:
+        raise ValueError(
+            '`model` must return classes for each position, shape (batch, ..., classes), for task="positions". '
+            f"Received: shape {values.shape}"
+        )
+    elif view.task == "positions" and values.shape[-1] == 1:
+        pass
     elif values.shape != (len(x), 1):
         return Head(model, view, returns_logits=not looks_like_probabilities(values))
     in_range = bool(((values >= 0) & (values <= 1)).all()) if from_logits is None else not from_logits

@@ -1,6 +1,7 @@
 """The attack on each batch of a training."""
 
 import dataclasses
+import math
 
 import keras
 import numpy as np
@@ -34,6 +35,7 @@ class InnerAttack:
         steps: The number of steps, >= 1.
         step_size: The size of a step, in units of the input, > 0.
         seeds: Where the random starts come from.
+        ignore_class: The class id of predictions that do not count, of a model with several per sample; or None.
     """
 
     method: Method
@@ -41,6 +43,7 @@ class InnerAttack:
     steps: int
     step_size: float
     seeds: ReplicaSeeds
+    ignore_class: int | None = None
 
     def __call__(self, classifier: Classifier, x: Tensor, y: Tensor, eps_scale: keras.Variable) -> AttackedBatch:
         """Attack a batch, or draw the random copies of the method.
@@ -53,7 +56,7 @@ class InnerAttack:
         """
         x = ops.cast(x, "float32")
         logits = ops.stop_gradient(classifier(x))
-        batch = CleanBatch(x, as_class_ids(y, logits), y, logits)
+        batch = CleanBatch(x, as_class_ids(y, logits, self.ignore_class), y, logits)
         scale = ops.convert_to_tensor(eps_scale)
         clean, adversarial, loss_increase = x, x, ops.zeros((ops.shape(x)[0],))
         if self.method.random_copies:
@@ -100,10 +103,13 @@ def per_sample(loss_fn: LossFn) -> LossFn:
     """
 
     def mean(logits: Tensor, batch: CleanBatch) -> Tensor:
-        if len(logits.shape) == 2 or getattr(loss_fn, "takes_positions", False):
+        if len(logits.shape) == 2:
             return loss_fn(logits, batch)
-        rows = batch._replace(y=ops.reshape(batch.y, (-1,)), logits=to_rows(batch.logits))
-        return mean_of_sample(loss_fn(to_rows(logits), rows), logits)
+        if getattr(loss_fn, "takes_positions", False):
+            values = loss_fn(logits, batch)
+            return values if len(values.shape) == 1 else ops.mean(values, axis=tuple(range(1, len(values.shape))))
+        rows = batch._replace(y=ops.reshape(ops.maximum(batch.y, 0), (-1,)), logits=to_rows(batch.logits))
+        return mean_of_sample(loss_fn(to_rows(logits), rows), batch.y >= 0)
 
     return mean
 
@@ -113,18 +119,34 @@ def to_rows(values: Tensor) -> Tensor:
     return ops.reshape(values, (-1, values.shape[-1]))
 
 
-def mean_of_sample(values: Tensor, logits: Tensor) -> Tensor:
-    """Return the mean of one value per prediction over those of each sample, shape `(batch,)`."""
-    return ops.mean(ops.reshape(values, (ops.shape(logits)[0], -1)), axis=1)
-
-
-def as_class_ids(y: Tensor, logits: Tensor) -> Tensor:
-    """Return labels of any form as class ids, int32, shape `(batch,)`, or `(batch, ...)` for several predictions.
+def mean_of_sample(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of one value per prediction over those of each sample, shape `(batch,)`.
 
     Args:
-        y: Class ids `(batch, ...)` or `(batch, ..., 1)`, or one-hot labels `(batch, ..., C)`.
-        logits: The logits of the batch, shape `(batch, ..., C)`.
+        values: One value for each prediction of all samples.
+        weights: How much each prediction counts, or whether it does, shape `(batch, predictions)`.
     """
+    values = ops.reshape(values, (-1, weights.shape[1]))
+    weights = ops.cast(weights, values.dtype)
+    return ops.sum(ops.where(weights > 0, values * weights, 0.0), axis=1) / ops.maximum(ops.sum(weights, axis=1), 1e-7)
+
+
+def as_class_ids(y: Tensor, logits: Tensor, ignore_class: int | None = None) -> Tensor:
+    """Return labels of any form as class ids, int32, shape `(batch,)`, or `(batch, predictions)`.
+
+    Args:
+        y: Class ids or one-hot labels of each prediction.
+        logits: The logits of the batch, shape `(batch, C)`, or `(batch, predictions, C)`.
+        ignore_class: The class id of predictions that do not count, beside negative ids, for several predictions. Both
+            become -1.
+    """
+    if len(logits.shape) == 3:
+        predictions, num_classes = logits.shape[1:]
+        if math.prod(y.shape[1:]) == predictions * num_classes:
+            y = ops.argmax(ops.reshape(y, (-1, predictions, num_classes)), axis=-1)
+        ids = ops.cast(ops.reshape(y, (-1, predictions)), "int32")
+        ignored = ids < 0 if ignore_class is None else ops.logical_or(ids < 0, ids == ignore_class)
+        return ops.where(ignored, -1, ids)
     if len(y.shape) == len(logits.shape):
         y = ops.argmax(y, axis=-1) if y.shape[-1] == logits.shape[-1] else ops.squeeze(y, axis=-1)
     return ops.cast(y, "int32")

@@ -1,6 +1,7 @@
 """The Keras model that trains another model on attacked inputs."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_drsl import _renamed, _validation
-from keras_drsl._data import binary_labels, class_ids, first_batch, only_input
+from keras_drsl._data import binary_labels, class_ids, first_batch, only_input, position_ids
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.models.heads import View, two_classes, two_classes_each
 from keras_drsl.models.inputs import Inputs
@@ -115,7 +116,9 @@ class AdversarialTraining(keras.Model):
             inference, >= 1.
         attack_input: For a model with several inputs, the one that is attacked, or an embedding layer; as in
             `evaluate_robustness`.
-        task: `"multiclass"`, or `"multilabel"` for a model with a unit per label. Methods then average over the labels.
+        task: `"multiclass"`, or `"multilabel"` for a model with a unit per label, or `"positions"` for one that
+            classifies each position. Attacks and penalties are then averages over the labels or positions. Negative
+            labels do not count, nor the `ignore_class` of the loss, nor positions of sample weight 0.
 
     Raises:
         ValueError: If an argument is out of its range. In `fit` and in the first `train_on_batch`: if inputs do not
@@ -245,15 +248,19 @@ class AdversarialTraining(keras.Model):
         *state, data = arguments
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x = only_input(x)
+        labels = y
+        if self._view.task == "positions" and sample_weight is not None and len(sample_weight.shape) > 1:
+            # Positions of weight 0 do not count for the attack either.
+            labels = ops.where(ops.reshape(sample_weight, ops.shape(y)) == 0, -1, y)
         if not state:
-            return super().train_step((self._attack_batch(x, y), y, sample_weight))
+            return super().train_step((self._attack_batch(x, labels), y, sample_weight))
         # On JAX a step is a pure function: it receives the values of all variables and returns the new ones. The attack
         # runs in a scope with these values. Those that it changes, such as random counters, are passed on.
         trainable, non_trainable, *others = state[0]
         values = [*zip(self.trainable_variables, trainable, strict=True)]
         values += zip(self.non_trainable_variables, non_trainable, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
-            x = self._attack_batch(x, y)
+            x = self._attack_batch(x, labels)
         non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
         return super().train_step((trainable, non_trainable, *others), (x, y, sample_weight))
 
@@ -274,9 +281,14 @@ class AdversarialTraining(keras.Model):
             outputs = logits[..., 1] - logits[..., 0]
             outputs = outputs if found.unit == "logit" else ops.sigmoid(outputs)
             if self._view.task == "multiclass":
-                outputs, labels = ops.expand_dims(outputs, -1), ops.reshape(labels, (-1, 1))
+                labels = ops.reshape(labels, (-1, 1))
+            outputs = ops.reshape(outputs, ops.shape(labels))
         else:
             outputs = logits if found.outputs == "logits" else keras.activations.softmax(logits)
+            if self._view.task == "positions":
+                is_one_hot = math.prod(labels.shape[1:]) == math.prod(logits.shape[1:])
+                positions = labels.shape[1:-1] if is_one_hot else labels.shape[1:]
+                outputs = ops.reshape(outputs, (-1, *positions, logits.shape[-1]))
         return safeguards.loss_function(keras.losses.get(self.loss))(labels, outputs)
 
     # It needs the labels of a sample together.
@@ -299,9 +311,16 @@ class AdversarialTraining(keras.Model):
         if self.method.penalty is None:
             return loss
         log_p, log_q = self._log_probabilities(y_pred.clean), self._log_probabilities(y_pred.adversarial)
-        class_ids_ = as_class_ids(y, log_p)
-        penalty = self.method.penalty(to_rows(log_p), to_rows(log_q), ops.reshape(class_ids_, (-1,)), self.beta)
-        penalty = mean_of_sample(penalty, log_p)
+        ids = as_class_ids(y, log_p, self._ignore_class)
+        penalty = self.method.penalty(
+            to_rows(log_p), to_rows(log_q), ops.reshape(ops.maximum(ids, 0), (-1,)), self.beta
+        )
+        if len(log_p.shape) == 3:
+            weights = ops.cast(ids >= 0, "float32")
+            if sample_weight is not None and len(sample_weight.shape) > 1:
+                weights *= ops.cast(ops.reshape(sample_weight, ops.shape(weights)), "float32")
+                sample_weight = None
+            penalty = mean_of_sample(penalty, weights)
         average = Reduction(name="penalty", reduction=getattr(self.loss, "reduction", "sum_over_batch_size"))
         return loss + average(penalty, penalty, sample_weight=sample_weight)
 
@@ -313,7 +332,14 @@ class AdversarialTraining(keras.Model):
         else:
             outputs, are_logits = logits_behind_softmax(outputs, found.outputs == "logits", -1)
         outputs = ops.cast(outputs, "float32")
+        if self._view.task == "positions":
+            outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
         return ops.log_softmax(outputs) if are_logits else log_probabilities(outputs)
+
+    @property
+    def _ignore_class(self) -> int | None:
+        """The class id of positions that the loss does not count."""
+        return getattr(self.loss, "ignore_class", None) if self._view.task == "positions" else None
 
     def compute_metrics(
         self, x: Any, y: Tensor, y_pred: Tensor | Outputs, sample_weight: Tensor | None = None
@@ -434,19 +460,22 @@ class AdversarialTraining(keras.Model):
         self.threat.validate("x", attacked)
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
-        is_multilabel = self._view.task == "multilabel"
+        task = self._view.task
         with preserve_state(self.model, inputs=None if several else tried):
             found = self._logits_model = find_logits_of(self.model, tried, None, self._packed_view)
             outputs = found.model.logits(tried)
             safeguards.check_outputs(loss, outputs)
-            if is_multilabel:
+            self._attack = dataclasses.replace(self._attack, ignore_class=self._ignore_class)
+            if task == "multilabel":
                 check_num_labels(binary_labels(labels).shape[1], outputs.shape[1])
+            elif task == "positions":
+                position_ids(labels[:CHECKED_ROWS], outputs, self._ignore_class)
             else:
                 count = len(keras.tree.flatten(inputs)[0])
                 class_ids(labels, count, outputs.shape[-1], allow_ties=True)  # as mixed images have them
             shown = self._outputs_of(keras.tree.map_structure(ops.convert_to_tensor, given), training=False)
             labels = labels[:CHECKED_ROWS]
-            labels = labels if found.unit is None or is_multilabel else labels.reshape(-1, 1)
+            labels = labels.reshape(-1, 1) if found.unit is not None and task == "multiclass" else labels
             safeguards.check_value_per_sample(loss, labels, shown)
         if not self.optimizer.built and getattr(self, "_distribute_strategy", None) is None:
             # On TensorFlow Keras would build it during the first epoch, and a NaN in that epoch could not be undone.

@@ -63,13 +63,17 @@ def _in_batches(context: EvaluationContext, program: Callable[..., Tensor], *arr
 
 def _largest_gradient_of_sum(classifier: Classifier, x: Tensor) -> Tensor:
     """Return the largest element of the gradient of the sum of each row's outputs."""
-    gradient = input_gradient(classifier, lambda outputs: ops.sum(outputs, axis=-1), x)[2]
+    gradient = input_gradient(classifier, _sum_of_row, x)[2]
     return ops.max(ops.abs(gradient), axis=tuple(range(1, len(gradient.shape))))
+
+
+def _sum_of_row(outputs: Tensor) -> Tensor:
+    return ops.sum(outputs, axis=tuple(range(1, len(outputs.shape))))
 
 
 def _largest_gradient(classifier: Classifier, x: Tensor, y: Tensor, *, loss: str) -> Tensor:
     """Return the largest element of the gradient of each row, NaN where any element is NaN."""
-    _, _, gradient = input_gradient(classifier, lambda logits: objective(loss, logits, y, y, targeted=False), x)
+    _, _, gradient = input_gradient(classifier, lambda logits: objective(loss, logits, y, None, targeted=False), x)
     axes = tuple(range(1, len(gradient.shape)))
     # A maximum may ignore NaN; a sum does not.
     return ops.max(ops.abs(gradient), axis=axes) + 0.0 * ops.sum(gradient, axis=axes)
@@ -81,8 +85,10 @@ def many_steps_beat_one(context: EvaluationContext) -> Outcome:
     context = context.correct
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE
-    one_step = context.accuracy_under(context.make_attack(FGSM))
-    gain = one_step - context.accuracy_under(context.make_attack(PGD, steps=20))
+    # The mean cross-entropy of positions says little about how many are wrong.
+    loss = "margin" if context.wrong else "ce"
+    one_step = context.accuracy_under(context.make_attack(FGSM, loss=loss))
+    gain = one_step - context.accuracy_under(context.make_attack(PGD, loss=loss, steps=20))
     status = grade(-gain, warn_above=0.005, fail_above=0.02)
     message = "share of images that PGD breaks beyond FGSM; if it is negative, the gradient is unreliable"
     return Outcome(status, gain, message)
@@ -125,20 +131,21 @@ def unbounded(context: EvaluationContext) -> Outcome:
     if len(context.x) == 0:
         return NO_CORRECT_IMAGE
     # The strongest kinds of the suite: far from the data, either loss can be flat where the other one is not.
-    withstood = np.ones(len(context.x), bool)
+    withstood = np.ones(len(context.x))
     for loss in ("margin", "dlr"):
         attack = context.make_attack(APGD, eps=context.largest_eps, loss=loss, targeted=True, targets=3)
-        withstood[withstood] = context.select(withstood).withstood(attack)
-    left = float(withstood.mean())
+        robust = withstood > 0
+        withstood[robust] = np.minimum(withstood[robust], context.select(robust).withstood(attack))
+    left = float(np.average(withstood, weights=context.num_predictions))
     status = grade(left, warn_above=0.0, fail_above=0.02)
     message = "accuracy when any valid input is allowed; above 0, the attack cannot follow the gradient"
-    if left:
-        classes, counts = np.unique(context.y[withstood], return_counts=True)
+    if left and context.y.ndim == 1:
+        classes, counts = np.unique(context.y[withstood > 0], return_counts=True)
         listed = ", ".join(
             f"{class_id} ({count} of {(context.y == class_id).sum()})"
             for class_id, count in zip(classes, counts, strict=True)
         )
         message += f". Classes of the images that are left: {listed}"
-        if context.is_partly_fixed:
-            return Outcome("warn", left, message + ". Or what may not change is enough to tell their classes")
+    if left and context.is_partly_fixed:
+        return Outcome("warn", left, message + ". Or what may not change is enough to tell the classes")
     return Outcome(status, left, message)

@@ -18,9 +18,10 @@ ROWS_AT_ONCE = 32  # in a call outside a program
 @check(suites=None, stage="before")
 def clean_accuracy(context: EvaluationContext) -> Outcome:
     """Check that the model knows its task, and numbers the classes as the labels do."""
-    correct = len(context.y) - context.broken_by.count(CLEAN)
-    share = correct / len(context.y)
-    moved = _moved_classes(context.logits.argmax(axis=1), context.y)
+    logits, y = context.predictions
+    correct = len(y) - (int(context.wrong[CLEAN].sum()) if context.wrong else context.broken_by.count(CLEAN))
+    share = correct / len(y)
+    moved = _moved_classes(logits.argmax(axis=1), y)
     if moved:
         # A model may have more classes than a folder names.
         names = dict(enumerate(context.class_names or ()))
@@ -28,8 +29,10 @@ def clean_accuracy(context: EvaluationContext) -> Outcome:
         shown = ", ".join(f"{label} as {answer}" for label, answer in pairs)
         message = f"share classified correctly; the classes of the labels seem to be in another order: {shown}"
         return Outcome("warn", share, message + (", ..." if len(moved) > 3 else ""))
-    commonest = float(np.bincount(context.y).max() / len(context.y))
-    if wilson(correct, len(context.y))[0] <= commonest:
+    commonest = float(np.bincount(y).max() / len(y))
+    # Positions of one example resemble each other: their number says less than that of examples.
+    low = share if context.wrong else wilson(correct, len(y))[0]
+    if low <= commonest:
         # A model that always predicts the commonest class could do as well.
         message = "share classified correctly, no better than always predicting one class: check labels and input range"
         return Outcome("warn", share, message)
@@ -74,9 +77,9 @@ def outputs(context: EvaluationContext) -> Outcome:
 def _predict_otherwise(context: EvaluationContext) -> bool:
     """Return whether the logits behind a softmax have another largest class than the outputs, beyond rounding."""
     outputs = context.model.model.logits_in_batches(context.x, context.batch_size)
-    chosen = np.take_along_axis(outputs, context.logits.argmax(axis=1)[:, None], axis=1)[:, 0]
+    chosen = np.take_along_axis(outputs, context.logits.argmax(axis=-1)[..., None], axis=-1)[..., 0]
     # Logits that differ may give probabilities that are equal when they are rounded.
-    return bool(np.any(chosen < outputs.max(axis=1) * (1 - 4 * compute_rounding(context.model.model))))
+    return bool(np.any(chosen < outputs.max(axis=-1) * (1 - 4 * compute_rounding(context.model.model))))
 
 
 def _towards_middle(context: EvaluationContext, x: Array) -> Array:
@@ -114,7 +117,7 @@ def _stable_predictions(context: EvaluationContext) -> Outcome:
     # Not as a compiled program, for the same reason.
     parts = [ops.convert_to_tensor(x[start : start + ROWS_AT_ONCE]) for start in range(0, len(x), ROWS_AT_ONCE)]
     first, second = (
-        np.concatenate([ops.convert_to_numpy(model(part)) for part in parts]).argmax(axis=1) for _ in range(2)
+        np.concatenate([ops.convert_to_numpy(model(part)) for part in parts]).argmax(axis=-1) for _ in range(2)
     )
     share = float((first != second).mean())
     message = f"share of predictions that differ between two averages of {draws} draws"
@@ -162,8 +165,8 @@ def independent_rows(context: EvaluationContext) -> Outcome:
     answers = [(reverse_half, classifier.logits(x[reverse_half]))]
     alone = np.unique(np.linspace(0, len(x) - 1, 8).astype(int))
     answers += [(alone[[index]], classifier.logits(x[[row]])) for index, row in enumerate(alone)]
-    changes = np.concatenate([np.abs(expected[rows] - answer).max(axis=1) for rows, answer in answers])
-    spread = float((expected.max(axis=1) - expected.min(axis=1)).max())
+    changes = np.concatenate([np.abs(expected[rows] - answer).ravel() for rows, answer in answers])
+    spread = float((expected.max(axis=-1) - expected.min(axis=-1)).max())
     # Sums are rounded differently in batches of other sizes, and accelerators round products to 11 bits.
     unit = compute_rounding(context.model.model)
     allowed = max(2e-3, 4 * unit) * spread + 4 * unit * float(np.abs(expected).max())
@@ -180,10 +183,11 @@ def independent_rows(context: EvaluationContext) -> Outcome:
 @check(suites=None, stage="before")
 def logit_scale(context: EvaluationContext) -> Outcome:
     """Check that the softmax is not saturated in float32."""
-    correct = ~is_misclassified(context.logits, context.y)
+    logits, y = context.predictions
+    correct = ~is_misclassified(logits, y)
     if not correct.any():
         return Outcome("skipped", math.nan, "no image is classified correctly")
-    gap = -margins(context.logits, context.y)[correct]
+    gap = -margins(logits, y)[correct]
     # From a gap of about 17 on, 1 - p is 0 in float32, and so is the gradient of the cross-entropy.
     saturated = float((gap > 17).mean())
     message = f"median gap between the two largest logits; softmax saturated on {saturated:.0%} of the images"
@@ -195,11 +199,11 @@ def logit_scale(context: EvaluationContext) -> Outcome:
 
 def _has_few_classes(context: EvaluationContext) -> bool:
     on_dlr = any(getattr(attack, "loss", None) == "dlr" for attack in context.attacks.values())
-    return context.logits.shape[1] < 4 and on_dlr
+    return context.logits.shape[-1] < 4 and on_dlr
 
 
 @check(suites=None, stage="before", applies=_has_few_classes)
 def few_classes(context: EvaluationContext) -> Outcome:
     """Report that attacks on the difference of logits ratio attacked the margin."""
     message = "the difference of logits ratio needs four classes: attacks on it used the margin instead"
-    return Outcome("pass", float(context.logits.shape[1]), message)
+    return Outcome("pass", float(context.logits.shape[-1]), message)

@@ -1,7 +1,7 @@
 """The registry of checks."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from keras_drsl import _validation
@@ -19,12 +19,14 @@ class Outcome(NamedTuple):
         message: One sentence that says what the figure means.
         broken: The `ids` of examples that the check misclassified within the threat model. Those that nothing had
             broken before count as broken by the check.
+        wrong: For a model of positions, how many are wrong at the point that was found, by those `ids`.
     """
 
     status: Status
     value: float
     message: str
     broken: Sequence[int] = ()
+    wrong: Mapping[int, int] = {}
 
 
 def grade(value: float, *, warn_above: float, fail_above: float) -> Status:

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from keras_drsl.attacks import APGD, Attack, Noise
 from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.context import EvaluationContext
@@ -13,10 +15,16 @@ def attack_robust_images(context: EvaluationContext, attack: Attack, description
     if len(robust.x) == 0:
         return Outcome("skipped", math.nan, "no robust image was left to attack")
     withstood = robust.withstood(attack)
-    share = float(1 - withstood.mean())
+    fallen = withstood < robust.robust_share
+    lost = np.maximum(robust.robust_share - withstood, 0)
+    share = float(np.average(lost, weights=robust.num_predictions))
     status = grade(share, warn_above=0.01 + 1e-9, fail_above=0.05 + 1e-9)
     message = f"share of {len(withstood)} robust images that fall to {description}"
-    return Outcome(status, share, message, robust.ids[~withstood].tolist())
+    if robust.wrong:
+        message = f"share of the positions of {len(withstood)} images that are robust and fall to {description}"
+    wrong = np.rint((1 - withstood) * robust.num_predictions).astype(int)
+    found = dict(zip(robust.ids[fallen].tolist(), wrong[fallen].tolist(), strict=True))
+    return Outcome(status, share, message, list(found), found)
 
 
 @check(suites=["standard"])

@@ -19,8 +19,13 @@ def black_box(context: EvaluationContext) -> Outcome:
     """Check that attacks without gradients break no image that gradient attacks did not."""
     names = context.gradient_free
     only = sum(name in names for name in context.broken_by) / len(context.broken_by)
+    if context.wrong:
+        before = [name for name in context.wrong if name not in (*names, "checks")][-1]
+        after = [name for name in context.wrong if name != "checks"][-1]
+        only = float((context.wrong[after] - context.wrong[before]).sum() / context.num_predictions.sum())
     status = grade(only, warn_above=0.005, fail_above=0.02)
-    message = f"share of all images that fell only to {' and '.join(names)}; gradient attacks should have broken them"
+    units = "positions" if context.wrong else "images"
+    message = f"share of all {units} that fell only to {' and '.join(names)}; gradient attacks should have broken them"
     return Outcome(status, only, message)
 
 
@@ -29,10 +34,14 @@ def undefended(context: EvaluationContext) -> Outcome:
     """Check that the attack breaks a model without a defense."""
     model = context.undefended
     assert model is not None
-    correct = ~model.misclassifies(context.x, context.y, context.batch_size)
-    if correct.mean() < 0.5:
+    if context.wrong:
+        right = 1 - model.count_wrong(context.x, context.y, context.batch_size) / context.num_predictions
+    else:
+        right = 1.0 - model.misclassifies(context.x, context.y, context.batch_size)
+    correct = right > 0
+    if right.mean() < 0.5:
         message = "clean accuracy of the undefended model; too low for the check"
-        return Outcome("warn", float(correct.mean()), message)
+        return Outcome("warn", float(right.mean()), message)
     left = context.select(correct).accuracy_under(context.make_attack(APGD, loss="margin"), model)
     message = (
         "robust accuracy of the undefended model on its correct images; if it is well above 0, eps is too small for "
