@@ -87,9 +87,12 @@ def many_steps_beat_one(context: EvaluationContext) -> Outcome:
         return NO_CORRECT_IMAGE
     # The mean cross-entropy of positions says little about how many are wrong.
     loss = "margin" if context.wrong else "ce"
-    one_step = context.accuracy_under(context.make_attack(FGSM, loss=loss))
-    gain = one_step - context.accuracy_under(context.make_attack(PGD, loss=loss, steps=20))
-    status = grade(-gain, warn_above=0.005, fail_above=0.02)
+    attacks = [context.make_attack(FGSM, loss=loss), context.make_attack(PGD, loss=loss, steps=20)]
+    one_step, many_steps = (context.withstood(attack) for attack in attacks)
+    gain = float(np.average(one_step - many_steps, weights=context.num_predictions))
+    # How many positions fall also depends on the random start.
+    slack = 2 * float(np.std(one_step - many_steps)) / math.sqrt(len(one_step)) if context.wrong else 0.0
+    status = grade(-gain - slack, warn_above=0.005, fail_above=0.02)
     message = "share of images that PGD breaks beyond FGSM; if it is negative, the gradient is unreliable"
     return Outcome(status, gain, message)
 
