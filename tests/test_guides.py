@@ -16,4 +16,7 @@ def test_the_code_of_a_guide_runs(path):
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    assert 0 <= namespace["report"].robust_accuracy <= namespace["report"].clean_accuracy == 1
+    report = namespace["report"]
+    assert 0 <= report.robust_accuracy <= report.clean_accuracy
+    # The last report of each guide but this one is on the predictions of its model.
+    assert report.clean_accuracy == 1 or path.stem == "language"

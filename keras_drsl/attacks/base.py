@@ -241,7 +241,8 @@ class Attack:
                 compiled once while calls pass the same one. For several attacks, or a lambda, pass a
                 `keras_drsl.models.Classifier` of it.
             x: Inputs within `[clip_min, clip_max]`, shape `(batch, ...)`.
-            y: The true labels: class ids `(batch,)` or `(batch, 1)`, or one-hot `(batch, C)`.
+            y: The true labels: class ids `(batch,)` or `(batch, 1)`, or one-hot `(batch, C)`. For logits
+                `(batch, positions, C)`: class ids `(batch, positions)`, negative where a position does not count.
             ids: Integers >= 0. Equal ids get equal random numbers. By default they are computed from the values of
                 each input, so that the order of the inputs does not matter.
             batch_size: How many rows to work on at once, if more than there are inputs. Several restarts or targets of

@@ -25,10 +25,11 @@ class Classifier:
     other values of `eps`, `steps` or `restarts`.
 
     Args:
-        logits_fn: A `keras.Model`, or any function that maps inputs `(batch, ...)` to **logits** `(batch, C)`. A Keras
-            model is called as at inference, and its weights are read in each call. On JAX, the weights of a function
-            are read in the first call only, unless the function is a method of a Keras layer or has an attribute
-            `variables`, the list of its Keras variables.
+        logits_fn: A `keras.Model`, or any function that maps inputs `(batch, ...)` to **logits** `(batch, C)`, or
+            `(batch, positions, C)` for a function that classifies each position. A Keras model is called as at
+            inference, and its weights are read in each call. On JAX, the weights of a function are read in the first
+            call only, unless the function is a method of a Keras layer or has an attribute `variables`, the list of its
+            Keras variables.
 
     Example:
 
@@ -119,7 +120,7 @@ class Classifier:
                     f"`{name}` must take batches of any size, here inputs of shape {batch.shape}."
                     f"{_unusual(model, batch)} Received: {type(error).__name__}: {_reason(error)}"
                 ) from error
-            per_position = getattr(self.logits_fn, "per_position", False)
+            per_position = getattr(self.logits_fn, "per_position", not isinstance(self.logits_fn, keras.Layer))
             _check_one_output(name, outputs, len(batch), per_position=per_position)
         self._checked_shape = x.shape[1:]
 
@@ -170,7 +171,7 @@ def _check_one_output(name: str, outputs: Any, count: int, *, per_position: bool
         names = f" with keys {list(outputs)}" if isinstance(outputs, dict) else ""
         raise ValueError(f"`{name}` must have one output. Received: outputs of type {type(outputs).__name__}{names}")
     shape = tuple(outputs.shape)
-    if per_position and len(shape) > 2 and shape[0] == count and shape[-1] >= 2:
+    if per_position and len(shape) == 3 and shape[0] == count and shape[-1] >= 2:
         return
     if len(shape) != 2 or shape[0] != count or shape[1] < 2:
         hint = " For one sigmoid unit of logit z, return the logits [0, z]." if shape == (count, 1) else ""
