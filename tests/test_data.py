@@ -211,5 +211,5 @@ def test_a_torch_data_loader_is_read(sorted_by_class, sized):
 def test_dictionaries_without_one_input_are_named(sorted_by_class):
     x, y = sorted_by_class
     for batch in ({"image": x}, {"image": x, "text": x, "label": y}):
-        with pytest.raises(ValueError, match=r'"label" or "labels" and one other. Received: .*keys \[\'image\''):
+        with pytest.raises(ValueError, match=r'"label" or "labels" and one other .* Received: .*keys \[\'image\''):
             read_examples(iter([batch]), None, max_samples=None)

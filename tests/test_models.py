@@ -502,7 +502,7 @@ UNUSUAL = {
     ),
     "a matrix": (
         lambda: keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Reshape((2, 3))]),
-        r"outputs of shape \(batch, classes >= 2\). Received: \(1, 2, 3\)",
+        r"outputs of shape \(batch, classes >= 2\).* Received: \(1, 2, 3\)",
     ),
     "two inputs": (two_inputs, "`model` must take batches .* It has 2 inputs. Received: ValueError"),
     "stateful": (stateful_rnn, "`model` must take batches of any size.*'lstm.*' is stateful"),

@@ -299,7 +299,7 @@ class TestBadInput:
         [
             (lambda: APGD(0), "`eps` must be a positive number. Received: eps=0"),
             (lambda: APGD(0.1, norm=1), "`norm` must be one of 'inf', 2. Received: norm=1"),
-            (lambda: APGD(0.1, loss="x"), "`loss` must be one of 'ce', 'margin', 'dlr'. Received: loss='x'"),
+            (lambda: APGD(0.1, loss="x"), "`loss` must be one of 'ce', 'margin', 'dlr', 'js'. Received: loss='x'"),
             (lambda: APGD(0.1, steps=0), "`steps` must be an integer of 1 or more. Received: steps=0"),
             (lambda: APGD(0.1, targets=0), "`targets` must be an integer of 1 or more. Received: targets=0"),
             (lambda: PGD(0.1, step_size=0), "`step_size` must be a positive number. Received: step_size=0"),
