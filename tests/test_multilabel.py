@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         options = {"eps": EPS, "suite": "quick", "task": "multilabel", "verbose": 0} | options
         return evaluate_robustness(model or make_model(), x, y, **options)
 
-    with pytest.raises(ValueError, match="`task` must be one of 'multiclass', 'multilabel', 'positions'. Received: task='labels'"):
+    with pytest.raises(ValueError, match="`task` must be one of .* 'positions'. Received: task='labels'"):
         evaluate(task="labels")
     with pytest.raises(ValueError, match='`which` must be left out unless task="multilabel". Received: which=1'):
         evaluate(task="multiclass", which=1)
