@@ -27,13 +27,18 @@ test-short: .venv-jax/test .venv-torch/test
 
 # Everything that is not about TensorFlow, on all backends.
 BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
-	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_metrics.py tests/test_models.py tests/test_options.py \
-	tests/test_random_models.py tests/test_spread.py tests/test_threat.py
+	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_inputs.py tests/test_metrics.py tests/test_models.py \
+	tests/test_multilabel.py tests/test_options.py tests/test_positions.py tests/test_random_models.py tests/test_spread.py \
+	tests/test_threat.py
+# Large networks, also the slow ones.
+REAL_MODELS := -m '' tests/test_real_models.py
 
 test-backends: .venv/test .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS)
 	$(JAX) .venv-jax/bin/python -m pytest $(BACKEND_TESTS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS)
+	$(JAX) .venv-jax/bin/python -m pytest $(REAL_MODELS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(REAL_MODELS)
 
 # Tests of several minutes: other libraries, killed processes, studies. torchattacks asks for a version of requests that
 # is too old for others.

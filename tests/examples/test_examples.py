@@ -30,12 +30,39 @@ def load(name):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_stands_alone(path):
-    allowed = {*sys.stdlib_module_names, "keras", "keras_drsl", "numpy", "tensorflow"}
+    allowed = {*sys.stdlib_module_names, "keras", "keras_drsl", "keras_hub", "numpy", "tensorflow"}
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert {name.split(".")[0] for name in names} <= allowed
         assert not any(part.startswith("_") for name in names for part in name.split("."))
+
+
+@pytest.mark.slow
+def test_images_are_described_and_attacked(tmp_path):
+    pytest.importorskip("keras_hub")
+    example = load("vision_language")
+    small = ["--epochs", "2", "--seeds", "1", "--size", "8", "--max-images", "6", "--suite", "quick"]
+    example.main([*small, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "vision_language.json").read_text())
+    table = (tmp_path / "vision_language.md").read_text()
+    assert [row["loss"] for row in record["rows"]] == ["cross-entropy", "DRSLoss", "PRSLoss"]
+    rate = record["rows"][0]["setting"][0]
+    for row in record["rows"]:
+        best = max(row["tried"], key=lambda run: run["tokens right under attack"])
+        assert best["setting"] == row["setting"]
+        assert len(row["tried"]) == 3
+        assert row["setting"][0] == rate
+        for run in row["runs"]:
+            assert 0 <= run["tokens right under attack"] <= run["tokens right"] <= 1
+        assert table.count(f"| {row['loss']} |") == 2
+    _, words = example.make_inputs(np.zeros((2, 8, 8, 1)), np.array([3, 8]))
+    assert [" ".join(example.WORDS[word] for word in caption) for caption in words] == [
+        "odd low three .",
+        "even high eight .",
+    ]
+    with pytest.raises(SystemExit, match="vision_language.json exists"):
+        example.main([*small, "--out", str(tmp_path)])
 
 
 class TestFit:
