@@ -140,7 +140,8 @@ def position_ids(y: Any, logits: Array, ignore_class: int | None = None) -> Arra
             f"`y` must hold one label for each of the {positions} positions of each of the {count} inputs. "
             f"Received: y.shape={y.shape}"
         )
-    ids = y.reshape(count, positions)
+    # Before a label becomes -1: labels of 8 bits cannot hold it.
+    ids = y.reshape(count, positions).astype("int64" if np.issubdtype(y.dtype, np.integer) else y.dtype)
     is_class = np.isin(ids, np.arange(num_classes)) | (ids < 0) | (ids == ignore_class)
     if not is_class.all():
         raise ValueError(
@@ -405,8 +406,25 @@ def _pair(batch: Any, *, several: bool, weights_mask: bool) -> tuple[Any, Any]:
             f"Received: {type(batch).__name__}"
         )
     if weights_mask and len(batch) == 3 and batch[2] is not None:
-        return batch[0], np.where(to_array(batch[2]) == 0, -1, to_array(batch[1]))
+        return batch[0], _without_weight(to_array(batch[1]), to_array(batch[2]))
     return batch[0], batch[1]
+
+
+def _without_weight(y: Array, weights: Array) -> Array:
+    """Return labels of positions as class ids, -1 where the weight of the position is 0.
+
+    Weights of whole examples are ignored, as those of other tasks are.
+    """
+    if weights.ndim == 1:
+        return y
+    if weights.shape == y.shape[:-1] and y.shape[-1] > 1:
+        y = y.argmax(axis=-1)
+    if weights.size != y.size or weights.shape[0] != y.shape[0]:
+        raise ValueError(
+            "`x_or_dataset` must give one sample weight for each position, or for each example. "
+            f"Received: labels of shape {y.shape}, weights of shape {weights.shape}"
+        )
+    return np.where(weights.reshape(y.shape) == 0, -1, y.astype("int64"))
 
 
 def _read_dataset(

@@ -1,5 +1,6 @@
 """Callbacks that measure robustness while a model trains."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     Attributes:
         report: The `RobustnessReport` of the last evaluation; None before the first one, and where the outputs of the
-            model were not finite (a robust accuracy of 0).
+            model were not finite or embeddings left the valid range (a robust accuracy of 0).
 
     Raises:
         ValueError: If an argument is out of its range, or inputs lie outside the valid range; when training begins, if
@@ -152,6 +153,12 @@ class RobustnessMonitor(keras.callbacks.Callback):
     def _evaluate(self) -> dict[str, float]:
         batch_size = self._evaluator.settings["batch_size"]
         self._examples = self._evaluator.reader.refresh(self._examples)
+        try:
+            self._evaluator.check_examples(self._examples)
+        except ValueError as error:  # embeddings that training has moved out of the range
+            warnings.warn(f"The robust accuracy of this epoch counts as 0: {error}", RuntimeWarning, stacklevel=2)
+            self.report = None
+            return {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
         self._logits_model.seed(self._evaluator.settings["seed"], "clean")
         logits = self._logits_model.classifier.logits_in_batches(self._examples.x, batch_size)
         if not np.isfinite(logits).all():

@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_drsl import _escape, _files, datasets
 from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
@@ -88,8 +90,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
             attacked = x.get(args.attack_input) if isinstance(x, dict) else x if args.attack_input is None else None
-            # Embeddings have no array here, but their range is one for all features.
-            largest = threat.largest_eps((1,) if attacked is None else attacked.shape[1:])
+            # The number of embeddings is not known here.
+            unknown = math.inf if threat.norm == 2 else float(np.min(threat.span))
+            largest = unknown if attacked is None else threat.largest_eps(attacked.shape[1:])
             radii = [factor * threat.radius for factor in CURVE if factor * threat.radius <= largest]
             index = report.per_example["index"]
             chosen = keras.tree.map_structure(lambda values: values[index], x)

@@ -359,11 +359,15 @@ def test_what_does_not_fit_is_named():
         ValueError, match="The input 'text' of `model` must hold numbers, as token ids in place of text"
     ):
         evaluate(x=x | {"text": np.array([["a", "b", "c"]] * 80)}, attack_input="image")
+    with pytest.raises(ValueError, match="The input 'extra' of `model` must hold finite numbers"):
+        evaluate(x=x | {"extra": np.full((80, 1), np.nan)}, attack_input="image")
+    with pytest.raises(ValueError, match=r"The input 'image' of `model` must have shape \(count, ...\)"):
+        evaluate(x=x | {"image": x["image"][:, 0]}, attack_input="image")
     with pytest.raises(ValueError, match="The input 'text' of `model` must hold integers up to 2\\^24"):
         evaluate(x=x | {"text": x["text"] + 2**25}, attack_input="image")
     with pytest.raises(ValueError, match="`x_or_dataset` must lie in .* Received: values from 0.75"):
         evaluate(x=x | {"image": x["image"] + 0.5}, attack_input="image")
-    with pytest.raises(ValueError, match="`attack_input` must name one of the embedding layers of `model`: none"):
+    with pytest.raises(ValueError, match="`attack_input` must name one of the embedding layers of `model`, .*: none"):
         evaluate(attack_input="embeddings")
     with pytest.raises(
         ValueError, match=r"`x_pool` must hold inputs .image. of shape \(4,\).* Received: .image. of shape \(5,\)"
@@ -384,6 +388,48 @@ def test_what_does_not_fit_is_named():
         match=r"`x_or_dataset` must hold inputs .*.text. of shape \(3,\).* Received: .*.text. of shape \(2,\)",
     ):
         evaluate(x=iter(later), y=None, attack_input="image")
+
+
+def test_layers_of_one_name_are_refused():
+    towers = [keras.Sequential([layers.Embedding(20, 3, name="tokens"), layers.Flatten()]) for _ in range(2)]
+    given = [keras.Input((6,), dtype="int32", name=name) for name in ("a", "b")]
+    features = [tower(tokens) for tower, tokens in zip(towers, given, strict=True)]
+    model = keras.Model(given, layers.Dense(2)(layers.Concatenate()(features)))
+    for attack_input in ("embeddings", "tokens"):
+        with pytest.raises(ValueError, match="which need different names: 'tokens', 'tokens'"):
+            Inputs(model, attack_input)
+
+
+class Wrapped(keras.Model):
+    """Takes a dictionary of one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = layers.Dense(2)
+
+    def call(self, x):
+        return self.unit(x["q"])
+
+
+def test_one_input_in_a_dictionary_stays_in_it():
+    model, x = Wrapped(), np.random.default_rng(0).random((12, 4)).astype("float32")
+    y = values(model({"q": x})).argmax(1)
+    report = evaluate_robustness(model, {"q": x}, y, eps=0.01, suite="quick", attack_input="q", checks=[], verbose=0)
+    assert report.clean_accuracy == 1
+
+
+def test_a_monitor_warns_where_training_moves_embeddings_out_of_the_range():
+    model = text_model()
+    tokens, y = text_data(model)
+    monitor = RobustnessMonitor(tokens, y, eps=0.01, clip_min=-0.06, clip_max=0.06, attack_input="embeddings")
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
+    push = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: model.layers[1].embeddings.assign(model.layers[1].embeddings + 1.0)
+    )
+    with pytest.warns(RuntimeWarning, match="The robust accuracy of this epoch counts as 0: .* must lie in"):
+        history = model.fit(tokens, y, epochs=2, callbacks=[monitor, push], verbose=0).history
+    assert history["val_robust_accuracy"][1] == 0
+    assert history["val_robustness_warning"][1] == 1
 
 
 def test_attacks_that_cannot_keep_inputs_are_refused():

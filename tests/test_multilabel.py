@@ -130,7 +130,7 @@ def test_a_pool_holds_images_of_the_same_label():
     )
     examples = reader.read(None, x, y, max_samples=None, shard=None)
     found = keras_drsl.models.logits.find_logits_of(make_model(), examples.x, None, reader.view_of(examples))
-    pool = keras_drsl.attacks.Pool(found.classifier, *examples.whole, layout=examples.layout)
+    pool = keras_drsl.attacks.Pool(found.classifier, *reader.whole_pool(examples), layout=examples.layout)
     images, there = pool.nearest(examples.x, 1 - examples.y)
     assert there.all()
     assert pool.empty_classes == []

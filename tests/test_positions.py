@@ -15,6 +15,7 @@ import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
 from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.attacks.objectives import objective, share_wrong
+from keras_drsl.evaluation.intervals import of_ratio, wilson
 from tests.backends import values
 from tests.helpers import some_short
 
@@ -130,6 +131,23 @@ def test_ignored_positions_change_nothing():
     batches = ((x[part], y[part], weights[part]) for part in (slice(0, 6), slice(6, 12)))
     third = evaluate_robustness(model, batches, task="positions", **options)
     assert first.per_example == second.per_example == third.per_example
+    # Labels of images are often of 8 bits, which do not hold -1.
+    small = evaluate_robustness(model, x, again.astype("uint8"), task="positions", ignore_class=255, **options)
+    curve = robustness_curve(
+        model, x, again.astype("uint8"), eps=[0], task="positions", ignore_class=255, verbose=0, suite="quick"
+    )
+    assert small.per_example == first.per_example
+    assert curve.accuracy == [1]
+    per_example = ((x[part], y[part].astype("uint8"), np.ones(6)) for part in (slice(0, 6), slice(6, 12)))
+    assert evaluate_robustness(model, per_example, task="positions", **options).per_example["positions"] == [4] * 12
+    wrong = [(x, y, np.ones((12, 3)))]
+    with pytest.raises(
+        ValueError, match=r"must give one sample weight for each position, .* weights of shape \(12, 3\)"
+    ):
+        evaluate_robustness(model, iter(wrong), task="positions", **options)
+    one_hot = [(x, np.eye(3)[y], weights)]
+    fourth = evaluate_robustness(model, iter(one_hot), task="positions", **options)
+    assert fourth.per_example == first.per_example
     assert first.per_example["positions"] == [3] * 12
     assert second.settings["ignore_class"] == 255
 
@@ -179,8 +197,14 @@ def test_the_interval_is_that_of_a_ratio_of_sums():
     n = len(wrong)
     left_out = np.array([1 - np.delete(wrong, i).sum() / np.delete(counts, i).sum() for i in range(n)])
     deviation = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
-    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
-    assert (low + high) / 2 == pytest.approx(report.robust_accuracy)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.2)
+    assert low < report.robust_accuracy < high
+    # Where all examples are alike, it is that of as many independent examples.
+    assert of_ratio([0, 0], [100, 100]) == wilson(2, 2)
+    assert of_ratio([100] * 3, [100] * 3) == wilson(0, 3)
+    # Examples of one position each are independent positions, up to n - 1 in the variance.
+    single = of_ratio([1] * 30 + [0] * 70, [1] * 100)
+    np.testing.assert_allclose(single, wilson(70, 100), atol=1e-3)
 
 
 def test_a_killed_evaluation_and_shards_end_as_one_call(tmp_path):
@@ -317,10 +341,12 @@ def _many(count):
     return x, logits_of(x).argmax(-1).astype("int32")
 
 
+@pytest.mark.parametrize("form", some_short(["ids", "uint8", "one-hot"], "uint8", more=["ids"]))
 @pytest.mark.parametrize("attack_loss", ["cross_entropy", "loss"])
-def test_positions_of_weight_0_are_not_attacked(attack_loss):
+def test_positions_of_weight_0_are_not_attacked(attack_loss, form):
     x, y = _many(16)
-    weights = np.ones(y.shape, "float32")
+    y = {"ids": y, "uint8": y.astype("uint8"), "one-hot": np.eye(3, dtype="float32")[y]}[form]
+    weights = np.ones((16, 4), "float32")
     weights[:, 2:] = 0
     robust = AdversarialTraining(make_model(), EPS, attack_loss=attack_loss, steps=2, task="positions")
     loss = keras_drsl.DRSLoss(lam=0.1, from_logits=True)
@@ -370,6 +396,9 @@ def test_what_does_not_fit_is_named():
         evaluate(model=keras.Sequential([keras.Input((4, 2)), layers.Flatten(), layers.Dense(3)]))
     with pytest.raises(ValueError, match='`ignore_class` must be left out unless task="positions"'):
         evaluate(task="multiclass", ignore_class=1)
+    fewer = keras.Sequential([keras.Input((4, 2)), layers.Dense(2)])
+    with pytest.raises(ValueError, match="`undefended` must have the 3 classes of `model`. Received: 2"):
+        evaluate(undefended=fewer)
     with pytest.raises(ValueError, match="`suite` must be one of quick, standard for a model of positions"):
         evaluate(suite="cleverhans")
     with pytest.raises(ValueError, match=r"must return outputs of shape \(batch, classes >= 2\).*task=.positions."):

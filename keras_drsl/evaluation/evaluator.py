@@ -99,12 +99,16 @@ class Evaluator:
             raise ValueError("`undefended` must be left out where embeddings are attacked: it has others")
         try:
             second = find_logits_of(undefended, x, None, view.replace(output=None, preprocessing=None))
-            num_classes = [some.classifier.logits(x[:1]).shape[1] for some in (second, model)]
+            shapes = [some.classifier.logits(x[:1]).shape for some in (second, model)]
         except Exception as error:
             raise ValueError(f"`undefended` must be a classifier of the same inputs as `model`: {error}") from error
-        if num_classes[0] != num_classes[1]:
+        if shapes[0][-1] != shapes[1][-1]:
             raise ValueError(
-                f"`undefended` must have the {num_classes[1]} classes of `model`. Received: {num_classes[0]}"
+                f"`undefended` must have the {shapes[1][-1]} classes of `model`. Received: {shapes[0][-1]}"
+            )
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"`undefended` must have the {shapes[1][1]} positions of `model`. Received: {shapes[0][1]}"
             )
         return second
 
@@ -122,10 +126,11 @@ class Evaluator:
         model.seed(self.settings["seed"], "pool")
         if self.view.task == "positions":
             return None
-        x, y = examples.whole if x_pool is None else self.reader.read_pool(x_pool, examples)
+        given = None if x_pool is None else self.reader.read_pool(x_pool, examples)
         # Two is the least number of classes.
         if not any(attack.num_pool_runs(num_classes=2) for attack in self.attacks.values()):
             return None
+        x, y = self.reader.whole_pool(examples) if given is None else given
         return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"], layout=examples.layout)
 
     def evaluate(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 
-def wilson(successes: int, count: int) -> tuple[float, float]:
+def wilson(successes: float, count: float) -> tuple[float, float]:
     """Return the 95 % interval of a share by Wilson's method, within [0, 1]."""
     z = 1.959963984540054
     share = successes / count
@@ -16,8 +16,9 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 def of_ratio(wrong: Sequence[int], counts: Sequence[int]) -> tuple[float, float]:
     """Return the 95 % confidence interval of `1 - sum(wrong) / sum(counts)`, over the examples.
 
-    The variance is that of a ratio of two sums (Cochran, "Sampling Techniques", chapter 6). With one example it says
-    nothing: the interval is [0, 1].
+    It is Wilson's for the number of independent positions that would have the variance of the ratio of the two sums
+    (Cochran, "Sampling Techniques", chapter 6), at most their number. Where no example differs from the others, that is
+    the number of examples.
 
     Args:
         wrong: How many positions of each example are wrong.
@@ -25,8 +26,7 @@ def of_ratio(wrong: Sequence[int], counts: Sequence[int]) -> tuple[float, float]
     """
     total, size = sum(counts), len(counts)
     share = sum(wrong) / total
-    if size < 2:
-        return 0.0, 1.0
     squares = sum((part - share * count) ** 2 for part, count in zip(wrong, counts, strict=True))
-    width = 1.96 * math.sqrt(size / (size - 1) * squares) / total
-    return max(1 - share - width, 0.0), min(1 - share + width, 1.0)
+    variance = size / max(size - 1, 1) * squares / total**2
+    independent = min(share * (1 - share) / variance, total) if variance > 0 else size
+    return wilson((1 - share) * independent, independent)

@@ -71,6 +71,14 @@ class Reader:
         examples = read_examples(folder.x.astype("uint8") if are_integers else folder.x, folder.y, **chosen)
         return examples.with_names(folder.files, folder.class_names)
 
+    def whole_pool(self, examples: Examples) -> tuple[Array, Array]:
+        """Return the inputs and labels of the whole data set of examples, as a pool."""
+        if self._view.task != "multilabel":
+            return examples.whole
+        layout = None if self.inputs is None else self.inputs.layout
+        x, y, _ = self._rows(*examples.whole, layout)
+        return x, y
+
     def read_pool(self, x_pool: Any, examples: Examples) -> tuple[Array, Array | None]:
         """Return the inputs and labels of a pool, or raise `ValueError` if they do not fit the examples."""
         pack = None if self.inputs is None else partial(self.inputs.pack, name="x_pool")
@@ -97,12 +105,9 @@ class Reader:
     def _split_labels(self, examples: Examples) -> Examples:
         """Return examples with the labels 0 and 1: one row per label of each, or one row for the only label."""
         x, y, layout = self._rows(examples.x, examples.y, examples.layout)
-        whole = (x, y)
-        if len(examples.whole[0]) > len(examples.x):
-            whole = self._rows(*examples.whole, examples.layout)[:2]
         num_labels = len(x) // len(examples.x)
         ids = (examples.ids[:, None] * num_labels + np.arange(num_labels)).reshape(-1)
-        return examples._replace(x=x, y=y, ids=ids, whole=whole, layout=layout, num_labels=num_labels)
+        return examples._replace(x=x, y=y, ids=ids, layout=layout, num_labels=num_labels)
 
     def _rows(self, x: Array, y: Any, layout: Layout | None) -> tuple[Array, Array, Layout | None]:
         """Return inputs and labels with one row per label that counts, and the layout of such rows."""
@@ -123,7 +128,9 @@ class Reader:
         """Return the examples with what an embedding layer that is attacked gives now."""
         if self.inputs is None:
             return examples
-        x, whole = (self.inputs.refresh(inputs, examples.layout) for inputs in (examples.x, examples.whole[0]))
+        assert self.inputs.layout is not None
+        x = self.inputs.refresh(examples.x, examples.layout)
+        whole = self.inputs.refresh(examples.whole[0], self.inputs.layout)
         return examples._replace(x=x, whole=(whole, examples.whole[1]))
 
 

@@ -187,6 +187,11 @@ class Head:
     def _call_once(self, x: Tensor) -> Tensor:
         outputs = self.view.call(self.model, x, training=False)
         if self.view.task == "positions":
+            if None in outputs.shape[1:]:
+                raise ValueError(
+                    "`model` must return a fixed number of positions: pad the inputs of all batches to one length. "
+                    f"Received: outputs of shape {tuple(outputs.shape)}"
+                )
             outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
         if self.unit is None:
             return outputs

@@ -6,6 +6,7 @@ attacked keeps its axes, and the other inputs of an example follow along its las
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -102,7 +103,8 @@ class Layout:
         """Return the inputs, as the model takes them, what is attacked, and the label of each row or None."""
         attacked = x[..., : self.shape[-1]]
         if not self.num_appended:
-            return attacked if self.kind == "one" else [attacked], attacked, None
+            alone: Any = {"one": attacked, "list": [attacked], "dict": {self.parts[0].name: attacked}}[self.kind]
+            return alone, attacked, None
         flat = ops.reshape(x[..., self.shape[-1] :], (-1, self.num_appended * math.prod(self.shape[:-1])))
         start, values = 0, []
         for part in self._fixed:
@@ -142,9 +144,13 @@ class Layout:
             num_labels: How many labels each has.
         """
         layout = dataclasses.replace(self, num_labels=num_labels)
-        inputs, attacked, _ = self.unpack(ops.convert_to_tensor(np.repeat(x, num_labels, axis=0)))
-        rows = layout.pack(inputs, attacked, np.tile(np.arange(num_labels), len(x)))
-        return layout, np.asarray(ops.convert_to_numpy(rows))
+        parts = []
+        for start in range(0, len(x), BATCH_SIZE):
+            few = np.repeat(x[start : start + BATCH_SIZE], num_labels, axis=0)
+            inputs, attacked, _ = self.unpack(ops.convert_to_tensor(few))
+            labels = np.tile(np.arange(num_labels), len(few) // num_labels)
+            parts.append(ops.convert_to_numpy(layout.pack(inputs, attacked, labels)))
+        return layout, np.concatenate(parts)
 
 
 def layout_of(x: Array) -> Layout:
@@ -227,6 +233,10 @@ class Inputs:
                     f"`attack_input` must name one of the inputs: {listed}{or_layer}. Received: attack_input={wanted!r}"
                 )
             attacked = arrays[names[position]]
+            if attacked.ndim < 2:
+                raise ValueError(
+                    f"The input {wanted!r} of `model` must have shape (count, ...). Received: shape {attacked.shape}"
+                )
             self.are_8bit = attacked.dtype == "uint8"
         # The model takes lists by position, whatever the names of its inputs.
         keys = range(len(names)) if kind == "list" else names
@@ -324,6 +334,8 @@ def _to_numbers(name: Any, value: Any) -> Array:
             f"The input {name!r} of `model` must hold numbers, as token ids in place of text. "
             f"Received: shape {array.shape}, dtype {array.dtype}"
         )
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise ValueError(f"The input {name!r} of `model` must hold finite numbers. Received: NaN or infinite ones")
     if np.issubdtype(array.dtype, np.integer) and array.size and np.abs(array).max() > LARGEST_INTEGER:
         raise ValueError(
             f"The input {name!r} of `model` must hold integers up to 2^24. Received: {np.abs(array).max()}"
@@ -353,20 +365,23 @@ def find_embedding(model: keras.Model, attack_input: str | int | None) -> keras.
     Raises:
         ValueError: If it is `"embeddings"`, and the model has no embedding layer or several.
     """
-    layers = {layer.name: layer for layer in embedding_layers(model)}
+    layers = embedding_layers(model)
     if attack_input != EMBEDDINGS:
         is_input = attack_input in [tensor.name for tensor in getattr(model, "inputs", None) or []]
-        return None if is_input else layers.get(attack_input)
+        layers = [] if is_input else [layer for layer in layers if layer.name == attack_input]
+        if not layers:
+            return None
     if len(layers) != 1:
-        listed = ", ".join(map(repr, layers)) or "none"
+        listed = ", ".join(repr(layer.name) for layer in layers) or "none"
         raise ValueError(
-            f"`attack_input` must name one of the embedding layers of `model`: {listed}. "
+            f"`attack_input` must name one of the embedding layers of `model`, which need different names: {listed}. "
             f"Received: attack_input={attack_input!r}"
         )
-    return next(iter(layers.values()))
+    return layers[0]
 
 
 # By the id of an embedding layer, the function that changes what it gives. Each thread has its own.
+_lock = threading.Lock()
 _changes: ContextVar[Mapping[int, Any] | None] = ContextVar("_changes", default=None)
 
 
@@ -378,8 +393,9 @@ def changed_embedding(layer: keras.layers.Embedding, change: Any) -> Iterator[No
         layer: The layer.
         change: Maps what the layer gives to what takes its place.
     """
-    if not hasattr(layer.call, "_is_changeable"):
-        _make_changeable(layer)
+    with _lock:
+        if not hasattr(layer.call, "_is_changeable"):
+            _make_changeable(layer)
     token = _changes.set({**(_changes.get() or {}), id(layer): change})
     try:
         yield

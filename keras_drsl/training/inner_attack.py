@@ -45,7 +45,9 @@ class InnerAttack:
     seeds: ReplicaSeeds
     ignore_class: int | None = None
 
-    def __call__(self, classifier: Classifier, x: Tensor, y: Tensor, eps_scale: keras.Variable) -> AttackedBatch:
+    def __call__(
+        self, classifier: Classifier, x: Tensor, y: Tensor, eps_scale: keras.Variable, weights: Tensor | None = None
+    ) -> AttackedBatch:
         """Attack a batch, or draw the random copies of the method.
 
         Args:
@@ -53,10 +55,14 @@ class InnerAttack:
             x: Inputs `(batch, ...)`.
             y: Labels of any form.
             eps_scale: The factor of `eps` in this epoch, a scalar in (0, 1].
+            weights: The weight of each position, of which those of 0 do not count; or None.
         """
         x = ops.cast(x, "float32")
         logits = ops.stop_gradient(classifier(x))
-        batch = CleanBatch(x, as_class_ids(y, logits, self.ignore_class), y, logits)
+        ids = as_class_ids(y, logits, self.ignore_class)
+        if weights is not None:
+            ids = ops.where(ops.reshape(weights, (-1, logits.shape[1])) == 0, -1, ids)
+        batch = CleanBatch(x, ids, y, logits)
         scale = ops.convert_to_tensor(eps_scale)
         clean, adversarial, loss_increase = x, x, ops.zeros((ops.shape(x)[0],))
         if self.method.random_copies:
@@ -107,7 +113,7 @@ def per_sample(loss_fn: LossFn) -> LossFn:
             return loss_fn(logits, batch)
         if getattr(loss_fn, "takes_positions", False):
             values = loss_fn(logits, batch)
-            return values if len(values.shape) == 1 else ops.mean(values, axis=tuple(range(1, len(values.shape))))
+            return values if len(values.shape) == 1 else mean_of_sample(values, batch.y >= 0)
         rows = batch._replace(y=ops.reshape(ops.maximum(batch.y, 0), (-1,)), logits=to_rows(batch.logits))
         return mean_of_sample(loss_fn(to_rows(logits), rows), batch.y >= 0)
 

@@ -247,27 +247,26 @@ class AdversarialTraining(keras.Model):
         """Run one training step on an attacked batch, with the backend's own arguments and results."""
         *state, data = arguments
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        x = only_input(x)
-        labels = y
-        if self._view.task == "positions" and sample_weight is not None and len(sample_weight.shape) > 1:
-            # Positions of weight 0 do not count for the attack either.
-            labels = ops.where(ops.reshape(sample_weight, ops.shape(y)) == 0, -1, y)
+        x = x if self._inputs is not None else only_input(x)
+        # Positions of weight 0 do not count for the attack either.
+        has_weights = self._view.task == "positions" and sample_weight is not None and len(sample_weight.shape) > 1
+        weights = sample_weight if has_weights else None
         if not state:
-            return super().train_step((self._attack_batch(x, labels), y, sample_weight))
+            return super().train_step((self._attack_batch(x, y, weights), y, sample_weight))
         # On JAX a step is a pure function: it receives the values of all variables and returns the new ones. The attack
         # runs in a scope with these values. Those that it changes, such as random counters, are passed on.
         trainable, non_trainable, *others = state[0]
         values = [*zip(self.trainable_variables, trainable, strict=True)]
         values += zip(self.non_trainable_variables, non_trainable, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
-            x = self._attack_batch(x, labels)
+            x = self._attack_batch(x, y, weights)
         non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
         return super().train_step((trainable, non_trainable, *others), (x, y, sample_weight))
 
-    def _attack_batch(self, x: Any, y: Tensor) -> AttackedBatch:
+    def _attack_batch(self, x: Any, y: Tensor, weights: Tensor | None = None) -> AttackedBatch:
         if self._inputs is not None:
             x = self._inputs.pack_tensors(x)
-        return self._attack(self._found_logits().classifier, x, y, self._eps_scale)
+        return self._attack(self._found_logits().classifier, x, y, self._eps_scale, weights)
 
     def _found_logits(self) -> LogitsModel:
         if self._logits_model is None:
