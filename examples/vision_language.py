@@ -11,7 +11,7 @@ the best of these rates. The best setting of each is trained with other seeds an
 Expected: all models describe clean images well, and the attack takes most of it. Whether a loss helps is open: the
 table says what was found.
 
-On two cores: about half an hour.
+On two cores: less than an hour.
 
     pip install ".[tensorflow,examples,hub]"
     python examples/vision_language.py

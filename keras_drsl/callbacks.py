@@ -152,18 +152,21 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     def _evaluate(self) -> dict[str, float]:
         batch_size = self._evaluator.settings["batch_size"]
-        self._examples = self._evaluator.reader.refresh(self._examples)
-        try:
-            self._evaluator.check_examples(self._examples)
-        except ValueError as error:  # embeddings that training has moved out of the range
-            warnings.warn(f"The robust accuracy of this epoch counts as 0: {error}", RuntimeWarning, stacklevel=2)
-            self.report = None
-            return {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
+        failed = {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
+        examples = self._evaluator.reader.refresh(self._examples)
+        if examples is not self._examples:
+            self._examples = examples
+            try:
+                self._evaluator.check_examples(examples)
+            except ValueError as error:  # embeddings that training has moved out of the range
+                warnings.warn(f"The robust accuracy of this epoch counts as 0: {error}", RuntimeWarning, stacklevel=2)
+                self.report = None
+                return failed
         self._logits_model.seed(self._evaluator.settings["seed"], "clean")
         logits = self._logits_model.classifier.logits_in_batches(self._examples.x, batch_size)
         if not np.isfinite(logits).all():
             self.report = None
-            return {"robust_accuracy": 0.0, "softmax_diversity": float("nan"), "robustness_warning": 1.0}
+            return failed
         pool = self._evaluator.make_pool(self._logits_model, self._examples)
         self.report = self._evaluator.evaluate(self._logits_model, self._examples, pool=pool)
         counts = self._labels >= 0  # positions

@@ -89,10 +89,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 raise ValueError("it could not be written to the end")
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
-            attacked = x.get(args.attack_input) if isinstance(x, dict) else x if args.attack_input is None else None
-            # The number of embeddings is not known here.
-            unknown = math.inf if threat.norm == 2 else float(np.min(threat.span))
-            largest = unknown if attacked is None else threat.largest_eps(attacked.shape[1:])
+            largest = _largest_eps(threat, x, args.attack_input)
             radii = [factor * threat.radius for factor in CURVE if factor * threat.radius <= largest]
             index = report.per_example["index"]
             chosen = keras.tree.map_structure(lambda values: values[index], x)
@@ -104,6 +101,15 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"The state in {args.state!r} holds the result: the same command with other outputs writes them"
         )
     return _status(report, args, problems)
+
+
+def _largest_eps(threat: ThreatModel, x: Any, attack_input: str | None) -> float:
+    """Return the largest radius that a curve may have."""
+    attacked = x.get(attack_input) if isinstance(x, dict) else x
+    if attacked is not None and (isinstance(x, dict) or attack_input is None):
+        return threat.largest_eps(attacked.shape[1:])
+    # How many numbers an embedding layer gives is not known here.
+    return math.inf if threat.norm == 2 else float(np.min(threat.span))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -195,19 +195,16 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[Any, Array]:
     try:
         with np.load(Path(path), allow_pickle=False) as file:
             found = [names for names in (("x", "y"), ("x_test", "y_test")) if set(names) <= set(file.files)]
-            inputs = [name for name in file.files if name != "y"]
-            if not found and "y" in file.files and inputs:
-                found = [("", "y")]
-            if len(found) != 1:
+            several = [name for name in file.files if name != "y"] if not found and "y" in file.files else []
+            if len(found) != 1 and not several:
                 raise ValueError(f"it holds {_escape.for_terminal(', '.join(file.files)) or 'nothing'}")
             # NumPy does not read to the end of a member, where its checksum is compared.
             damaged = file.zip.testzip()
             if damaged is not None or len(set(file.files)) < len(file.files):
                 raise ValueError("it is damaged, or holds a name twice")
-            ((name, label),) = found
-            y = _numbers(label, file)
-            x = _numbers(name, file) if name else {name: _numbers(name, file) for name in inputs}
-        for array in x.values() if isinstance(x, dict) else [x]:
+            y = _numbers("y" if several else found[0][1], file)
+            arrays = {name: _numbers(name, file) for name in several or [found[0][0]]}
+        for array in arrays.values():
             if len(array) != len(y) or not len(y):
                 received = f"{len(array)}, {len(y)}"
                 raise ValueError(f"it must hold one label for each input, and at least one. Received: {received}")
@@ -217,7 +214,7 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[Any, Array]:
             "inputs, without pickles. "
             f"Received: path={str(path)!r} ({_escape.error_line(error)})"
         ) from error
-    return x, y
+    return arrays if several else arrays[found[0][0]], y
 
 
 class Folder(NamedTuple):

@@ -4,6 +4,17 @@ import keras
 from keras import ops
 
 
+class SigmoidOf(keras.Model):
+    """A model behind a sigmoid that is an operation in place of a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x):
+        return ops.sigmoid(self.inner(x))
+
+
 class Quantised(keras.layers.Layer):
     """Inputs rounded to steps of 0.1, with no gradient."""
 

@@ -11,6 +11,7 @@ from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.models import find_logits
 from tests.backends import values
 from tests.helpers import some_short
+from tests.layers import SigmoidOf
 from tests.linear import UNIT, unit_inputs
 
 EPS = 0.1
@@ -31,17 +32,6 @@ def unit(activation=None, scale=1.0):
     return model
 
 
-class Computed(keras.Model):
-    """One unit with an operation in place of a layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = unit()
-
-    def call(self, x):
-        return ops.sigmoid(self.inner(x))
-
-
 def average():
     x = keras.Input((4,))
     return keras.Model(x, layers.Average()([unit("sigmoid")(x), unit("sigmoid", 3.0)(x)]))
@@ -51,7 +41,7 @@ HEADS = {
     "logit": unit,
     "sigmoid": lambda: unit("sigmoid"),
     "saturated sigmoid": lambda: unit("sigmoid", 2000.0),
-    "sigmoid op": Computed,
+    "sigmoid op": lambda: SigmoidOf(unit()),
     "average": average,
     "nested": lambda: keras.Sequential([keras.Input((4,)), unit(), layers.Activation("sigmoid")]),
     "training": lambda: AdversarialTraining(unit("sigmoid"), EPS),

@@ -12,21 +12,11 @@ from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_rob
 from keras_drsl.attacks import APGD, Square
 from tests.backends import values
 from tests.helpers import some_short
+from tests.layers import SigmoidOf
 
 EPS = 0.04
 WEIGHTS = np.array([[1.0, -0.5, 0.2], [-0.8, 0.3, 0.9], [0.5, 0.9, -0.4], [0.2, -0.1, 0.6]])
 ATTACKS = [APGD(EPS, loss="margin", targeted=True, steps=10)]
-
-
-class Computed(keras.Model):
-    """A sigmoid that is an operation in place of a layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = make_model()
-
-    def call(self, x):
-        return ops.sigmoid(self.inner(x))
 
 
 def make_model(head=None, scale=1.0):
@@ -57,7 +47,7 @@ HEADS = {
     "logits": make_model,
     "sigmoid": lambda: make_model("sigmoid"),
     "saturated": lambda: make_model("sigmoid", 2000.0),
-    "sigmoid op": Computed,
+    "sigmoid op": lambda: SigmoidOf(make_model()),
 }
 
 

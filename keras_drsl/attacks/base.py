@@ -13,7 +13,7 @@ from keras_drsl import _validation
 from keras_drsl._data import content_keys, read_labels, to_arrays
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks.pool import Pool
-from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, margins
+from keras_drsl.models.classifier import Classifier, is_misclassified, looks_like_probabilities, severity
 from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 
@@ -295,7 +295,7 @@ class Attack:
         """Run every restart on the examples that no earlier one has broken."""
         x, y, ids, logits = all_rows[:4]
         x_adv: Array = x.copy()
-        reached = margins(logits, y)
+        reached = severity(logits, y)
         num_classes = logits.shape[-1]
         # An average of random answers may be wrong by chance: no search ends early, and the largest margin counts.
         is_random = classifier.expectation_draws > 1
@@ -311,12 +311,12 @@ class Attack:
             batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows, not is_random, all_rows.pool)
             found = self.run(classifier, batch)
             outputs = classifier.logits(found)
-            margin = margins(outputs, batch.y)
+            found_reached = severity(outputs, batch.y)
             broken = np.zeros(len(rows), bool) if is_random else is_misclassified(outputs, batch.y)
             for part in np.split(np.arange(len(rows)), count):
                 index = rows[part]
-                better = broken[part] | (margin[part] > reached[index])
-                x_adv[index[better]], reached[index[better]] = found[part[better]], margin[part[better]]
+                better = broken[part] | (found_reached[part] > reached[index])
+                x_adv[index[better]], reached[index[better]] = found[part[better]], found_reached[part[better]]
             left = left[~np.isin(left, rows[broken])]
             run += count
         return x_adv

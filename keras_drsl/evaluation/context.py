@@ -9,7 +9,7 @@ import numpy as np
 from keras_drsl._data import content_keys
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack
-from keras_drsl.models.classifier import is_misclassified
+from keras_drsl.models.classifier import is_misclassified, num_predictions
 from keras_drsl.models.logits import LogitsModel
 from keras_drsl.threat import ThreatModel
 
@@ -98,7 +98,7 @@ class EvaluationContext:
     @property
     def num_predictions(self) -> Array:
         """How many predictions of each example count, shape `(count,)`: 1, or the number of positions."""
-        return np.ones(len(self.x), int) if self.y.ndim == 1 else np.asarray((self.y >= 0).sum(axis=1))
+        return num_predictions(self.y)
 
     @property
     def predictions(self) -> tuple[Array, Array]:
@@ -144,7 +144,7 @@ class EvaluationContext:
             x, y = self.x[part], self.y[part]
             x_adv = attack(model.classifier, x, y, batch_size=self.batch_size)
             wrong = breaks(model, x_adv, x, y, attack.threat)[0]
-            parts.append(1 - wrong / self.num_predictions[part])
+            parts.append(1 - wrong / num_predictions(y))
         return np.concatenate(parts)
 
     def accuracy_under(self, attack: Attack, model: LogitsModel | None = None) -> float:
@@ -154,10 +154,10 @@ class EvaluationContext:
 
 
 def breaks(model: LogitsModel, x_adv: Array, x: Array, y: Array, threat: ThreatModel) -> tuple[Array, Audit]:
-    """Return which inputs an attack has broken, and a record of the perturbations.
+    """Return how many predictions of each input an attack has made wrong, and a record of the perturbations.
 
-    An input is broken if the perturbed one lies within the threat model and the model itself misclassifies it. For a
-    model of positions, return how many of them are wrong.
+    There is one prediction, or one for each position that counts. It is wrong if the perturbed input lies within the
+    threat model and the model itself misclassifies it.
 
     Args:
         model: The model.
@@ -169,5 +169,4 @@ def breaks(model: LogitsModel, x_adv: Array, x: Array, y: Array, threat: ThreatM
     allowed = threat.contains(x_adv, x)
     sizes = threat.size(x_adv.astype("float64") - x)
     audit = Audit(float(sizes[np.isfinite(sizes)].max(initial=0.0)), int((~allowed).sum()))
-    find = model.misclassifies if y.ndim == 1 else model.count_wrong
-    return allowed * find(x_adv, y, len(x_adv)), audit
+    return allowed * model.count_wrong(x_adv, y, len(x_adv)), audit

@@ -17,7 +17,7 @@ from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import of_ratio, wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import UPPER_BOUND, Check
-from keras_drsl.models.classifier import count_wrong, is_misclassified
+from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.plotting import new_figure, norm_label, save_figure
@@ -248,11 +248,12 @@ def robustness_curve(
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
         labels = read_labels(examples.y, outputs, ignore_class)
         examples = examples._replace(y=labels)
-        counts = np.ones(num_examples, int) if labels.ndim == 1 else (labels >= 0).sum(axis=1)
-        # How many predictions of each example are wrong, at each radius so far.
-        wrong = examples.any_label(is_misclassified(outputs, labels)).astype(int)
+        # How many predictions of each example are wrong, at each radius so far. All labels together are one prediction.
         if labels.ndim == 2:
-            wrong = count_wrong(outputs, labels)
+            counts, wrong = num_predictions(labels), count_wrong(outputs, labels)
+        else:
+            counts = np.ones(num_examples, int)
+            wrong = examples.any_label(is_misclassified(outputs, labels)).astype(int)
         broken_at = [(0.0, wrong)]
         pool = first.make_pool(logits_model, examples, x_pool)
         for radius, evaluator in evaluators.items():
@@ -262,9 +263,10 @@ def robustness_curve(
             report = evaluator.evaluate(
                 logits_model, examples.select(robust), pool=pool, verbose=verbose, title=f"eps {radius:.4g}, "
             )
-            reached = [int(name is not None) for name in report.per_example["broken_by"]]
             if labels.ndim == 2:
                 reached = [row[-1] for row in report.per_example["wrong"]]
+            else:
+                reached = [int(name is not None) for name in report.per_example["broken_by"]]
             wrong = wrong.copy()
             wrong[robust] = np.maximum(wrong[robust], reached)
             broken_at.append((radius, wrong))

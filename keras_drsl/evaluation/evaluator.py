@@ -23,7 +23,7 @@ from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
-from keras_drsl.models.classifier import count_wrong, is_misclassified
+from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import LogitsModel, find_logits_of
@@ -79,7 +79,7 @@ class Evaluator:
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
-        self.reader.check_inputs("x_or_dataset", examples.whole[0], examples.layout, self.threat)
+        self.reader.check_inputs("x_or_dataset", examples.whole[0], examples.layout)
         return examples
 
     def read_examples(self, model: keras.Model | None, x: Any, y: Any) -> Examples:
@@ -162,7 +162,9 @@ class Evaluator:
         model.seed(self.settings["seed"], "clean")
         logits = model.classifier.logits_in_batches(examples.x, batch_size)
         outputs = logits if model.outputs == "logits" else model.model.logits_in_batches(examples.x, batch_size)
-        examples = examples._replace(y=read_labels(examples.y, logits, self.view.ignore_class))
+        # Of a model of positions, no image is tried again with its values rounded.
+        are_8bit = examples.are_8bit and logits.ndim == 2
+        examples = examples._replace(y=read_labels(examples.y, logits, self.view.ignore_class), are_8bit=are_8bit)
         if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}
@@ -195,11 +197,13 @@ class Evaluator:
         names = [name for name in self.checks if self._listed or applies(name, context)]
         with Progress(enabled=bool(verbose)) as progress:
             run = _Run(context, state, pool, names, progress, title, examples.num_labels)
+            run.begin("checks_before")
             run.run_checks([name for name in names if CHECKS[name].stage == "before"])
             for name, attack in context.attacks.items():
+                run.begin(name)
                 run.run_attack(name, attack)
+            run.begin("checks")
             run.run_checks([name for name in names if CHECKS[name].stage == "after"])
-            run.finish()
         return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
 
     def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
@@ -236,13 +240,13 @@ class Evaluator:
             # After each attack; what checks found is in the last number.
             columns = [state.wrong[name] for name in (CLEAN, *self.attacks, "checks")]
             per_example["wrong"] = [list(counts) for counts in zip(*columns, strict=True)]
-            per_example["positions"] = (examples.y >= 0).sum(axis=1).tolist()
+            per_example["positions"] = num_predictions(examples.y).tolist()
             records = records[: len(self.attacks)]
         else:
             per_example["label"] = examples.y.tolist()
         if examples.num_labels > 1:
             per_example = _join_labels(per_example, examples.num_labels, [str(record["name"]) for record in records])
-        if examples.are_8bit and not state.wrong:
+        if examples.are_8bit:
             per_example["broken_rounded"] = examples.any_label(np.array(state.broken_rounded)).tolist()
         if examples.files is not None:
             per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
@@ -266,6 +270,7 @@ class _Run:
     ) -> None:
         self._num_labels = num_labels
         self._context = context
+        self._numbers = context.num_predictions
         self._state = state
         self._pool = pool
         self._progress = progress
@@ -278,13 +283,17 @@ class _Run:
             self._todo[name] = float(runs * attack.num_evaluations)
         self._finished = 0.0
 
+    def begin(self, stage: str) -> None:
+        """Count the wrong positions of a model of positions from here on under a stage: an attack, or the checks."""
+        wrong = self._state.wrong
+        if wrong:
+            wrong.setdefault(stage, list(list(wrong.values())[-1]))
+
     def run_attack(self, name: str, attack: Attack) -> None:
         """Attack the examples that are robust so far, batch by batch."""
         context, state = self._context, self._state
         # The examples that were robust when the attack began, also if it began before a kill.
         robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
-        if state.wrong:
-            state.wrong.setdefault(name, list(self._worst()))
         starts = range(0, len(robust), context.batch_size)
         state.done.setdefault(name, 0)
         state.seconds.setdefault(name, 0.0)
@@ -300,7 +309,7 @@ class _Run:
             found, audit = breaks(context.model, x_adv, x, y, context.threat)
             self._record(name, rows, found)
             broken = found.astype(bool)
-            if context.are_8bit and not state.wrong and broken.any():
+            if context.are_8bit and broken.any():
                 rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
                 wrong = context.model.misclassifies(rounded, y[broken], len(rounded))
                 for index in rows[broken][wrong]:
@@ -311,40 +320,26 @@ class _Run:
             state.save()
         self._finish(name, len(robust))
 
-    def finish(self) -> None:
-        """Record that all attacks and checks have run."""
-        if self._state.wrong:
-            self._state.wrong.setdefault("checks", list(self._worst()))
-
-    def _worst(self) -> list[int]:
-        """Return how many positions of each example are wrong at the worst point so far."""
-        return list(self._state.wrong.values())[-1]
-
-    def _record(self, name: str, rows: Array, found: Array, *, key: str | None = None) -> None:
-        """Record which examples an attack has broken, or how many of their positions.
+    def _record(self, name: str, rows: Array, found: Array) -> None:
+        """Record which examples an attack or check has broken, or how many of their positions.
 
         Args:
-            name: The name of the attack.
+            name: What broke them.
             rows: The positions of the examples.
-            found: What `breaks` returned for them.
-            key: Where the numbers of positions are kept, by default under the name.
+            found: How many predictions of each are wrong.
         """
-        state = self._state
-        if not state.wrong:
-            for index in rows[found.astype(bool)]:
-                state.broken_by[index] = state.broken_by[index] or name
-            return
-        worst = state.wrong.setdefault(key or name, list(self._worst()))
-        for index, count in zip(rows.tolist(), found.tolist(), strict=True):
-            worst[index] = max(worst[index], int(count))
-            if worst[index] == self._context.num_predictions[index]:
-                state.broken_by[index] = state.broken_by[index] or name
+        state, numbers = self._state, self._numbers[rows]
+        if state.wrong:
+            worst = list(state.wrong.values())[-1]
+            for row, count in zip(rows.tolist(), found.tolist(), strict=True):
+                worst[row] = max(worst[row], count)
+            found = np.array([worst[row] for row in rows], int)
+        for row in rows[found == numbers]:
+            state.broken_by[row] = state.broken_by[row] or name
 
     def run_checks(self, names: list[str]) -> None:
         """Run the checks that the state does not hold yet."""
         state = self._state
-        if state.wrong and any(CHECKS[name].stage == "after" for name in names):
-            state.wrong.setdefault("checks", list(self._worst()))
         for name in names:
             count = min(state.broken_by.count(None), MAX_EXAMPLES)
             self._show(f"check:{name}", 0, count)
@@ -361,7 +356,7 @@ class _Run:
                 key = f"check:{name}"
                 rows = np.flatnonzero(np.isin(context.ids, list(outcome.broken)))
                 found = np.array([outcome.wrong.get(int(number), 1) for number in context.ids[rows]], int)
-                self._record(key, rows, found, key="checks" if "checks" in state.wrong else "checks_before")
+                self._record(key, rows, found)
                 state.checks[name] = {
                     "name": name,
                     "status": outcome.status,
@@ -400,10 +395,8 @@ def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str
     What broke an example is what broke the first of its labels.
     """
     rank = {name: position for position, name in enumerate([CLEAN, *names])}
-    by_label = [
-        per_row["broken_by"][start : start + num_labels] for start in range(0, len(per_row["index"]), num_labels)
-    ]
     starts = range(0, len(per_row["index"]), num_labels)
+    by_label = [per_row["broken_by"][start : start + num_labels] for start in starts]
     return {
         "index": [per_row["index"][start] // num_labels for start in starts],
         "label": [per_row["label"][start : start + num_labels] for start in starts],

@@ -98,9 +98,9 @@ class Reader:
         rows, labels, _ = self._rows(x, y, layout)
         return rows, labels
 
-    def check_inputs(self, name: str, x: Array, layout: Layout | None, threat: ThreatModel | None = None) -> None:
-        """Raise `ValueError` unless what is attacked fits the threat model, or another one."""
-        (threat or self._threat).validate(name, x if layout is None else layout.attacked_part(x))
+    def check_inputs(self, name: str, x: Array, layout: Layout | None) -> None:
+        """Raise `ValueError` unless what is attacked fits the threat model."""
+        self._threat.validate(name, x if layout is None else layout.attacked_part(x))
 
     def _split_labels(self, examples: Examples) -> Examples:
         """Return examples with the labels 0 and 1: one row per label of each, or one row for the only label."""
@@ -125,8 +125,8 @@ class Reader:
         return self._view.replace(layout=examples.layout, embedding=embedding)
 
     def refresh(self, examples: Examples) -> Examples:
-        """Return the examples with what an embedding layer that is attacked gives now."""
-        if self.inputs is None:
+        """Return examples whose embeddings are attacked with what the layer gives now, and any others as they are."""
+        if self.inputs is None or self.inputs.embedding is None:
             return examples
         assert self.inputs.layout is not None
         x = self.inputs.refresh(examples.x, examples.layout)

@@ -53,7 +53,7 @@ class State:
         broken_by: For each example the attack that broke it, or None.
         broken_rounded: For each example whether it was also broken by an image of integer values.
         wrong: For a model of positions, by attack: for each example, how many are wrong at the worst point so far.
-            Under `"clean"`, how many are without an attack; under `"checks"`, after the checks.
+            Under `"clean"`, how many are without an attack; under `"checks_before"` and `"checks"`, after the checks.
         done: By attack, the number of batches that it has finished.
         seconds: By attack, the time that it took.
         audit: The fields of `keras_drsl.evaluation.context.Audit`.

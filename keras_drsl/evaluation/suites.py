@@ -36,7 +36,7 @@ SUITES: dict[str, tuple[str | Callable[..., Attack], ...]] = {
 }
 # For models of positions: attacks with one target for all positions are weak there, and cost one search per class.
 SUITES_OF_POSITIONS: dict[str, tuple[str | Callable[..., Attack], ...]] = {
-    "quick": ("fgsm_ce", partial(PGD, loss="margin", steps=20)),
+    "quick": SUITES["quick"],
     "standard": ("apgd_ce", "apgd_js", "apgd_margin", "square"),
 }
 # `"standard"` is AutoAttack with targeted APGD on the margin in place of FAB.

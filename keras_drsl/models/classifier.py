@@ -184,12 +184,7 @@ def _forward(classifier: Classifier, x: Tensor) -> Tensor:
 
 
 def margins(logits: Array, y: Array) -> Array:
-    """Return the largest non-true logit minus the true one, shape `(batch,)`; infinite where a logit is NaN.
-
-    Of a model of positions, return the share of positions that are wrong.
-    """
-    if logits.ndim == 3:
-        return np.asarray(count_wrong(logits, y) / np.maximum((y >= 0).sum(axis=1), 1))
+    """Return the largest non-true logit minus the true one, shape `(batch,)`; infinite where a logit is NaN."""
     true = np.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     others = np.where(np.arange(logits.shape[1]) == y[:, None], -np.inf, logits)
     with np.errstate(invalid="ignore"):
@@ -203,8 +198,25 @@ def is_misclassified(logits: Array, y: Array) -> Array:
     Of a model of positions, return where all positions that count are wrong.
     """
     if logits.ndim == 3:
-        return np.asarray(count_wrong(logits, y) == (y >= 0).sum(axis=1))
+        return np.asarray(count_wrong(logits, y) == num_predictions(y))
     return is_wrong(logits, y)
+
+
+def severity(logits: Array, y: Array) -> Array:
+    """Return how bad the answers are, to choose between points: the margin, or the share of positions that are wrong.
+
+    Args:
+        logits: Shape `(batch, C)` or `(batch, positions, C)`.
+        y: Class ids, shape `(batch,)` or `(batch, positions)`.
+    """
+    if logits.ndim == 2:
+        return margins(logits, y)
+    return np.asarray(count_wrong(logits, y) / np.maximum(num_predictions(y), 1))
+
+
+def num_predictions(y: Array) -> Array:
+    """Return how many predictions of each row count: 1, or the number of positions whose class id is not negative."""
+    return np.ones(len(y), int) if y.ndim == 1 else np.asarray((y >= 0).sum(axis=1))
 
 
 def is_wrong(logits: Array, y: Array) -> Array:

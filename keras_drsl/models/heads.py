@@ -187,12 +187,7 @@ class Head:
     def _call_once(self, x: Tensor) -> Tensor:
         outputs = self.view.call(self.model, x, training=False)
         if self.view.task == "positions":
-            if None in outputs.shape[1:]:
-                raise ValueError(
-                    "`model` must return a fixed number of positions: pad the inputs of all batches to one length. "
-                    f"Received: outputs of shape {tuple(outputs.shape)}"
-                )
-            outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
+            outputs = in_one_axis(outputs)
         if self.unit is None:
             return outputs
         if self.view.task != "multilabel":
@@ -209,6 +204,16 @@ class Head:
         # Not `take_along_axis`: behind a product and a sum, the logits of probabilities are found.
         chosen = ops.one_hot(label, pairs.shape[1], dtype=pairs.dtype)
         return ops.sum(pairs * ops.expand_dims(chosen, -1), axis=1)
+
+
+def in_one_axis(outputs: Tensor) -> Tensor:
+    """Return outputs of positions, `(batch, ..., C)`, with one axis of positions, `(batch, positions, C)`."""
+    if None in outputs.shape[1:]:
+        raise ValueError(
+            "`model` must return a fixed number of positions: pad the inputs of all batches to one length. "
+            f"Received: outputs of shape {tuple(outputs.shape)}"
+        )
+    return ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
 
 
 def two_classes(outputs: Tensor, unit: Unit) -> Tensor:

@@ -5,6 +5,7 @@ attacked keeps its axes, and the other inputs of an example follow along its las
 """
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_drsl._data import to_array
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
@@ -60,8 +62,7 @@ class Layout:
     @property
     def num_appended(self) -> int:
         """How many features follow along the last axis of what is attacked."""
-        fixed = sum(math.prod(part.shape) for part in self._fixed) + (self.num_labels > 0)
-        return -(-fixed // math.prod(self.shape[:-1]))
+        return -(-sum(self._sizes) // self._num_rows)
 
     @property
     def has_fixed_inputs(self) -> bool:
@@ -71,6 +72,16 @@ class Layout:
     @property
     def _fixed(self) -> list[Part]:
         return [part for position, part in enumerate(self.parts) if position != self.attacked]
+
+    @property
+    def _sizes(self) -> list[int]:
+        """How many features each fixed input has, and 1 for the label, which follows them."""
+        return [math.prod(part.shape) for part in self._fixed] + [1] * (self.num_labels > 0)
+
+    @property
+    def _num_rows(self) -> int:
+        """How often the last axis of what is attacked repeats: a feature that is appended to it has so many numbers."""
+        return math.prod(self.shape[:-1])
 
     def pack(self, inputs: Any, attacked: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """Return one tensor `(batch, ...)` of the inputs of a batch.
@@ -85,33 +96,28 @@ class Layout:
             attacked = values.pop(self.attacked)
         attacked = ops.cast(ops.convert_to_tensor(attacked), "float32")
         rows = ops.shape(attacked)[0]
-        sizes = [math.prod(part.shape) for part in self._fixed]
         if self.num_labels:
-            values, sizes = [*values, label], [*sizes, 1]
+            values.append(label)
         flat = [
             ops.reshape(ops.cast(ops.convert_to_tensor(value), "float32"), (rows, size))
-            for value, size in zip(values, sizes, strict=True)
+            for value, size in zip(values, self._sizes, strict=True)
         ]
         if not flat:
             return attacked
         appended = ops.concatenate(flat, axis=1)
-        missing = self.num_appended * math.prod(self.shape[:-1]) - appended.shape[1]
+        missing = self.num_appended * self._num_rows - appended.shape[1]
         appended = ops.pad(appended, ((0, 0), (0, missing)))
         return ops.concatenate([attacked, ops.reshape(appended, (rows, *self.shape[:-1], self.num_appended))], axis=-1)
 
     def unpack(self, x: Tensor) -> tuple[Any, Tensor, Tensor | None]:
         """Return the inputs, as the model takes them, what is attacked, and the label of each row or None."""
-        attacked = x[..., : self.shape[-1]]
-        if not self.num_appended:
-            alone: Any = {"one": attacked, "list": [attacked], "dict": {self.parts[0].name: attacked}}[self.kind]
-            return alone, attacked, None
-        flat = ops.reshape(x[..., self.shape[-1] :], (-1, self.num_appended * math.prod(self.shape[:-1])))
-        start, values = 0, []
-        for part in self._fixed:
-            end = start + math.prod(part.shape)
-            values.append(ops.cast(ops.reshape(flat[:, start:end], (-1, *part.shape)), part.dtype))
-            start = end
-        label = ops.cast(flat[:, start], "int32") if self.num_labels else None
+        attacked, values, label = x[..., : self.shape[-1]], [], None
+        if self.num_appended:
+            flat = ops.reshape(x[..., self.shape[-1] :], (-1, self.num_appended * self._num_rows))
+            ends = list(itertools.accumulate(self._sizes))
+            for part, size, end in zip(self._fixed, self._sizes, ends, strict=False):
+                values.append(ops.cast(ops.reshape(flat[:, end - size : end], (-1, *part.shape)), part.dtype))
+            label = ops.cast(flat[:, ends[-1] - 1], "int32") if self.num_labels else None
         if self.attacked is not None:
             values.insert(self.attacked, attacked)
         if self.kind == "one":
@@ -132,8 +138,8 @@ class Layout:
         """Return the label of each row, 0 in a layout without labels, shape `(count,)`."""
         if not self.num_labels:
             return np.zeros(len(x), int)
-        flat = x[..., self.shape[-1] :].reshape(len(x), self.num_appended * math.prod(self.shape[:-1]))
-        labels: Array = flat[:, sum(math.prod(part.shape) for part in self._fixed)].astype(int)
+        flat = x[..., self.shape[-1] :].reshape(len(x), self.num_appended * self._num_rows)
+        labels: Array = flat[:, sum(self._sizes) - 1].astype(int)
         return labels
 
     def repeat_for_labels(self, x: Array, num_labels: int) -> tuple["Layout", Array]:
@@ -270,8 +276,6 @@ class Inputs:
             x: The inputs, shape `(count, ...)`.
             layout: Where they lie.
         """
-        if self.embedding is None:
-            return x
         inputs, _, _ = layout.unpack(ops.convert_to_tensor(x))
         return np.concatenate([self._embed(inputs, len(x)), x[..., layout.shape[-1] :]], axis=-1)
 
@@ -328,7 +332,7 @@ def _symbol(value: Any) -> keras.KerasTensor:
 
 def _to_numbers(name: Any, value: Any) -> Array:
     """Return an input as an array that float32 holds exactly, if it is of integers."""
-    array = np.asarray(ops.convert_to_numpy(value) if ops.is_tensor(value) else value)
+    array = to_array(value)
     if array.ndim == 0 or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise ValueError(
             f"The input {name!r} of `model` must hold numbers, as token ids in place of text. "
@@ -380,8 +384,8 @@ def find_embedding(model: keras.Model, attack_input: str | int | None) -> keras.
     return layers[0]
 
 
+_lock = threading.Lock()  # held while a layer is made changeable
 # By the id of an embedding layer, the function that changes what it gives. Each thread has its own.
-_lock = threading.Lock()
 _changes: ContextVar[Mapping[int, Any] | None] = ContextVar("_changes", default=None)
 
 

@@ -70,8 +70,6 @@ class LogitsModel(NamedTuple):
         """
         outputs = self.model.logits_in_batches(x, batch_size)
         wrong = is_misclassified(outputs, y)
-        if outputs.ndim == 3:
-            return wrong
         if self.outputs == "softmax":
             second, first = np.sort(outputs, axis=1)[:, -2:].T
             tied = first - second <= 4 * compute_rounding(self.model) * first
@@ -79,7 +77,12 @@ class LogitsModel(NamedTuple):
         return wrong
 
     def count_wrong(self, x: Array, y: Array, batch_size: int) -> Array:
-        """Return how many positions of each input the model gets wrong, `batch_size` inputs at a time."""
+        """Return how many predictions of each input are wrong, `batch_size` inputs at a time, shape `(count,)`.
+
+        There is one prediction, or one for each position that counts.
+        """
+        if y.ndim == 1:
+            return self.misclassifies(x, y, batch_size).astype(int)
         return count_wrong(self.model.logits_in_batches(x, batch_size), y)
 
 

@@ -13,7 +13,7 @@ from keras import ops
 from keras_drsl import _renamed, _validation
 from keras_drsl._data import binary_labels, class_ids, first_batch, only_input, position_ids
 from keras_drsl._typing import Norm, Numbers, Tensor
-from keras_drsl.models.heads import View, two_classes, two_classes_each
+from keras_drsl.models.heads import View, in_one_axis, two_classes, two_classes_each
 from keras_drsl.models.inputs import Inputs
 from keras_drsl.models.logits import LogitsModel, check_num_labels, find_logits_of, log_probabilities
 from keras_drsl.models.state import check_model, keep_counters, preserve_state, random_counters
@@ -332,7 +332,7 @@ class AdversarialTraining(keras.Model):
             outputs, are_logits = logits_behind_softmax(outputs, found.outputs == "logits", -1)
         outputs = ops.cast(outputs, "float32")
         if self._view.task == "positions":
-            outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:-1]), outputs.shape[-1]))
+            outputs = in_one_axis(outputs)
         return ops.log_softmax(outputs) if are_logits else log_probabilities(outputs)
 
     @property
@@ -443,10 +443,11 @@ class AdversarialTraining(keras.Model):
         if not self.compiled:
             raise ValueError("Call `compile` of the AdversarialTraining first: that of `model` has no effect here.")
         attack_input = self._view.attack_input
-        several = attack_input is not None
-        x, (inputs, labels) = first_batch(x, y, several=several)
-        attacked = inputs
-        if attack_input is not None:
+        x, (inputs, labels) = first_batch(x, y, several=attack_input is not None)
+        if attack_input is None:
+            attacked = inputs
+            tried = given = inputs[:CHECKED_ROWS].astype("float32")
+        else:
             self._inputs = Inputs(self.model, attack_input, self._view.preprocessing)
             given = keras.tree.map_structure(lambda values: values[:CHECKED_ROWS], inputs)
             tried = self._inputs.pack(given)
@@ -454,13 +455,11 @@ class AdversarialTraining(keras.Model):
             assert layout is not None
             self._attack = dataclasses.replace(self._attack, threat=layout.extend(self.threat))
             attacked = self._inputs.attacked(inputs, tried)
-        else:
-            tried = given = inputs[:CHECKED_ROWS].astype("float32")
         self.threat.validate("x", attacked)
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
         task = self._view.task
-        with preserve_state(self.model, inputs=None if several else tried):
+        with preserve_state(self.model, inputs=None if attack_input is not None else tried):
             found = self._logits_model = find_logits_of(self.model, tried, None, self._packed_view)
             outputs = found.model.logits(tried)
             safeguards.check_outputs(loss, outputs)
