@@ -56,7 +56,8 @@ class Tally:
 
 def report():
     broken_by = [None, "clean", "first", None, "second", "first", "check:noise", None]
-    attacks = [{"name": name, "settings": {"steps": 3}, "seconds": 1.5} for name in ("first", "second")]
+    calls = {"gradients": 40, "queries": 9}
+    attacks = [{"name": name, "settings": {"steps": 3}, "seconds": 1.5} | calls for name in ("first", "second")]
     attacks.append({"name": "check:noise", "settings": {}, "seconds": 0.25, "tried": 4})
     threat = {"eps": 0.1, "norm": "inf", "clip_min": 0.0, "clip_max": 1.0}
     others = {"suite": "standard", "checks": "standard", "seed": 0, "batch_size": 4, "max_samples": None}
@@ -104,6 +105,8 @@ def obeys(content):
         if not near(attack["cumulative"], left / total) or not (0 <= attack["seconds"] < math.inf):
             return False
         if not attack["name"].startswith("check:") and attack["tried"] != before:
+            return False
+        if not all(is_natural(attack[key]) for key in ("gradients", "queries") if key in attack):
             return False
         if not is_natural(attack["tried"], counts[attack["name"]]):
             return False

@@ -100,7 +100,7 @@ class APGD(GradientAttack):
             params = {"inertia": np.float32(0.25 if step > 1 else 0.0), "span": np.float32(spans.get(step, 0))}
             return self.threat.bounds, params
 
-        return run_steps(steps_fn, batch, rows, self.steps + 1, arguments)
+        return run_steps(steps_fn, batch, rows, self.steps + 1, arguments, count=classifier.count_gradients)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

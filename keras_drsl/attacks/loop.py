@@ -19,6 +19,7 @@ def run_steps(
     num_steps: int,
     arguments: Callable[[int, Array], tuple[Any, ...]],
     *,
+    count: Callable[[int], None],
     check_every: int = 5,
 ) -> Array:
     """Repeat a step on the examples that are not misclassified yet.
@@ -31,6 +32,7 @@ def run_steps(
         num_steps: How many steps to take.
         arguments: Maps the number of a step and the positions of the rows that are left to the arguments of the step.
             Arrays among them have one row per position.
+        count: `Classifier.count_gradients` or `Classifier.count_queries`.
         check_every: How many steps run in one call, before the misclassified examples leave.
 
     Returns:
@@ -44,6 +46,7 @@ def run_steps(
     for start in range(0, num_steps, check_every):
         steps = range(start, min(start + check_every, num_steps))
         rows = steps_fn(rows, *_stack([arguments(step, left) for step in steps], len(left), size))
+        count(len(steps) * len(left))
         broken = ops.convert_to_numpy(rows["wrong"])[: len(left)] >= 1
         if not batch.stop_when_broken:
             continue

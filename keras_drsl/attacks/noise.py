@@ -57,7 +57,9 @@ class Noise(Attack):
             return self.threat.bounds, self.threat.sample(at, batch.x.shape[1:])
 
         steps_fn = classifier.compile_steps(_noise_step, norm=self.norm, stop=batch.stop_when_broken)
-        return run_steps(steps_fn, batch, gradient_free_rows(batch), self.points, arguments)
+        return run_steps(
+            steps_fn, batch, gradient_free_rows(batch), self.points, arguments, count=classifier.count_queries
+        )
 
 
 def gradient_free_rows(batch: Batch) -> dict[str, Array]:

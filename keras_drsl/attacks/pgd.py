@@ -98,8 +98,15 @@ class PGD(GradientAttack):
             _pgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
         )
         params = {"step_size": np.float32(self.step_size), "momentum": np.float32(self.momentum)}
-        # One step more than asked for: the first has no gradient yet and only evaluates the start.
-        return run_steps(steps_fn, batch, rows, self.steps + 1, lambda step, left: (self.threat.bounds, params))
+        return run_steps(
+            steps_fn,
+            batch,
+            rows,
+            # One step more than asked for: the first has no gradient yet and only evaluates the start.
+            self.steps + 1,
+            lambda step, left: (self.threat.bounds, params),
+            count=classifier.count_gradients,
+        )
 
 
 class FGSM(PGD):

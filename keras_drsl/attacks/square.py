@@ -98,7 +98,7 @@ class Square(Attack):
 
         step = _square_step_inf if self.norm == "inf" else _square_step_2
         steps_fn = classifier.compile_steps(step, shape=shape, stop=batch.stop_when_broken)
-        return run_steps(steps_fn, batch, rows, self.queries, arguments, check_every=25)
+        return run_steps(steps_fn, batch, rows, self.queries, arguments, count=classifier.count_queries, check_every=25)
 
     def _start(self, shape: tuple[int, ...], generators: list[np.random.Generator]) -> Array:
         """Return the perturbation that each row starts with, as images."""

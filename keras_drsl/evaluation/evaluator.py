@@ -23,6 +23,7 @@ from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
+from keras_drsl.models.calls import count_calls
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.heads import View
@@ -226,7 +227,8 @@ class Evaluator:
         predictions: Array,
     ) -> RobustnessReport:
         records = [
-            {"name": name, "settings": attack.settings, "seconds": state.seconds[name]}
+            {"name": name, "settings": attack.settings}
+            | {key: getattr(state, key)[name] for key in ("seconds", "gradients", "queries")}
             for name, attack in self.attacks.items()
         ]
         for name in (f"check:{name}" for name in check_names):
@@ -295,8 +297,9 @@ class _Run:
         # The examples that were robust when the attack began, also if it began before a kill.
         robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
         starts = range(0, len(robust), context.batch_size)
-        state.done.setdefault(name, 0)
         state.seconds.setdefault(name, 0.0)
+        for numbers in (state.done, state.gradients, state.queries):
+            numbers.setdefault(name, 0)
         for number, start in enumerate(starts):
             self._show(name, start, len(robust))
             if number < state.done[name]:
@@ -305,7 +308,8 @@ class _Run:
             rows = robust[start : start + context.batch_size]
             x, y = context.x[rows], context.y[rows]
             context.model.seed(context.seed, name, number)
-            x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
+            with count_calls() as calls:
+                x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
             found, audit = breaks(context.model, x_adv, x, y, context.threat)
             self._record(name, rows, found)
             broken = found.astype(bool)
@@ -316,6 +320,8 @@ class _Run:
                     state.broken_rounded[index] = True
             state.audit = Audit(**state.audit).add(audit)._asdict()
             state.done[name] = number + 1
+            state.gradients[name] += calls.gradients
+            state.queries[name] += calls.queries
             state.seconds[name] += time.perf_counter() - began
             state.save()
         self._finish(name, len(robust))

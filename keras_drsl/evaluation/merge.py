@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from keras_drsl.evaluation.report_format import missing_shards, shards_of
+from keras_drsl.evaluation.report_format import CALLS, missing_shards, shards_of
 from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 
 
@@ -68,19 +68,23 @@ def _without_shard(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_attacks(reports: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
     """Add up the times and numbers of each attack. A check is among the attacks only where it broke an example."""
-    attacks: dict[str, dict[str, Any]] = {}
-    microseconds: dict[str, int] = {}
-    tried: dict[str, int] = {}
+    by_name: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         for attack in report.attacks:
-            name = attack["name"]
-            attacks.setdefault(name, attack)
-            # As integers, because a sum of floats depends on their order.
-            microseconds[name] = microseconds.get(name, 0) + round(1e6 * attack["seconds"])
-            tried[name] = tried.get(name, 0) + int(report.accuracy[name]["tried"])
+            tried = {"tried": int(report.accuracy[attack["name"]]["tried"])}
+            by_name.setdefault(attack["name"], []).append(attack | tried)
     # All reports have the same attacks in the same order. Only checks may differ, and have an order of their own.
-    names = sorted(attacks, key=lambda name: (name.startswith("check:"), name if name.startswith("check:") else ""))
-    return [attacks[name] | {"seconds": microseconds[name] / 1e6, "tried": tried[name]} for name in names]
+    names = sorted(by_name, key=lambda name: (name.startswith("check:"), name if name.startswith("check:") else ""))
+    return [_add_up(by_name[name]) for name in names]
+
+
+def _add_up(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the records of one attack. Numbers that one of them lacks are left out."""
+    # As integers, because a sum of floats depends on their order.
+    seconds = sum(round(1e6 * record["seconds"]) for record in records) / 1e6
+    keys = [key for key in ("tried", *CALLS) if all(key in record for record in records)]
+    sums = {key: sum(record[key] for record in records) for key in keys}
+    return {"name": records[0]["name"], "settings": records[0]["settings"], "seconds": seconds, **sums}
 
 
 def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:

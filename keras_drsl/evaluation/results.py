@@ -36,7 +36,8 @@ class EvaluationResults:
 
     Args:
         settings: The threat model and all other arguments of the evaluation.
-        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; and `gradients`
+            and `queries`, on how many inputs it evaluated the model with and without a gradient.
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
@@ -150,6 +151,19 @@ class EvaluationResults:
         return result
 
     @property
+    def num_gradients(self) -> int | None:
+        """On how many inputs the attacks computed a gradient; None if it was not counted.
+
+        Steps, restarts and targets count one by one, and so do the calls of a random model that are averaged.
+        """
+        return self._sum_of("gradients")
+
+    @property
+    def num_queries(self) -> int | None:
+        """On how many inputs the attacks evaluated the model without a gradient; None if it was not counted."""
+        return self._sum_of("queries")
+
+    @property
     def trustworthy(self) -> bool:
         """False if a check failed."""
         return all(check.status != "fail" for check in self.checks)
@@ -158,6 +172,11 @@ class EvaluationResults:
     def num_positions(self) -> int | None:
         """How many positions of all examples count, for a model of positions; otherwise None."""
         return sum(self.per_example["positions"]) if "positions" in self.per_example else None
+
+    def _sum_of(self, key: str) -> int | None:
+        # What checks did is not counted.
+        records = [attack for attack in self.attacks if not attack["name"].startswith("check:")]
+        return sum(record[key] for record in records) if all(key in record for record in records) else None
 
     def _right_after(self, column: int) -> float:
         assert self.num_positions is not None

@@ -34,6 +34,8 @@ FIELDS = {
     "wrong": schema.dict_of(schema.list_of(schema.integer(at_least=0))),
     "done": schema.dict_of(schema.integer(at_least=0)),
     "seconds": schema.dict_of(schema.SECONDS),
+    "gradients": schema.dict_of(schema.integer(at_least=0)),
+    "queries": schema.dict_of(schema.integer(at_least=0)),
     "audit": schema.dict_of(schema.NOT_NEGATIVE),
     "checks": schema.dict_of(schema.Rule("the outcome of a check", _is_outcome)),
 }
@@ -56,6 +58,8 @@ class State:
             Under `"clean"`, how many are without an attack; under `"checks_before"` and `"checks"`, after the checks.
         done: By attack, the number of batches that it has finished.
         seconds: By attack, the time that it took.
+        gradients: By attack, the number of gradients that it computed.
+        queries: By attack, the number of inputs that it evaluated the model on without a gradient.
         audit: The fields of `keras_drsl.evaluation.context.Audit`.
         checks: By check, its outcome.
 
@@ -71,6 +75,8 @@ class State:
         self.wrong: dict[str, list[int]] = {}
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.gradients: dict[str, int] = {}
+        self.queries: dict[str, int] = {}
         self.audit: dict[str, Any] = {}
         self.checks: dict[str, dict[str, Any]] = {}
         if path is None:

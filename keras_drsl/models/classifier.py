@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
+from keras_drsl.models.calls import add_calls
 from keras_drsl.models.heads import Head
 from keras_drsl.models.state import owner
 from keras_drsl.predictions import SUM_TOLERANCE
@@ -101,6 +102,20 @@ class Classifier:
             self._programs[key] = program
         return program
 
+    def count_gradients(self, number: int) -> None:
+        """Count inputs whose gradient was computed, for the cost in reports.
+
+        An attack that computes gradients in a compiled program calls it with their number.
+        """
+        add_calls(gradients=number * self.expectation_draws)
+
+    def count_queries(self, number: int) -> None:
+        """Count inputs whose logits were computed without a gradient, for the cost in reports.
+
+        `logits` calls it itself. An attack that computes logits in a compiled program calls it with their number.
+        """
+        add_calls(queries=number * self.expectation_draws)
+
     def check(self, x: Array) -> None:
         """Raise `ValueError` unless the function maps batches of any size to tensors of shape `(batch, C >= 2)`.
 
@@ -130,6 +145,7 @@ class Classifier:
             self(ops.convert_to_tensor(x[:1]))
         rows = np.arange(_backend.bucket_size(len(x)))
         logits = self.compile(_forward)(x[np.minimum(rows, len(x) - 1)])
+        self.count_queries(len(x))
         return np.asarray(ops.convert_to_numpy(logits))[: len(x)]
 
     def logits_in_batches(self, x: Array, batch_size: int) -> Array:

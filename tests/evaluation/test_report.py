@@ -113,6 +113,8 @@ def test_failures_come_first():
         (["attacks", 0, "name"], "check:unknown"),
         (["attacks", 0, "seconds"], -1),
         (["attacks", 0, "seconds"], None),
+        (["attacks", 0, "gradients"], -1),
+        (["attacks", 0, "queries"], 1.5),
         (["attacks", 0, "tried"], 8),
         (["attacks", 0, "cumulative"], 0.8),
         (["attacks", 0, "alone"], None),
@@ -338,6 +340,21 @@ def test_merged_reports_count_all_examples():
     assert merged.accuracy == make().accuracy
     assert [check.status for check in merged.checks] == ["pass", "warn"]
     assert [attack["seconds"] for attack in merged.attacks] == [2.0, 4.0]
+
+
+def test_calls_are_added_up_where_all_shards_have_them():
+    parts = [make(range(start, 10, 2), BROKEN_BY[start::2], shard=[start, 2]) for start in range(2)]
+    assert (parts[0].num_gradients, parts[0].num_queries) == (None, None)
+    for number, part in enumerate(parts):
+        for attack in part.attacks:
+            attack |= {"gradients": 10**number, "queries": 3 * 10**number}
+    merged = RobustnessReport.merge(parts)
+    assert (merged.num_gradients, merged.num_queries) == (22, 66)
+    assert [attack["gradients"] for attack in merged.attacks] == [11, 11]
+    del parts[1].attacks[0]["gradients"]
+    merged = RobustnessReport.merge(parts)
+    assert "gradients" not in merged.attacks[0]
+    assert (merged.num_gradients, merged.num_queries) == (None, 66)
 
 
 def test_a_missing_shard_is_reported():
