@@ -1,9 +1,9 @@
 """Measure what the suite "standard" costs on a network of 1,000 classes: time, gradients and queries.
 
-The network is MobileNetV2 of `keras.applications` with random weights, and attacks 32 images of random colours at 96 x 96.
-Their labels are its own predictions, and eps is chosen so that about half of the images withstand PGD. The code is that
-of a pretrained network, without a download. For 224 x 224 the time per gradient and per query is measured, and the
-total is extrapolated. Ten minutes on two cores.
+The network is MobileNetV2 of `keras.applications` with random weights. It classifies 32 images of random colours, each
+of 96 x 96 pixels. Their labels are its own predictions, and eps is chosen so that about half of the images withstand
+PGD. The code is that of a pretrained network, without a download. For 224 x 224 the time per gradient and per query is
+measured, and the total is extrapolated. Ten minutes on two cores.
 
     python -m benchmarks.many_classes --out results
 """
