@@ -1,5 +1,7 @@
 """Models with a single unit or several outputs get the verdict of the same classifier with two logits."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -32,14 +34,18 @@ def unit(activation=None, scale=1.0):
     return model
 
 
+# An evaluation leaves a model as it is, and the programs that were compiled for it serve the next one.
+shared_unit = functools.cache(unit)
+
+
 def average():
     x = keras.Input((4,))
     return keras.Model(x, layers.Average()([unit("sigmoid")(x), unit("sigmoid", 3.0)(x)]))
 
 
 HEADS = {
-    "logit": unit,
-    "sigmoid": lambda: unit("sigmoid"),
+    "logit": shared_unit,
+    "sigmoid": lambda: shared_unit("sigmoid"),
     "saturated sigmoid": lambda: unit("sigmoid", 2000.0),
     "sigmoid op": lambda: SigmoidOf(unit()),
     "average": average,
@@ -49,7 +55,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
-@pytest.mark.parametrize("name", some_short(HEADS, "logit"))
+@pytest.mark.parametrize("name", some_short(HEADS, "logit", more=["average", "sigmoid op", "training"]))
 def test_one_unit_gets_the_exact_verdict(name, labels):
     x, y, size = unit_inputs()
     if labels != "ids" and name != "sigmoid":
@@ -101,7 +107,7 @@ def test_one_of_several_outputs_is_evaluated(kind):
     model, output = two_outputs(kind)
     x, y, size = unit_inputs()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
-    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, output=output, verbose=0)
+    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, checks="quick", output=output, verbose=0)
     assert_exact(report, size)
     assert report.settings["output"] == output
 
@@ -175,7 +181,7 @@ def test_a_report_keeps_the_output(tmp_path):
         keras_drsl.RobustnessReport.merge([parts[0], depth])
 
 
-@pytest.mark.parametrize("method", some_short(METHODS, "trades", more=("fgsm", "mart", "consistency")))
+@pytest.mark.parametrize("method", some_short(METHODS, "trades", more=("pgd", "fgsm", "mart", "consistency")))
 @pytest.mark.parametrize("head", some_short(["logit", "sigmoid"], more=["sigmoid"]))
 def test_one_unit_is_trained_to_withstand_attacks(method, head):
     keras.utils.set_random_seed(0)
@@ -226,7 +232,7 @@ PREPROCESSINGS = {
 }
 
 
-@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, more=["resizing"]))
+@pytest.mark.parametrize("name", some_short(PREPROCESSINGS, more=["function", "resizing"]))
 def test_a_function_in_front_of_a_model_is_attacked_through(name):
     preprocessing, shown = PREPROCESSINGS[name]
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
@@ -234,10 +240,11 @@ def test_a_function_in_front_of_a_model_is_attacked_through(name):
     model.set_weights([weights, np.array([0, -UNIT.sum()])])  # the centre 0.5 is doubled
     x, y, size = unit_inputs()
     attacks = [APGD(EPS, loss="margin", targeted=True, steps=10)]
-    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, preprocessing=preprocessing, verbose=0)
+    options = {"preprocessing": preprocessing, "verbose": 0}
+    report = evaluate_robustness(model, x, y, eps=EPS, attacks=attacks, checks="quick", **options)
     assert_exact(report, size)
     assert shown in report.settings["preprocessing"]
-    curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", preprocessing=preprocessing, verbose=0)
+    curve = robustness_curve(model, x, y, eps=[EPS], suite="quick", checks=[], **options)
     assert curve.settings["preprocessing"] == report.settings["preprocessing"]
 
 
