@@ -3,10 +3,10 @@
 The study behind `results/robustness_*.json`: each model is trained with seed 0, saved, loaded, and evaluated at each
 radius. A run that was stopped continues where it was.
 
-On two cores: under five minutes for digits; MNIST takes an hour or two with the four models below.
+On two cores: under five minutes for digits; MNIST takes three hours with the four models below.
 
     python -m studies.robustness --out results
-    python -m studies.robustness --dataset mnist --noise 0 0.3 --eps 0.1 0.2 --max-images 1000 --out results
+    python -m studies.robustness --dataset mnist --noise 0 0.3 --eps 0.1 0.2 --max-images 300 --out results
 """
 
 import argparse

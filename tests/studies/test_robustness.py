@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 @on_tensorflow
 @pytest.mark.parametrize(
     ("dataset", "arguments"),
-    [("digits", []), ("mnist", ["--noise", "0", "0.3", "--eps", "0.1", "0.2", "--max-images", "1000"])],
+    [("digits", []), ("mnist", ["--noise", "0", "0.3", "--eps", "0.1", "0.2", "--max-images", "300"])],
 )
 def test_published_reports_are_tabled_again(dataset, arguments, tmp_path, monkeypatch):
     for path in RESULTS.glob(f"robustness_{dataset}_*.json"):
@@ -31,6 +31,5 @@ def test_published_reports_are_tabled_again(dataset, arguments, tmp_path, monkey
 
 
 def rows(path):
-    """Return the rows of the table of a file, with the present names of checks."""
-    text = path.read_text().replace("budget (", "larger_eps (").replace("steps_beat_one (", "many_steps_beat_one (")
-    return [line for line in text.splitlines() if line.startswith("|")]
+    """Return the rows of the table of a file."""
+    return [line for line in path.read_text().splitlines() if line.startswith("|")]
