@@ -10,7 +10,7 @@ from keras import layers, ops
 import keras_drsl
 from keras_drsl import _backend
 from tests.backends import BACKEND, on_jax, values
-from tests.helpers import run_python
+from tests.helpers import run_python, some_short
 from tests.losses.cases import small_data, small_model
 
 FOLDER = Path(keras_drsl.__file__).parent / "_backend"
@@ -161,6 +161,7 @@ AVERAGES = {
     "detached": (lambda p: (ops.stop_gradient(p[0]) + p[1] + p[2]) / 3, None),
     "half": (lambda p: ops.cast(ops.cast(p[0] + p[1] + p[2], "float16"), "float32") / 3, None),
 }
+SHORT_AVERAGES = ("sum", "weighted", "layer", "stack", "matmul", "slices", "half", "detached")
 
 
 # Other ends of a model of probabilities, and the logarithms of these.
@@ -237,8 +238,8 @@ def input_gradient(function, variables, x):
     return values(_backend.compile_function(program, variables)(x))
 
 
-@pytest.mark.short
 class TestLogitsBehind:
+    @pytest.mark.short
     @pytest.mark.parametrize("name", SOFTMAX_MODELS)
     def test_returns_the_logits_and_their_gradient(self, name):
         x, _ = small_data()
@@ -255,6 +256,7 @@ class TestLogitsBehind:
         # The model itself is as it was.
         np.testing.assert_allclose(values(model(x)).sum(axis=1), 1.0, rtol=1e-3)
 
+    @pytest.mark.short
     @pytest.mark.parametrize("name", OTHER_MODELS)
     def test_refuses_other_outputs(self, name):
         x, _ = small_data()
@@ -265,7 +267,7 @@ class TestLogitsBehind:
             with pytest.raises(LookupError, match="does not end in softmaxes"):
                 function(ops.convert_to_tensor(x))
 
-    @pytest.mark.parametrize("name", AVERAGES)
+    @pytest.mark.parametrize("name", some_short(AVERAGES, *SHORT_AVERAGES))
     def test_averages_are_exact_where_they_underflow(self, name):  # B2
         x, _ = small_data()
         logits = small_model(activation=None)
@@ -288,6 +290,7 @@ class TestLogitsBehind:
             assert (np.abs(grad).max(axis=1) > 1).mean() > 0.3
             np.testing.assert_allclose(input_gradient(found, model.variables, x), grad, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.short
     @pytest.mark.parametrize("name", OTHER_ENDS)
     def test_other_ends_have_logarithms(self, name):
         x, _ = small_data()
@@ -301,6 +304,7 @@ class TestLogitsBehind:
         # A probability of 0 has a finite logarithm below all others.
         np.testing.assert_allclose(log_softmax(found).clip(-500), expected.clip(-500), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.short
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
     @pytest.mark.parametrize("dtype", ["float32", None])
     def test_takes_mixed_precision(self, policy, dtype):
@@ -311,6 +315,7 @@ class TestLogitsBehind:
         got = values(ops.cast(found(x), "float32"))
         np.testing.assert_allclose(got, values(ops.cast(logits(x), "float32")), rtol=1e-2, atol=1e-2)
 
+    @pytest.mark.short
     def test_takes_new_weights_in_each_call(self):
         x, _ = small_data()
         logits = small_model(activation=None)
@@ -321,6 +326,7 @@ class TestLogitsBehind:
         assert np.abs(values(compiled(x)) - before).max() > 0.1
         np.testing.assert_allclose(values(compiled(x)), values(logits(x)), rtol=1e-6)
 
+    @pytest.mark.short
     def test_random_numbers_change_in_each_call(self):
         x, _ = small_data()
         noise, logits = Noise(), small_model(activation=None)
@@ -340,6 +346,7 @@ class TestLogitsBehind:
         np.testing.assert_allclose(eager, results[0][0], rtol=1e-6)
         assert values(noise.seed.state).any()
 
+    @pytest.mark.short
     def test_works_in_a_loop_of_steps(self):
         x, _ = small_data()
         logits = small_model(activation=None)
@@ -355,6 +362,7 @@ class TestLogitsBehind:
             results.append(values(program({"x": x}, np.full(3, 0.1, "float32"))["x"]))
         np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 
+    @pytest.mark.short
     def test_threads_do_not_disturb_each_other(self):
         x, _ = small_data()
         logits = small_model(activation=None)
@@ -377,6 +385,7 @@ class TestLogitsBehind:
             thread.join()
         assert not wrong
 
+    @pytest.mark.short
     @on_jax
     @pytest.mark.parametrize("custom_jvp", [False, True])
     def test_goes_into_functions_that_jax_compiles(self, custom_jvp):

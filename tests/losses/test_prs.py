@@ -114,6 +114,7 @@ def test_gradient_of_equal_logits_has_the_right_sum():
     assert np.all(grad[0] * np.sign(grad[0].sum()) >= 0)
 
 
+@pytest.mark.more
 @on_tensorflow
 def test_each_replica_has_its_own_penalty():
     run_python(

@@ -9,7 +9,7 @@ from keras_drsl import DRSLoss, SoftmaxDiversity, drs_loss, linear_drs_loss, prs
 from keras_drsl.losses import fused, linear_drs
 from tests import reference
 from tests.backends import BACKEND, gradient, needs_xla, on_jax, on_tensorflow, values
-from tests.helpers import run_python
+from tests.helpers import run_python, some_short
 from tests.losses.cases import draw, softmax
 from tests.losses.family import BY_NAME, each_loss
 
@@ -234,10 +234,9 @@ def test_healthy_programs_pass_checks_of_numerics(checked_numerics):
         assert np.isfinite(history["loss"])
 
 
-@pytest.mark.short
 @on_jax
 @each_size
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("sparse", some_short([True, False], False))
 def test_jax_may_refuse_promotions_of_rank_and_dtype(classes, sparse):
     import jax
 
@@ -260,11 +259,10 @@ SYMBOLIC = {
     "softmax_diversity": lambda y, z: softmax_diversity(y, z, from_logits=True),
     "linear_drs_loss": lambda y, z: linear_drs_loss(y, z, np.eye(z.shape[-1], dtype="float32")),
 } | {name: case.make(from_logits=True, reduction="sum") for name, case in BY_NAME.items()}
-each_function = pytest.mark.parametrize("name", SYMBOLIC)
+each_function = pytest.mark.parametrize("name", some_short(SYMBOLIC, *[*SYMBOLIC][:4]))
 
 
 # A6
-@pytest.mark.short
 @on_jax
 @each_size
 @each_function
