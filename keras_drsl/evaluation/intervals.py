@@ -10,7 +10,8 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
     share = successes / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half_width = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    # Rounding does not give these two limits exactly.
+    return centre - half_width if successes > 0 else 0.0, centre + half_width if successes < count else 1.0
 
 
 def of_ratio(wrong: Sequence[int], counts: Sequence[int]) -> tuple[float, float]:

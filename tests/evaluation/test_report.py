@@ -42,6 +42,13 @@ def test_the_interval_is_that_of_wilson(successes, count, expected):
     assert wilson(successes, count) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 10, 300, 1000, 99999])
+def test_the_interval_of_none_begins_at_0_and_that_of_all_ends_at_1(count):
+    assert wilson(0, count)[0] == 0
+    assert wilson(count, count)[1] == 1
+    assert 0 < wilson(1e-6, count)[0] < wilson(count - 1e-6, count)[1] < 1
+
+
 def test_a_written_report_is_read_again(tmp_path):
     report, path = make(), tmp_path / "report.json"
     report.to_json(path)
