@@ -215,7 +215,8 @@ class Attack:
         """Search for a misclassified point near each row.
 
         Args:
-            classifier: The model; call it on a tensor for logits, or compile a function of it by `compile`.
+            classifier: The model; call it on a tensor for logits, or compile a function of it by `compile`. Tell
+                `count_gradients` or `count_queries` on how many inputs, which only its `logits` does by itself.
             batch: The rows to attack.
 
         Returns:

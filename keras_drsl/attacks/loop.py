@@ -40,21 +40,23 @@ def run_steps(
     """
     best = np.array(rows["best"])
     left = np.arange(len(best))
+    active = len(left)  # those of `left` that are not misclassified yet; JAX computes the others too
     # JAX compiles for each number of rows: it is padded to one of few sizes.
     size = _backend.bucket_size(len(left))
     rows = {name: _take_rows(value, left, size) for name, value in rows.items()}
     for start in range(0, num_steps, check_every):
         steps = range(start, min(start + check_every, num_steps))
         rows = steps_fn(rows, *_stack([arguments(step, left) for step in steps], len(left), size))
-        count(len(steps) * len(left))
+        count(len(steps) * active)
         broken = ops.convert_to_numpy(rows["wrong"])[: len(left)] >= 1
         if not batch.stop_when_broken:
             continue
         # All restarts of an example leave with the first one that succeeds.
         broken = np.isin(batch.example_index[left], batch.example_index[left[broken]])
-        if broken.all():
+        active = int((~broken).sum())
+        if not active:
             break
-        needed = _backend.bucket_size(int((~broken).sum()))
+        needed = _backend.bucket_size(active)
         if needed < size:
             values = {name: ops.convert_to_numpy(value) for name, value in rows.items()}
             best[left[broken]] = values["best"][: len(left)][broken]

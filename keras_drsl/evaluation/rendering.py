@@ -61,8 +61,8 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
             f"{name:<24}{accuracy['tried']:>10}{_percent(accuracy['alone']):>11}"
             f"{accuracy['cumulative']:>14.1%}{attack['seconds']:>10.1f}"
         )
-    if verbose and report.num_gradients is not None:
-        lines += ["", f"cost             {_cost(report)}"]
+    if verbose:
+        lines += [f"\ncost             {cost}" for cost in _cost(report)]
     return "\n".join([*lines, *_check_lines(report, verbose)])
 
 
@@ -133,8 +133,12 @@ def _shards_line(report: EvaluationResults) -> list[str]:
     return [f"merged from      {len(shards)} of {shards[0][1]} shards: each check has its worst outcome"]
 
 
-def _cost(report: EvaluationResults) -> str:
-    return f"{report.num_gradients:,} gradients and {report.num_queries:,} further queries of the model by attacks"
+def _cost(report: EvaluationResults) -> list[str]:
+    """Return what the attacks cost, where it was counted."""
+    gradients, queries = report.num_gradients, report.num_queries
+    if gradients is None or queries is None:
+        return []
+    return [f"{gradients:,} gradients and {queries:,} further queries by attacks, without checks"]
 
 
 def _wrap(text: str, indent: int = 4) -> list[str]:
@@ -154,7 +158,7 @@ def to_markdown(report: EvaluationResults) -> str:
         f"{report.clean_accuracy:.1%}, on {report.num_examples} examples, {_escape.for_markdown(_threat(report))}"
         f"{'' if report.trustworthy else ' - **not trustworthy: a check failed**'}",
         *([] if eight is None else [f"Against images rounded to 8 bits: **{eight:.1%}**, an upper bound."]),
-        *([] if report.num_gradients is None else [f"Cost: {_cost(report)}."]),
+        *(f"Cost: {cost}." for cost in _cost(report)),
         "",
         "| attack | tried on | withstood | robust after it | seconds |",
         "|---|---|---|---|---|",

@@ -21,7 +21,8 @@ class RobustnessReport(EvaluationResults):
 
     Args:
         settings: The threat model and all other arguments of the evaluation.
-        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; and `gradients`
+            and `queries`, on how many inputs it evaluated the model with and without a gradient.
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
@@ -74,8 +75,9 @@ class RobustnessReport(EvaluationResults):
         """Join the reports of disjoint shards of one data set.
 
         Merged reports can be merged again, and the result does not depend on order and levels. Each check has its worst
-        outcome of all shards. A check `shards` warns if a shard is missing. Times are added up, to a microsecond. Where
-        the shards ran on different versions or devices, `provenance` lists all of them.
+        outcome of all shards. A check `shards` warns if a shard is missing. Times are added up, to a microsecond. So
+        are gradients and queries, which are left out if one of the reports lacks them. Where the shards ran on
+        different versions or devices, `provenance` lists all of them.
 
         Args:
             reports: The reports, in any order.
@@ -92,7 +94,7 @@ class RobustnessReport(EvaluationResults):
         `print(report)` shows this text.
 
         Args:
-            verbose: Whether to show the figure and the message of every check.
+            verbose: Whether to show the gradients and queries of the attacks, and figure and message of every check.
         """
         return rendering.to_text(self, verbose=verbose)
 

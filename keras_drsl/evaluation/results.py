@@ -154,13 +154,17 @@ class EvaluationResults:
     def num_gradients(self) -> int | None:
         """On how many inputs the attacks computed a gradient; None if it was not counted.
 
-        Steps, restarts and targets count one by one, and so do the calls of a random model that are averaged.
+        Steps, restarts and targets count one by one, and so do the calls of a random model that are averaged. Those of
+        `Transfer` are of its second model. What checks compute does not count.
         """
         return self._sum_of("gradients")
 
     @property
     def num_queries(self) -> int | None:
-        """On how many inputs the attacks evaluated the model without a gradient; None if it was not counted."""
+        """On how many inputs the attacks evaluated the model without a gradient; None if it was not counted.
+
+        What checks compute does not count.
+        """
         return self._sum_of("queries")
 
     @property
@@ -174,7 +178,6 @@ class EvaluationResults:
         return sum(self.per_example["positions"]) if "positions" in self.per_example else None
 
     def _sum_of(self, key: str) -> int | None:
-        # What checks did is not counted.
         records = [attack for attack in self.attacks if not attack["name"].startswith("check:")]
         return sum(record[key] for record in records) if all(key in record for record in records) else None
 

@@ -25,7 +25,7 @@ _CALLS: ContextVar[Calls | None] = ContextVar("calls", default=None)
 
 @contextmanager
 def count_calls() -> Iterator[Calls]:
-    """Count the calls within the block."""
+    """Count the calls within the block, except for those of a block inside it and of other threads."""
     calls = Calls()
     token = _CALLS.set(calls)
     try:

@@ -107,14 +107,14 @@ class Classifier:
 
         An attack that computes gradients in a compiled program calls it with their number.
         """
-        add_calls(gradients=number * self.expectation_draws)
+        add_calls(gradients=int(number) * self.expectation_draws)
 
     def count_queries(self, number: int) -> None:
         """Count inputs whose logits were computed without a gradient, for the cost in reports.
 
         `logits` calls it itself. An attack that computes logits in a compiled program calls it with their number.
         """
-        add_calls(queries=number * self.expectation_draws)
+        add_calls(queries=int(number) * self.expectation_draws)
 
     def check(self, x: Array) -> None:
         """Raise `ValueError` unless the function maps batches of any size to tensors of shape `(batch, C >= 2)`.

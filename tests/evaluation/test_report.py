@@ -358,10 +358,14 @@ def test_calls_are_added_up_where_all_shards_have_them():
     merged = RobustnessReport.merge(parts)
     assert (merged.num_gradients, merged.num_queries) == (22, 66)
     assert [attack["gradients"] for attack in merged.attacks] == [11, 11]
-    del parts[1].attacks[0]["gradients"]
-    merged = RobustnessReport.merge(parts)
-    assert "gradients" not in merged.attacks[0]
-    assert (merged.num_gradients, merged.num_queries) == (None, 66)
+    assert "22 gradients and 66 further queries" in merged.to_text(verbose=True)
+    for key, expected in (("gradients", (None, 66)), ("queries", (22, None))):
+        number = parts[1].attacks[0].pop(key)
+        merged = RobustnessReport.merge(parts)
+        assert key not in merged.attacks[0]
+        assert (merged.num_gradients, merged.num_queries) == expected
+        assert "further queries" not in merged.to_text(verbose=True) + merged.to_markdown()
+        parts[1].attacks[0][key] = number
 
 
 def test_a_missing_shard_is_reported():
