@@ -15,13 +15,13 @@ LOSS_CODE := keras_drsl/spread.py,keras_drsl/losses/*,keras_drsl/metrics.py
 
 # All behaviour on TensorFlow.
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(LOSS_TESTS:%=--ignore=%)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --cov --cov-report= $(LOSS_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(LOSS_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --cov --cov-report= $(LOSS_TESTS)
 	$(BIN)/python -m coverage report --fail-under=100 --include='$(LOSS_CODE)'
 
 # What share of the lines all tests reach.
 coverage: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
 
 # Many tests compile equal programs.
 JAX := KERAS_BACKEND=jax JAX_COMPILATION_CACHE_DIR=.venv-jax/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
@@ -30,8 +30,8 @@ JAX := KERAS_BACKEND=jax JAX_COMPILATION_CACHE_DIR=.venv-jax/compiled JAX_PERSIS
 SHORT_TESTS := -m 'short and not slow and not more' tests
 
 test-short: .venv-jax/test .venv-torch/test
-	$(JAX) .venv-jax/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist loadfile $(SHORT_TESTS)
+	$(JAX) .venv-jax/bin/python -m pytest -n 2 --dist worksteal $(SHORT_TESTS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist worksteal $(SHORT_TESTS)
 
 # Everything that is not about TensorFlow, on all backends.
 BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
