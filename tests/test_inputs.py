@@ -358,8 +358,11 @@ def test_what_does_not_fit_is_named():
             evaluate(attack_input=wrong)
     with pytest.raises(ValueError, match="`attack_input` must be a name or a position. Received: attack_input=True"):
         evaluate(attack_input=True)
-    with pytest.raises(ValueError, match="`attack_input` must be left out for a model with one input"):
+    with pytest.raises(ValueError, match="`x` must hold all inputs of `model`: .*image.* Received: one of"):
         evaluate(x=x["image"], attack_input="image")
+    one_input = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    with pytest.raises(ValueError, match="`attack_input` must be left out for a model with one input"):
+        evaluate_robustness(one_input, x["image"], y, eps=EPS, attack_input="image", verbose=0)
     with pytest.raises(ValueError, match="The inputs of `model` must have one length. Received: image: "):
         evaluate(x=x | {"text": x["text"][:3]}, attack_input="image")
     with pytest.raises(

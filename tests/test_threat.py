@@ -93,6 +93,7 @@ def test_a_threat_model_is_frozen():
         ({"eps": 0}, "`eps` must be a positive number. Received: eps=0"),
         ({"eps": math.nan}, "`eps` must be a positive number. Received: eps=nan"),
         ({"eps": 2}, "`eps` must be no larger than the range, clip_max - clip_min = 1. Received: eps=2"),
+        ({"eps": 8}, r"Received: eps=8. Images in \[0, 255\] need clip_max=255"),
         ({"eps": 0.1, "norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
         ({"eps": 0.1, "clip_min": math.inf}, "`clip_min` must be a finite number. Received: clip_min=inf"),
         ({"eps": 0.1, "clip_min": 1}, "`clip_min` must be below `clip_max`. Received: clip_min=1.0, clip_max=1.0"),

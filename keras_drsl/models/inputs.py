@@ -318,6 +318,11 @@ def _by_name(inputs: Any, model: keras.Model, *, is_embedded: bool) -> dict[Any,
         return dict(zip(names if are_names else range(len(inputs)), inputs, strict=True))
     if is_embedded:
         return {0: inputs}
+    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+    if len(names) > 1:
+        raise ValueError(
+            f"`x` must hold all inputs of `model`: {', '.join(names)}. Received: one of type {type(inputs).__name__}"
+        )
     raise ValueError(
         "`attack_input` must be left out for a model with one input, or name an embedding layer. Received: inputs of "
         f"type {type(inputs).__name__}"
