@@ -138,7 +138,7 @@ def _cost(report: EvaluationResults) -> list[str]:
     gradients, queries = report.num_gradients, report.num_queries
     if gradients is None or queries is None:
         return []
-    return [f"{gradients:,} gradients and {queries:,} further queries by attacks, without checks"]
+    return [f"{gradients:,} gradients and {queries:,} further queries by attacks"]
 
 
 def _wrap(text: str, indent: int = 4) -> list[str]:
