@@ -599,7 +599,9 @@ def float64():
     keras.config.set_dtype_policy("float32")
 
 
-@pytest.mark.parametrize("name", some_short(["pgd_ce", "apgd_t_dlr", "square"], "square", more=["pgd_ce"]))
+@pytest.mark.parametrize(
+    "name", some_short(["pgd_ce", "apgd_t_dlr", "square", "noise"], "square", more=["pgd_ce", "noise"])
+)
 @pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
 def test_float64_gives_the_exact_verdict(float64, name, norm):  # B7
     x, y = inputs(24, WEIGHTS[:, :2])

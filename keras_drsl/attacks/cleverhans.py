@@ -56,7 +56,6 @@ class FastGradientMethod(Attack):
                 )
         self.loss = _validation.check_choice("loss", loss, self._losses)
         self._steps: dict[str, Any] = {}  # what only attacks of many steps pass to the library
-        self._num_gradients = 1
         self.restarts = _validation.check_integer("restarts", restarts, at_least=1)
 
     @property
@@ -71,7 +70,7 @@ class FastGradientMethod(Attack):
             start = self.threat.sample(batch.generators(self), batch.x.shape[1:])
         params = self.threat.to_dict() | self._steps
         program = classifier.compile(_whole_attack, attack=self._function, loss=self.loss, **params)
-        classifier.count_gradients(len(batch.x) * self._num_gradients)
+        classifier.count_gradients(len(batch.x) * self._steps.get("nb_iter", 1))
         return np.asarray(program(batch.x, batch.y.astype("int64"), start))
 
 
@@ -105,7 +104,6 @@ class BasicIterativeMethod(FastGradientMethod):
         rule = f"a number in (0, eps] = (0, {self.eps:g}]"
         self.step_size = _validation.check_number("step_size", step_size, rule, lambda size: 0 < size <= self.eps)
         self._steps = {"eps_iter": self.step_size, "nb_iter": self.steps} | self._start
-        self._num_gradients = self.steps
 
     @property
     def num_evaluations(self) -> int:

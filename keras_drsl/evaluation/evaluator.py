@@ -20,6 +20,7 @@ from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.report_format import CALLS
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
@@ -228,7 +229,7 @@ class Evaluator:
     ) -> RobustnessReport:
         records = [
             {"name": name, "settings": attack.settings}
-            | {key: getattr(state, key)[name] for key in ("seconds", "gradients", "queries")}
+            | {key: getattr(state, key)[name] for key in ("seconds", *CALLS)}
             for name, attack in self.attacks.items()
         ]
         for name in (f"check:{name}" for name in check_names):

@@ -12,7 +12,7 @@ from keras_drsl.evaluation.schema import Rule
 from keras_drsl.threat import ThreatModel
 
 FORMAT = 2
-CALLS = ("gradients", "queries")  # of an attack; reports of before 0.2 lack them
+CALLS = ("gradients", "queries")  # of an attack; earlier reports lack them
 DERIVED = ("cumulative", "alone")  # what a report computes from the rest
 
 

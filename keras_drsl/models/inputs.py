@@ -312,13 +312,12 @@ def _by_name(inputs: Any, model: keras.Model, *, is_embedded: bool) -> dict[Any,
     """Return the inputs by name or, where they have none, by position."""
     if isinstance(inputs, Mapping):
         return dict(inputs)
+    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
     if isinstance(inputs, list | tuple):
-        names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
         are_names = len(set(names)) == len(names) == len(inputs)
         return dict(zip(names if are_names else range(len(inputs)), inputs, strict=True))
     if is_embedded:
         return {0: inputs}
-    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
     if len(names) > 1:
         raise ValueError(
             f"`x` must hold all inputs of `model`: {', '.join(names)}. Received: one of type {type(inputs).__name__}"
