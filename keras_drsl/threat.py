@@ -112,10 +112,10 @@ class ThreatModel:
                 f"`clip_min` must be below `clip_max`. Received: clip_min={self.clip_min}, clip_max={self.clip_max}"
             )
         if self.norm == "inf" and (eps > high - low).any():
-            hint = ". Images in [0, 255] need clip_max=255" if (low == 0).all() and (high == 1).all() else ""
+            hint = _hint(eps) if (low == 0).all() and (high == 1).all() else ""
             raise ValueError(
                 f"`eps` must be no larger than the range, clip_max - clip_min = {_format(self.span)}. "
-                f"Received: eps={_format(self.eps)}{hint}"
+                f"Received: eps={_format(self.eps)}{hint and '.' + hint}"
             )
         if self.radius == 0:
             raise ValueError("`mask` must leave at least one feature that may change. Received: True for all")
