@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import keras_drsl
+from keras_drsl.evaluation.checks.registry import CHECKS
 
 # Of the three backends, only the modules of the running one can be imported.
 collect_ignore_glob = ["keras_drsl/_backend/*"]
@@ -23,6 +24,15 @@ def seeded(doctest_namespace):
     """Seed all weights, and provide the names that docstring examples use."""
     keras.utils.set_random_seed(0)
     doctest_namespace.update(keras=keras, keras_drsl=keras_drsl, np=np)
+
+
+@pytest.fixture(autouse=True)
+def restored_checks():
+    """Take back the checks that a test or docstring example registers, so that no other one sees them."""
+    before = dict(CHECKS)
+    yield
+    CHECKS.clear()
+    CHECKS.update(before)
 
 
 def _fail_if_required(report):
