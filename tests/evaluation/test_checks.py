@@ -246,6 +246,17 @@ def test_huge_logits_are_seen():
     assert checks["logit_scale"].status == "warn"
     assert checks["gradients"].status == "warn"
     assert checks["losses_agree"].status == "warn"
+    assert "Rescaling" not in checks["logit_scale"].message
+
+
+def test_images_of_8_bits_for_a_model_of_0_to_1_are_seen():
+    x, y = inputs(60)
+    options = {"eps": 8, "clip_max": 255, "attacks": ["pgd_margin"], "verbose": 0}
+    for wrong, check in ((0 * y, "clean_accuracy"), (y, "logit_scale")):
+        model = linear_model(WEIGHTS * 1e4)
+        (found,) = evaluate_robustness(model, np.rint(255 * x), wrong, checks=[check], **options).checks
+        assert found.status == "warn"
+        assert "in [0, 1] needs preprocessing=keras.layers.Rescaling(1 / 255)" in found.message
 
 
 def test_probabilities_without_logits_are_seen():
@@ -261,6 +272,7 @@ def test_probabilities_without_logits_are_seen():
     assert checks["outputs"].status == "warn"
     checks, _ = checks_of(linear_model(WEIGHTS, keras.layers.Activation("sigmoid")), suite="quick")
     assert checks["outputs"].status == "warn"
+    assert 'task="multilabel"' in checks["outputs"].message
 
 
 class Hidden(keras.Model):
@@ -423,6 +435,19 @@ class TestUnits:
         assert units.value == pytest.approx(8 / 255)
         assert "eps 0.03137 of 0..255 is below half a grey level" in units.message
 
+    @pytest.mark.parametrize("share, status", [(1 / 255, "warn"), (0.019, "warn"), (0.021, "pass")])
+    def test_a_range_far_wider_than_the_inputs_is_seen(self, share, status):
+        # Inputs in [0, 1] with eps and clip_max of [0, 255], where any model falls.
+        x, y = inputs(60)
+        x = (x - x.min()) / np.ptp(x)
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Lambda(lambda x: x[:, :4]), linear_model()])
+        fixed = np.full((60, 1), 200.0)  # what may not change does not count
+        options = {"clip_max": 1 / share, "mask": [False] * 4 + [True], "attacks": ["pgd_margin"], "verbose": 0}
+        (units,) = evaluate_robustness(model, np.hstack([x, fixed]), y, eps=0.9, checks=["units"], **options).checks
+        assert units.status == status
+        if status == "warn":
+            assert f"the inputs take up {share:.1%} of the valid range: eps 0.9 of 0..{1 / share:g} must" in units.message
+
     def test_eps_that_breaks_nothing_at_twice_is_seen(self):
         x, y = inputs(60)
         model = linear_model()
@@ -430,7 +455,7 @@ class TestUnits:
         options = {"attacks": ["pgd_margin"], "checks": ["units"], "verbose": 0}
         (units,) = evaluate_robustness(model, x[far], y[far], eps=0.01, **options).checks
         assert units.status == "warn"
-        assert "no image falls at eps 0.01 of 0..1 or at twice that" in units.message
+        assert "no image falls at eps 0.01 of 0..1 or at twice that: either all of them withstand" in units.message
         between = np.flatnonzero(distance(x, y, "inf") > 0.03)
         assert (distance(x[between], y[between], "inf") < 0.058).any()
         (units,) = evaluate_robustness(model, x[between], y[between], eps=0.03, **options).checks

@@ -35,8 +35,15 @@ def clean_accuracy(context: EvaluationContext) -> Outcome:
     if low <= commonest:
         # A model that always predicts the commonest class could do as well.
         message = "share classified correctly, no better than always predicting one class: check labels and input range"
-        return Outcome("warn", share, message)
+        return Outcome("warn", share, message + _rescaling_hint(context))
     return Outcome("pass", share, "share classified correctly without an attack")
+
+
+def _rescaling_hint(context: EvaluationContext) -> str:
+    """Return what a model needs that was trained on smaller values than images of 8 bits have."""
+    if np.max(context.threat.clip_max) < 128:
+        return ""
+    return "; a model trained on inputs in [0, 1] needs preprocessing=keras.layers.Rescaling(1 / 255)"
 
 
 def _moved_classes(predictions: Array, y: Array) -> dict[int, int]:
@@ -66,6 +73,8 @@ def outputs(context: EvaluationContext) -> Outcome:
         return Outcome("warn", math.nan, message)
     if logits.min() >= 0 and logits.max() <= 1:
         message = "all outputs lie in [0, 1]; after a sigmoid, gradients vanish where the model is confident"
+        if not np.allclose(logits.sum(axis=-1), 1, atol=0.01):
+            message += '. For a model with a sigmoid per label, give task="multilabel"'
         return Outcome("warn", float(logits.max()), message)
     largest = float(np.abs(logits).max())
     if kind == "softmax" and _predict_otherwise(context):
@@ -192,7 +201,7 @@ def logit_scale(context: EvaluationContext) -> Outcome:
     saturated = float((gap > 17).mean())
     message = f"median gap between the two largest logits; softmax saturated on {saturated:.0%} of the images"
     if saturated > 0.1:
-        message += ": attacks on the cross-entropy are too weak here"
+        message += ": attacks on the cross-entropy are too weak here" + _rescaling_hint(context)
         return Outcome("warn", float(np.median(gap)), message)
     return Outcome("pass", float(np.median(gap)), message)
 
