@@ -252,9 +252,9 @@ def test_huge_logits_are_seen():
 def test_images_of_8_bits_for_a_model_of_0_to_1_are_seen():
     x, y = inputs(60)
     options = {"eps": 8, "clip_max": 255, "attacks": ["pgd_margin"], "verbose": 0}
-    for wrong, check in ((0 * y, "clean_accuracy"), (y, "logit_scale")):
+    for labels, name in ((0 * y, "clean_accuracy"), (y, "logit_scale")):
         model = linear_model(WEIGHTS * 1e4)
-        (found,) = evaluate_robustness(model, np.rint(255 * x), wrong, checks=[check], **options).checks
+        (found,) = evaluate_robustness(model, np.rint(255 * x), labels, checks=[name], **options).checks
         assert found.status == "warn"
         assert "in [0, 1] needs preprocessing=keras.layers.Rescaling(1 / 255)" in found.message
 
@@ -435,7 +435,7 @@ class TestUnits:
         assert units.value == pytest.approx(8 / 255)
         assert "eps 0.03137 of 0..255 is below half a grey level" in units.message
 
-    @pytest.mark.parametrize("share, status", [(1 / 255, "warn"), (0.019, "warn"), (0.021, "pass")])
+    @pytest.mark.parametrize(("share", "status"), [(1 / 255, "warn"), (0.019, "warn"), (0.021, "pass")])
     def test_a_range_far_wider_than_the_inputs_is_seen(self, share, status):
         # Inputs in [0, 1] with eps and clip_max of [0, 255], where any model falls.
         x, y = inputs(60)
@@ -446,7 +446,8 @@ class TestUnits:
         (units,) = evaluate_robustness(model, np.hstack([x, fixed]), y, eps=0.9, checks=["units"], **options).checks
         assert units.status == status
         if status == "warn":
-            assert f"the inputs take up {share:.1%} of the valid range: eps 0.9 of 0..{1 / share:g} must" in units.message
+            expected = f"the inputs take up {share:.1%} of the valid range: eps 0.9 of 0..{1 / share:g} must be"
+            assert expected in units.message
 
     def test_eps_that_breaks_nothing_at_twice_is_seen(self):
         x, y = inputs(60)
