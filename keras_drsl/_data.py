@@ -18,6 +18,15 @@ def to_array(x: Any) -> Array:
     return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
 
 
+def to_labels(y: Any) -> Array:
+    """Return labels as an array, or raise `ValueError` unless they are numbers."""
+    labels = to_array(y)
+    if not (np.issubdtype(labels.dtype, np.number) or labels.dtype == bool):
+        first = labels.ravel()[:1].tolist()
+        raise ValueError(f"`y` must hold numbers: class ids 0, 1, 2, ... in place of names. Received: {first!r:.60}")
+    return labels
+
+
 Pack = Callable[[Any], Array]
 
 
@@ -46,13 +55,17 @@ def to_arrays(name: str, x: Any, y: Any, pack: Pack | None = None) -> tuple[Arra
         x, y = to_array(x), to_array(y)
     except ValueError as error:
         raise ValueError(f"`{name}` and `y` must hold rows of equal length. Received: {error}") from error
+    y = to_labels(y)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         hint = " For one example, give `x[None]` and `[label]`." if y.size == 1 else ""
-        raise ValueError(
-            f"`y` must hold one label for each input.{hint} "
-            f"Received: inputs of shape {x.shape}, labels of shape {y.shape}"
-        )
+        raise ValueError(f"`y` must hold one label for each input.{hint} Received: {_shapes(x, y, pack)}")
     return x, y
+
+
+def _shapes(x: Array, y: Array, pack: Pack | None) -> str:
+    """Return the shapes of inputs and labels, for an error; of packed inputs their number."""
+    inputs = f"inputs of shape {x.shape}" if pack is None else f"{len(x)} examples"
+    return f"{inputs}, labels of shape {y.shape}"
 
 
 def digest(*arrays: Array) -> str:
@@ -84,15 +97,15 @@ def class_ids(y: Any, count: int, num_classes: int, *, allow_ties: bool = False)
         ValueError: If the labels have another shape or are no classes, or a row of labels does not sum to 1, has
             negative values, or has its largest value at several classes.
     """
-    y = to_array(y)
+    y = to_labels(y)
     if y.ndim == 2 and y.shape[1] == num_classes > 1:
         y = _largest_labels(y, allow_ties)
     elif y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (count,):
         raise ValueError(
-            f"`y` must hold one label for each of the {count} inputs and {num_classes} classes. "
-            f"Received: y.shape={y.shape}"
+            f"`y` must have shape ({count},) or ({count}, 1) with class ids, or ({count}, {num_classes}) with a number "
+            f"for each class. Received: y.shape={y.shape}"
         )
     is_class = np.isin(y, np.arange(num_classes))
     if not is_class.all():
@@ -131,7 +144,7 @@ def position_ids(y: Any, logits: Array, ignore_class: int | None = None) -> Arra
     Raises:
         ValueError: If the labels have another number of positions, are no classes, or none of an example counts.
     """
-    y = to_array(y)
+    y = to_labels(y)
     count, positions, num_classes = logits.shape
     if y.size == count * positions * num_classes and y.shape[-1] == num_classes and y.ndim > 2:
         y = _largest_labels(y.reshape(-1, num_classes), False)
@@ -162,7 +175,7 @@ def read_labels(y: Any, logits: Array, ignore_class: int | None = None) -> Array
 
 def binary_labels(y: Any) -> Array:
     """Return the labels of a task of several, 0 or 1, int32, shape `(count, labels)`, or raise `ValueError`."""
-    y = to_array(y)
+    y = to_labels(y)
     if y.ndim != 2 or not np.isin(y, (0, 1)).all():
         received = f"shape {y.shape}" if y.ndim != 2 else f"a value of {y[~np.isin(y, (0, 1))][0]}"
         raise ValueError(
@@ -294,7 +307,7 @@ def read_pool(pool: Any, pack: Pack | None = None) -> tuple[Array, Array | None]
         ValueError: If it holds none of these, or no example.
     """
     if isinstance(pool, tuple) and len(pool) == 2:
-        x, y = (pack or to_array)(pool[0]), to_array(pool[1])
+        x, y = (pack or to_array)(pool[0]), to_labels(pool[1])
     elif isinstance(pool, np.ndarray | list | dict) or ops.is_tensor(pool):
         x, y = (pack or to_array)(pool), None
     elif isinstance(pool, keras.utils.PyDataset | Iterable):
@@ -344,7 +357,7 @@ def first_batch(x: Any, y: Any, *, several: bool = False) -> tuple[Any, tuple[An
         raise ValueError("`y` must hold labels, or `x` give batches `(inputs, labels)`. Received: no labels")
     if several:
         arrays = keras.tree.map_structure(lambda value: to_array(_backend.per_replica_value(value)), inputs)
-        return x, (arrays, to_array(_backend.per_replica_value(labels)))
+        return x, (arrays, to_labels(_backend.per_replica_value(labels)))
     if isinstance(inputs, dict | list | tuple):
         raise ValueError(
             "`x` must hold one input per example, not several; otherwise let `attack_input` name the one that is "
@@ -354,7 +367,7 @@ def first_batch(x: Any, y: Any, *, several: bool = False) -> tuple[Any, tuple[An
     inputs = np.empty(0) if inputs is None else to_array(_backend.per_replica_value(inputs))
     if inputs.size == 0:
         raise ValueError("`x` must hold at least one example. Received: none")
-    labels = to_array(_backend.per_replica_value(labels))
+    labels = to_labels(_backend.per_replica_value(labels))
     if inputs.ndim < 2 or labels.ndim == 0:
         raise ValueError(
             "`x` must hold inputs of shape (count, ...), or give batches of them (a tf.data.Dataset: call `.batch`). "
@@ -438,11 +451,11 @@ def _read_dataset(
         pair = _pair(batch, several=pack is not None, weights_mask=weights_mask)
         for value in pair[pack is not None :]:
             _check_one_array("x_or_dataset", value)
-        x, y = (pack or to_array)(pair[0]), to_array(pair[1])
+        x, y = (pack or to_array)(pair[0]), to_labels(pair[1])
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
             raise ValueError(
                 "`x_or_dataset` must give batches of as many labels as inputs (a tf.data.Dataset: call `.batch`). "
-                f"Received: shapes {x.shape} and {y.shape}"
+                f"Received: {_shapes(x, y, pack)}"
             )
         inputs.append(x)
         labels.append(y)

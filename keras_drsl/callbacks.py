@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._data import read_labels
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
@@ -137,7 +136,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
             self._logits_model = self._evaluator.find_logits(model, self._examples)
             logits = self._logits_model.classifier.logits(self._examples.x[:1])
         shape = (len(self._examples.x), *logits.shape[1:])
-        self._labels = read_labels(self._examples.y, np.broadcast_to(logits, shape), self._evaluator.view.ignore_class)
+        self._labels = self._evaluator.read_labels(self._examples, np.broadcast_to(logits, shape))
         self._values: dict[str, float] | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The data sets that the command and the examples load by name."""
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ __all__ = ["Folder", "load", "load_folder", "load_npz", "load_test"]
 NAMES = ("digits", "mnist", "cifar10")
 NAME = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
 TEST_SPLITS = ("test", "validation")
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # the folders of many data sets
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # the endings that Keras reads
 
 
@@ -130,6 +132,13 @@ def _builder(name: str, data_dir: Any) -> Any:
             raise ValueError(f"{str(data_dir)!r} does not hold it")
     except ImportError:
         raise
+    except tfds.core.DatasetNotFoundError:
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
+        hint = f". Names like it: {', '.join(near)}" if near else ""
+        raise ValueError(
+            "`name` must be a data set of tensorflow-datasets, or for the command a folder or npz file that exists. "
+            f"Received: name={name!r}{hint}"
+        ) from None
     except Exception as error:
         raise ValueError(
             f"{name} could not be loaded: {_escape.error_line(error)}\n"
@@ -269,10 +278,15 @@ def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (Non
         raise ValueError(f"`path` must be a folder that exists. {received}")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [file for name in classes for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGES]
-    if len(classes) < 2 or not files:
+    rule = f"`path` must hold one sub-folder of images ({', '.join(IMAGES)}) per class, and two classes or more."
+    if classes and {name.lower() for name in classes} <= SPLITS:
         raise ValueError(
-            f"`path` must hold one sub-folder of images ({', '.join(IMAGES)}) per class, and two classes or more. "
-            f"{received}, with {len(classes)} sub-folders and {len(files)} images in them"
+            f"{rule} {received}, with {', '.join(classes)}: give one of them, as {str(folder / classes[0])!r}"
+        )
+    if len(classes) < 2 or not files:
+        beside = sum(file.suffix.lower() in IMAGES for file in folder.iterdir())
+        raise ValueError(
+            f"{rule} {received}, with {len(classes)} sub-folders, {len(files)} images in them and {beside} beside them"
         )
     height, width, channels = *shape[:2], shape[2] or 3
     modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
@@ -292,12 +306,22 @@ def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (Non
     except ImportError as error:
         raise ImportError("A folder of images needs `pip install tensorflow`, with any backend.") from error
     except Exception as error:
+        damaged = next((file for file in files if not _can_be_read(file)), None)
+        received = received if damaged is None else f"Received: {str(damaged)!r}"
         raise ValueError(
             f"`path` must hold images that can be read. {received} ({_escape.error_line(error)})"
         ) from error
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     names = [Path(file).relative_to(folder).as_posix() for file in dataset.file_paths]
     return Folder(x.astype("float32"), y.astype("int32"), names, list(dataset.class_names))
+
+
+def _can_be_read(file: Path) -> bool:
+    try:
+        keras.utils.load_img(file).load()
+    except Exception:
+        return False
+    return True
 
 
 def _common_size(files: list[Path]) -> tuple[int, int]:

@@ -269,7 +269,8 @@ class ThreatModel:
             free = x[:, np.broadcast_to(~masked, shape)]
             raise ValueError(
                 f"`{name}` must lie in [clip_min, clip_max] = [{_format(self.clip_min)}, {_format(self.clip_max)}]. "
-                f"Received: values from {free.min():g} to {free.max():g}.{_hint(free)}"
+                f"Received: values from {free.min():g} to {free.max():g}."
+                f"{_hint(free) or ' Give clip_min and clip_max that hold all valid values.'}"
             )
         largest = self.largest_eps(shape)
         if self.radius > largest:

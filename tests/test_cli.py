@@ -175,7 +175,11 @@ def test_bad_files_end_with_status_2(files, command, fails, tmp_path):
         [*command, *eps, "--dataset", "my images"],
         "`dataset` must be one of digits, mnist, cifar10, another name of tensorflow-datasets, an npz file or a folder",
     )
-    fails([*command, *eps, "--dataset", "fashion_mnis", "--data-dir", tmp_path], "fashion_mnis could not be loaded")
+    expected = "name='fashion_mnis'. Names like it: fashion_mnist"
+    fails([*command, *eps, "--dataset", "fashion_mnis", "--data-dir", tmp_path], expected)
+    fails(
+        [*command, *eps, "--dataset", "photos"], "or for the command a folder or npz file that exists. Received: name"
+    )
     fails([*command, *eps, "--dataset", "x.npz"], "`dataset` must be a file that exists")
     fails([*command, *eps, "--out", there], "which exists")
     fails(["show", there], "`path` must be a file written by")

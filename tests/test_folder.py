@@ -1,6 +1,7 @@
 """A folder of images with one sub-folder per class."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -106,7 +107,7 @@ def test_classes_in_another_order_are_named(folder, model):
     report = evaluate_robustness(
         larger, images, eps=1, clip_max=255, suite="quick", checks=["clean_accuracy"], verbose=0
     )
-    assert report.checks[0].message.endswith("another order: apple as 3, bird as 4, cat as apple")
+    assert "another order: apple as 3, bird as 4, cat as apple; 3 sub-folders for 5" in report.checks[0].message
     # Two examples of a class say nothing.
     few = np.flatnonzero((images.y == 0) | (np.arange(60) % 20 < 2))
     some = images._replace(x=images.x[few], y=np.array([0, 2, 1])[images.y[few]], files=[images.files[i] for i in few])
@@ -141,8 +142,10 @@ def test_folders_that_cannot_be_read_are_named(folder, model, tmp_path):
     options = {"eps": 6, "clip_max": 255, "suite": "quick", "verbose": 0}
     with pytest.raises(ValueError, match="`path` must be a folder that exists. Received: path='.*nowhere'"):
         evaluate_robustness(model, tmp_path / "nowhere", **options)
-    with pytest.raises(ValueError, match=r"one sub-folder of images .* with 0 sub-folders and 0 images"):
+    with pytest.raises(ValueError, match=r"one sub-folder of images .* with 0 sub-folders, 0 images in them"):
         evaluate_robustness(model, tmp_path, **options)
+    with pytest.raises(ValueError, match="with 0 sub-folders, 0 images in them and 20 beside them"):
+        evaluate_robustness(model, folder / "cat", **options)
     with pytest.raises(ValueError, match="`y` must be None for a folder of images"):
         evaluate_robustness(model, folder, np.zeros(60), **options)
     with pytest.raises(
@@ -152,9 +155,45 @@ def test_folders_that_cannot_be_read_are_named(folder, model, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="`path` must hold images that can be read"):
-        evaluate_robustness(model, tmp_path, **options)
+    for shape in [(None, None, None), (4, 4, 3)]:
+        keras.utils.save_img(tmp_path / "a" / "0.png", np.zeros((4, 4, 3)), scale=False)
+        with pytest.raises(ValueError, match="`path` must hold images that can be read. Received: '.*b.0.png'"):
+            datasets.load_folder(tmp_path, shape)
     for name, size in (("a", 4), ("b", 5)):
         keras.utils.save_img(tmp_path / name / "0.png", np.zeros((size, 4, 3)), scale=False)
     with pytest.raises(ValueError, match="`path` must hold images of one size where the model takes any size"):
         datasets.load_folder(tmp_path)
+
+
+def test_the_folder_of_all_splits_is_refused(tmp_path, folder):
+    for name in ("train", "Test"):
+        shutil.copytree(folder, tmp_path / name)
+    with pytest.raises(ValueError, match="with Test, train: give one of them, as '.*Test'"):
+        datasets.load_folder(tmp_path)
+    assert len(datasets.load_folder(tmp_path / "Test").x) == 60
+
+
+def test_other_numbers_of_classes_are_named(folder, model, tmp_path):
+    options = {"eps": 6, "clip_max": 255, "suite": "quick"}
+    two = keras.Sequential([keras.Input((6, 5, 3)), layers.GlobalAveragePooling2D(), layers.Dense(2)])
+    expected = (
+        "`model` must have an output for each of the 3 sub-folders: apple, bird, cat. Received: a model of 2 classes"
+    )
+    for measure in (evaluate_robustness, robustness_curve):
+        with pytest.raises(ValueError, match=expected):
+            measure(two, folder, **options | {"eps": [3, 6] if measure is robustness_curve else 6}, verbose=0)
+    monitor = keras_drsl.RobustnessMonitor(str(folder), **options)
+    two.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(ValueError, match=expected):
+        two.fit(np.zeros((4, 6, 5, 3)), np.zeros(4), callbacks=[monitor], verbose=0)
+    # The class without images is the first one, so that both others have another id.
+    for name in ("bird", "cat"):
+        shutil.copytree(folder / name, tmp_path / name)
+    options |= {"checks": ["clean_accuracy"], "verbose": 0}
+    (found,) = evaluate_robustness(model, tmp_path, **options).checks
+    assert found.status == "warn"
+    assert "2 sub-folders for 3 classes: add an empty one for each class without images" in found.message
+    (tmp_path / "apple").mkdir()
+    report = evaluate_robustness(model, tmp_path, **options)
+    assert (report.clean_accuracy, report.checks[0].status) == (1, "pass")
+    assert report.provenance["classes"] == list(CLASSES)

@@ -349,9 +349,25 @@ def test_what_does_not_fit_is_named():
     def evaluate(model=model, x=x, y=y, **options):
         return evaluate_robustness(model, x, y, **{"eps": EPS, "suite": "quick", "verbose": 0} | options)
 
-    several = "For a model with several inputs, let `attack_input` name the one that is attacked: image, text, flag"
+    as_tuples = [tuple(x[name] for name in ("image", "text", "flag"))] * 2
+    several = (
+        "`attack_input` must name one of the inputs of `model`: 'flag', 'image', 'text'. Received: attack_input=None"
+    )
+    for inputs in (x, list(as_tuples[0])):
+        with pytest.raises(ValueError, match=several):
+            evaluate(x=inputs)
     with pytest.raises(ValueError, match=several):
-        evaluate()
+        AdversarialTraining(model, EPS)
+    with pytest.raises(ValueError, match=several):
+        evaluate(x=iter([(inputs, y) for inputs in as_tuples]), y=None)
+    with pytest.raises(
+        ValueError, match="For a model with several inputs, let `attack_input` name .*: image, text, flag"
+    ):
+        RobustnessMonitor(x, y, eps=EPS)  # before the model is known
+    with pytest.raises(ValueError, match=r"one label for each input. Received: 80 examples, labels of shape \(7,\)"):
+        evaluate(y=y[:7], attack_input="image")
+    with pytest.raises(ValueError, match=r"Received: 80 examples, labels of shape \(7,\)"):
+        evaluate(x=iter([(x, y[:7])]), y=None, attack_input="image")
     listed = "`attack_input` must name one of the inputs: 'flag', 'image', 'text'. Received: attack_input="
     for wrong in ("picture", 7):
         with pytest.raises(ValueError, match=listed):
@@ -375,8 +391,10 @@ def test_what_does_not_fit_is_named():
         evaluate(x=x | {"image": x["image"][:, 0]}, attack_input="image")
     with pytest.raises(ValueError, match="The input 'text' of `model` must hold integers up to 2\\^24"):
         evaluate(x=x | {"text": x["text"] + 2**25}, attack_input="image")
-    with pytest.raises(ValueError, match="`x_or_dataset` must lie in .* Received: values from 0.75"):
-        evaluate(x=x | {"image": x["image"] + 0.5}, attack_input="image")
+    with pytest.raises(
+        ValueError, match=r"`x_or_dataset\['image'\]` must lie in .* to -749.* Give clip_min and clip_max that hold all"
+    ):
+        evaluate(x=x | {"image": x["image"] - 750}, attack_input="image")
     with pytest.raises(ValueError, match="`attack_input` must name one of the embedding layers of `model`, .*: none"):
         evaluate(attack_input="embeddings")
     with pytest.raises(
@@ -385,10 +403,12 @@ def test_what_does_not_fit_is_named():
         evaluate(attack_input="image", x_pool=x | {"image": np.zeros((80, 5))})
     robust = AdversarialTraining(model, EPS, attack_input="image")
     robust.compile("sgd", keras.losses.BinaryCrossentropy(from_logits=True))
-    with pytest.raises(ValueError, match="`x` must lie in"):
+    with pytest.raises(ValueError, match=r"`x\['image'\]` must lie in"):
         robust.fit(x | {"image": x["image"] + 0.5}, y, verbose=0)
     two = text_model("mean")
     tokens, labels = text_data(two)
+    with pytest.raises(ValueError, match="`x_or_dataset, embedded` must lie in .* need clip_min=-1"):
+        evaluate(two, tokens, labels, attack_input="embeddings")
     with pytest.raises(ValueError, match="`undefended` must be left out where embeddings are attacked"):
         evaluate(two, tokens, labels, attack_input="embeddings", clip_min=-1, undefended=text_model())
     later = [({name: value[:8] for name, value in x.items()}, y[:8])]

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 
 from keras_drsl import _files, _validation
-from keras_drsl._data import read_labels
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import of_ratio, wilson
@@ -246,7 +245,7 @@ def robustness_curve(
         logits_model = first.find_logits(model, examples, from_logits)
         logits_model.seed(seed, "clean")
         outputs = logits_model.model.logits_in_batches(examples.x, batch_size)
-        labels = read_labels(examples.y, outputs, ignore_class)
+        labels = first.read_labels(examples, outputs)
         examples = examples._replace(y=labels)
         # How many predictions of each example are wrong, at each radius so far. All labels together are one prediction.
         if labels.ndim == 2:

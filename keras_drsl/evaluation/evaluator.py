@@ -88,6 +88,24 @@ class Evaluator:
         """Return the examples of arrays, a data set or a folder of images, or raise `ValueError`."""
         return self.reader.read(model, x, y, **{name: self.settings[name] for name in ("max_samples", "shard")})
 
+    def read_labels(self, examples: Examples, logits: Array) -> Array:
+        """Return the labels of examples as class ids, -1 for positions that do not count.
+
+        Args:
+            examples: The examples.
+            logits: The logits of all of them, shape `(count, C)` or `(count, positions, C)`.
+
+        Raises:
+            ValueError: If the labels do not fit the logits.
+        """
+        names = examples.class_names
+        if names is not None and len(names) > logits.shape[-1]:
+            raise ValueError(
+                f"`model` must have an output for each of the {len(names)} sub-folders: {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}. Received: a model of {logits.shape[-1]} classes"
+            )
+        return read_labels(examples.y, logits, self.view.ignore_class)
+
     def find_logits(self, model: keras.Model, examples: Examples, from_logits: bool | None = None) -> LogitsModel:
         """Find the logits of a model."""
         return find_logits_of(model, examples.x[:NUM_TRIED], from_logits, self.reader.view_of(examples))
@@ -166,7 +184,7 @@ class Evaluator:
         outputs = logits if model.outputs == "logits" else model.model.logits_in_batches(examples.x, batch_size)
         # Of a model of positions, no image is tried again with its values rounded.
         are_8bit = examples.are_8bit and logits.ndim == 2
-        examples = examples._replace(y=read_labels(examples.y, logits, self.view.ignore_class), are_8bit=are_8bit)
+        examples = examples._replace(y=self.read_labels(examples, logits), are_8bit=are_8bit)
         if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}

@@ -11,7 +11,7 @@ from keras_drsl import datasets
 from keras_drsl._data import Examples, binary_labels, read_examples, read_pool
 from keras_drsl._typing import Array
 from keras_drsl.models.heads import View
-from keras_drsl.models.inputs import Inputs, Layout, layout_of
+from keras_drsl.models.inputs import Inputs, Layout, check_only_input, layout_of
 from keras_drsl.threat import ThreatModel
 
 
@@ -41,6 +41,8 @@ class Reader:
         """Return examples of the form that `evaluate_robustness` takes, or raise `ValueError`."""
         chosen: dict[str, Any] = {"max_samples": max_samples, "shard": shard}
         chosen["weights_mask"] = self._view.task == "positions"
+        if self._view.attack_input is None and self._view.preprocessing is None:
+            check_only_input(model)
         if isinstance(x, str | os.PathLike | datasets.Folder):
             examples = self._read_folder(model, x, y, chosen)
         elif self._view.attack_input is None:
@@ -100,7 +102,9 @@ class Reader:
 
     def check_inputs(self, name: str, x: Array, layout: Layout | None) -> None:
         """Raise `ValueError` unless what is attacked fits the threat model."""
-        self._threat.validate(name, x if layout is None else layout.attacked_part(x))
+        if layout is not None:
+            name, x = layout.name_in(name), layout.attacked_part(x)
+        self._threat.validate(name, x)
 
     def _split_labels(self, examples: Examples) -> Examples:
         """Return examples with the labels 0 and 1: one row per label of each, or one row for the only label."""

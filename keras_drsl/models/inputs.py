@@ -134,6 +134,12 @@ class Layout:
         """Return what is attacked in an array `(count, ...)`."""
         return x[..., : self.shape[-1]]
 
+    def name_in(self, name: str) -> str:
+        """Return what an error calls the part of some inputs that is attacked; `name` is what it calls the inputs."""
+        if self.attacked is None:
+            return f"{name}, embedded"
+        return name if self.kind == "one" else f"{name}[{self.parts[self.attacked].name!r}]"
+
     def labels(self, x: Array) -> Array:
         """Return the label of each row, 0 in a layout without labels, shape `(count,)`."""
         if not self.num_labels:
@@ -306,6 +312,16 @@ class Inputs:
                 f"{self.embedding.name!r}, which it calls {len(given)} times"
             )
         return given[0]
+
+
+def check_only_input(model: keras.Model | None) -> None:
+    """Raise `ValueError` for a model that is known to have several inputs."""
+    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+    if len(names) > 1:
+        raise ValueError(
+            f"`attack_input` must name one of the inputs of `model`: {', '.join(map(repr, names))}. "
+            "Received: attack_input=None"
+        )
 
 
 def _by_name(inputs: Any, model: keras.Model, *, is_embedded: bool) -> dict[Any, Any]:

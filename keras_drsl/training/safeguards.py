@@ -11,6 +11,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.models.classifier import looks_like_probabilities
+from keras_drsl.models.inputs import check_only_input
 
 
 class Warmup(keras.callbacks.Callback):
@@ -90,10 +91,13 @@ def check_inputs(model: keras.Model) -> None:
     Args:
         model: A Keras model. A subclassed model passes if it does not know its inputs.
     """
-    inputs = getattr(model, "inputs", None) or []
-    if len(inputs) > 1 or any("float" not in tensor.dtype for tensor in inputs):
-        received = ", ".join(f"{tensor.name} of dtype {tensor.dtype}" for tensor in inputs)
-        raise ValueError(f"`model` must have one input, of float values. Received: {received}")
+    check_only_input(model)
+    for tensor in getattr(model, "inputs", None) or []:
+        if "float" not in tensor.dtype:
+            raise ValueError(
+                "`model` must have an input of float values, or `attack_input` name an embedding layer. "
+                f"Received: {tensor.name} of dtype {tensor.dtype}"
+            )
 
 
 def check_loss(loss: Any) -> None:

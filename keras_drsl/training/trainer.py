@@ -442,7 +442,7 @@ class AdversarialTraining(keras.Model):
         """Check data, model and loss, and find the logits of the model; return the data with no batch lost."""
         if not self.compiled:
             raise ValueError("Call `compile` of the AdversarialTraining first: that of `model` has no effect here.")
-        attack_input = self._view.attack_input
+        attack_input, name = self._view.attack_input, "x"
         x, (inputs, labels) = first_batch(x, y, several=attack_input is not None)
         if attack_input is None:
             attacked = inputs
@@ -454,8 +454,8 @@ class AdversarialTraining(keras.Model):
             layout = self._inputs.layout
             assert layout is not None
             self._attack = dataclasses.replace(self._attack, threat=layout.extend(self.threat))
-            attacked = self._inputs.attacked(inputs, tried)
-        self.threat.validate("x", attacked)
+            attacked, name = self._inputs.attacked(inputs, tried), layout.name_in(name)
+        self.threat.validate(name, attacked)
         safeguards.check_loss(self.loss)
         loss = keras.losses.get(self.loss)
         task = self._view.task

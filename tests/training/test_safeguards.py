@@ -92,10 +92,10 @@ class TestArguments:
     def test_model_must_take_one_input_of_floats(self):
         pixels = keras.Input((4,), dtype="uint8", name="pixels")
         model = keras.Model(pixels, keras.layers.Dense(3)(keras.layers.Rescaling(1 / 255)(pixels)))
-        with pytest.raises(ValueError, match="must have one input, of float values. Received: pixels of dtype uint"):
+        with pytest.raises(ValueError, match="must have an input of float values, .* Received: pixels of dtype uint"):
             keras_drsl.AdversarialTraining(model, EPS)
         inputs = [keras.Input((4,), name=name) for name in ("a", "b")]
-        with pytest.raises(ValueError, match="Received: a of dtype float32, b of dtype float32"):
+        with pytest.raises(ValueError, match="must name one of the inputs of `model`: 'a', 'b'"):
             keras_drsl.AdversarialTraining(keras.Model(inputs, keras.layers.Add()(inputs)), EPS)
 
 

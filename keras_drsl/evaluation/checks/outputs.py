@@ -28,15 +28,24 @@ def clean_accuracy(context: EvaluationContext) -> Outcome:
         pairs = [[names.get(number, str(number)) for number in pair] for pair in list(moved.items())[:3]]
         shown = ", ".join(f"{label} as {answer}" for label, answer in pairs)
         message = f"share classified correctly; the classes of the labels seem to be in another order: {shown}"
-        return Outcome("warn", share, message + (", ..." if len(moved) > 3 else ""))
+        message += ", ..." if len(moved) > 3 else ""
+        return Outcome("warn", share, message + _missing_classes(context))
     commonest = float(np.bincount(y).max() / len(y))
     # Positions of one example resemble each other: their number says less than that of examples.
     low = share if context.wrong else wilson(correct, len(y))[0]
     if low <= commonest:
         # A model that always predicts the commonest class could do as well.
         message = "share classified correctly, no better than always predicting one class: check labels and input range"
-        return Outcome("warn", share, message + _rescaling_hint(context))
+        return Outcome("warn", share, message + _rescaling_hint(context) + _missing_classes(context))
     return Outcome("pass", share, "share classified correctly without an attack")
+
+
+def _missing_classes(context: EvaluationContext) -> str:
+    """Return what to do about a folder that lacks classes of the model, whose ids depend on all names."""
+    count, names = context.logits.shape[-1], context.class_names
+    if names is None or len(names) == count:
+        return ""
+    return f"; {len(names)} sub-folders for {count} classes: add an empty one for each class without images"
 
 
 def _rescaling_hint(context: EvaluationContext) -> str:
