@@ -1,8 +1,9 @@
-"""The `keras-drsl` command: evaluate a saved model, merge the reports of shards, show a report.
+"""The `keras-drsl` command: evaluate a saved model, merge the reports of shards, compare reports, show a report.
 
     keras-drsl evaluate model.keras --dataset digits --eps 0.1 --out report.json
     keras-drsl evaluate model.keras --dataset data.npz --eps 0.1 --shard 0/4 --out part0.json
     keras-drsl merge part0.json part1.json part2.json part3.json --out report.json
+    keras-drsl compare report.json other.json
     keras-drsl show report.json
 
 Exit status: 0 after a finished evaluation, 2 for invalid arguments or files or an output that could not be written,
@@ -29,7 +30,7 @@ ALIASES = {"autoattack": "standard"}  # of suites
 TASKS = ("multiclass", "multilabel", "positions")
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
-INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report")
+INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides")
 MODELS = ("model", "preprocessing", "undefended")
 OUTPUTS = ("out", "plot", "state")
 
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         _check_paths(args)
+        if args.command == "compare":
+            _check_sides(args)
     except ValueError as error:
         parser.error(str(error))
     from keras_drsl import cli
@@ -67,10 +70,18 @@ def _check_paths(args: argparse.Namespace) -> None:
             )
 
 
+def _check_sides(args: argparse.Namespace) -> None:
+    """Raise `ValueError` unless there are two sides, or several without a file to write."""
+    if len(args.sides) < 2 or (len(args.sides) > 2 and (args.out or args.plot)):
+        files = "" if len(args.sides) < 2 else " for --out and --plot"
+        raise ValueError(f"`sides` must be two{files}, with a space between them. Received: {len(args.sides)}")
+
+
 def _paths(args: argparse.Namespace, name: str) -> list[str]:
     """Return the paths of local files that an argument names."""
-    value = getattr(args, name, None)
-    paths = [value] if isinstance(value, str) else value or []
+    value = getattr(args, name, None) or []
+    values = [value] if isinstance(value, str) else value
+    paths = [path for some in values for path in ([some] if isinstance(some, str) else some)]
     return [path for path in paths if not (name == "dataset" and _is_name(path)) and "://" not in path]
 
 
@@ -172,14 +183,27 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("reports", nargs="+", metavar="REPORT.json", type=_path)
     merge.add_argument("--out", required=True, metavar="REPORT.json", type=_path)
 
+    compare = commands.add_parser("compare", help="compare the reports of models on the same examples")
+    compare.add_argument(
+        "sides",
+        nargs="+",
+        metavar="REPORT.json[,REPORT.json...]",
+        type=_side,
+        help="a model; several models of one kind, such as several seeds, with commas between them. The first one is "
+        "compared with each of the others",
+    )
+    compare.add_argument("--out", metavar="COMPARISON.json", type=_path)
+    compare.add_argument("--plot", metavar="COMPARISON.png", type=_path, help="draw the differences")
+
     show = commands.add_parser("show", help="print a report")
     show.add_argument("report", metavar="REPORT.json", type=_path)
     show.add_argument("--markdown", action="store_true", help="as Markdown")
 
-    for command in (evaluate, merge, show):
+    for command in (evaluate, merge, compare, show):
         command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")
+    for command in (evaluate, merge, show):
         command.add_argument("--verbose", action="store_true", help="print every check, not only those with a problem")
-    for command in (evaluate, merge):
+    for command in (evaluate, merge, compare):
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
 
@@ -200,6 +224,10 @@ def _path(text: str) -> str:
     if not text or "\0" in text:
         raise _refuse("must be a path", text)
     return text
+
+
+def _side(text: str) -> list[str]:
+    return [_path(part) for part in text.split(",")]
 
 
 def _dataset(text: str) -> str:

@@ -5,7 +5,14 @@ from keras_drsl import attacks as attacks
 from keras_drsl import datasets as datasets
 from keras_drsl import models as models
 from keras_drsl.callbacks import RobustnessMonitor
-from keras_drsl.evaluation import RobustnessCurve, RobustnessReport, evaluate_robustness, robustness_curve
+from keras_drsl.evaluation import (
+    Comparison,
+    RobustnessCurve,
+    RobustnessReport,
+    compare,
+    evaluate_robustness,
+    robustness_curve,
+)
 from keras_drsl.losses import (
     ComplementObjective,
     DRSLoss,
@@ -27,6 +34,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdversarialTraining",
+    "Comparison",
     "ComplementObjective",
     "DRSLoss",
     "GuidedComplementEntropy",
@@ -40,6 +48,7 @@ __all__ = [
     "Squentropy",
     "ThreatModel",
     "ZLoss",
+    "compare",
     "drs_loss",
     "evaluate_robustness",
     "linear_drs_loss",

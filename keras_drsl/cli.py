@@ -7,13 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_drsl import _escape, _files, datasets
-from keras_drsl.evaluation import RobustnessReport, evaluate_robustness, robustness_curve
+from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, robustness_curve
 from keras_drsl.evaluation.reading import image_shape
 from keras_drsl.evaluation.state import read_state
 from keras_drsl.plotting import new_figure
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal or file of few characters must not lose the report.
         sys.stdout.reconfigure(errors="backslashreplace")
-    commands = {"evaluate": _evaluate, "merge": _merge, "show": _show}
+    commands = {"evaluate": _evaluate, "merge": _merge, "compare": _compare, "show": _show}
     try:
         return commands[args.command](args)
     except KeyboardInterrupt:
@@ -100,7 +101,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         problems.append(
             f"The state in {args.state!r} holds the result: the same command with other outputs writes them"
         )
-    return _status(report, args, problems)
+    return _status(report.trustworthy, args, problems)
 
 
 def _largest_eps(threat: ThreatModel, x: Any, attack_input: str | None) -> float:
@@ -128,14 +129,31 @@ def _merge(args: argparse.Namespace) -> int:
     report = RobustnessReport.merge([RobustnessReport.from_json(path) for path in args.reports])
     problems = _deliver(report, args)
     incomplete = args.strict and any(check.name == "shards" for check in report.checks)
-    return _status(report, args, problems) or (3 if incomplete else 0)
+    return _status(report.trustworthy, args, problems) or (3 if incomplete else 0)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _check_outputs(args)
+    sides = [[RobustnessReport.from_json(path) for path in paths] for paths in args.sides]
+    names = [", ".join(Path(path).stem for path in paths) for paths in args.sides]
+    others = zip(sides[1:], names[1:], strict=True)
+    comparisons, problems = [compare(sides[0], side, names=(names[0], name)) for side, name in others], list[str]()
+    with _collect(problems, "The comparison could not be printed"):
+        _print("\n\n".join(map(str, comparisons)))
+    for name in ("out", "plot"):
+        path = getattr(args, name)
+        if path is not None:
+            write = comparisons[0].to_json if name == "out" else comparisons[0].plot
+            with _collect(problems, f"The comparison could not be written to {path!r}"):
+                write(path, overwrite=args.overwrite)
+    return _status(all(comparison.trustworthy for comparison in comparisons), args, problems)
 
 
 def _show(args: argparse.Namespace) -> int:
     report, problems = RobustnessReport.from_json(args.report), list[str]()
     with _collect(problems, "The report could not be printed"):
         _print(report.to_markdown() if args.markdown else report.to_text(verbose=args.verbose))
-    return _status(report, args, problems)
+    return _status(report.trustworthy, args, problems)
 
 
 def _deliver(report: RobustnessReport, args: argparse.Namespace) -> list[str]:
@@ -172,12 +190,12 @@ def _complain(message: object) -> None:
         print(f"keras-drsl: {_escape.for_terminal(line)}", file=sys.stderr)
 
 
-def _status(report: RobustnessReport, args: argparse.Namespace, problems: list[str]) -> int:
+def _status(trustworthy: bool, args: argparse.Namespace, problems: list[str]) -> int:
     for problem in problems:
         _complain(problem)
     if problems:
         return 2
-    return 3 if args.strict and not report.trustworthy else 0
+    return 3 if args.strict and not trustworthy else 0
 
 
 def _load(path: str, name: str = "MODEL") -> keras.Model:

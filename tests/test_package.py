@@ -28,8 +28,8 @@ def test_importing_it_loads_itself_and_keras_only():
 def test_public_names_are_documented():
     for name in keras_drsl.__all__:
         doc = getattr(keras_drsl, name).__doc__
-        # Reports and curves are made by other functions only.
-        made = name in ("RobustnessCurve", "RobustnessReport")
+        # These are made by functions only.
+        made = name in ("Comparison", "RobustnessCurve", "RobustnessReport")
         for section in ("Args:",) if made else ("Args:", "Raises:", "Example:"):
             assert section in doc, (name, section)
 

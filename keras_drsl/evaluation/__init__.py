@@ -1,6 +1,7 @@
 """How robust a model is, and evidence for or against the answer."""
 
 from keras_drsl.evaluation.checks import Outcome, check, grade
+from keras_drsl.evaluation.compare import Comparison, Difference, compare
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
 from keras_drsl.evaluation.evaluate import evaluate_robustness
@@ -9,11 +10,14 @@ from keras_drsl.evaluation.results import Check
 
 __all__ = [
     "Check",
+    "Comparison",
+    "Difference",
     "EvaluationContext",
     "Outcome",
     "RobustnessCurve",
     "RobustnessReport",
     "check",
+    "compare",
     "evaluate_robustness",
     "grade",
     "robustness_curve",
