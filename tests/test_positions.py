@@ -16,6 +16,7 @@ import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
 from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.attacks.objectives import objective, share_wrong
+from keras_drsl.evaluation import Outcome, check
 from keras_drsl.evaluation.intervals import of_ratio, wilson
 from tests.backends import values
 from tests.helpers import some_short
@@ -108,6 +109,26 @@ def test_the_standard_suite_and_its_checks(tmp_path):
     report.plot(tmp_path / "report.png")
     report.to_json(tmp_path / "report.json")
     assert keras_drsl.RobustnessReport.from_json(tmp_path / "report.json").to_text() == text
+
+
+def test_what_checks_find_lowers_the_accuracy():
+    @check()
+    def finds_more(context):
+        return Outcome("warn", 0.5, "", broken=[2, np.int64(5)], wrong={2: 3, np.int64(5): np.int64(4)})
+
+    x, y, _ = make_data()
+    options = {
+        "eps": EPS,
+        "attacks": [PGD(EPS, loss="margin", steps=1, step_size=1e-9, random_start=False)],
+        "checks": [finds_more],
+        "task": "positions",
+        "verbose": 0,
+    }
+    report = evaluate_robustness(shared_model(), x, y, **options)
+    assert total(report).tolist() == [0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 0]
+    assert report.robust_accuracy == 1 - 7 / 48
+    assert report.per_example["broken_by"][5] == "check:finds_more"
+    assert report.per_example["broken_by"].count(None) == 11
 
 
 def test_every_point_that_counts_lies_in_the_ball_and_is_wrong_there():

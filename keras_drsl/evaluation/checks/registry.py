@@ -137,7 +137,8 @@ def _checked(outcome: Outcome) -> Outcome:
     """Return an outcome with plain Python values, as reports and states store it, or raise `ValueError`."""
     _validation.check_choice("status", outcome.status, get_args(Status))
     broken = [int(example) for example in outcome.broken]
-    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken)
+    wrong = {int(example): int(count) for example, count in outcome.wrong.items()}
+    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken, wrong)
 
 
 def applies(name: str, context: EvaluationContext) -> bool:
