@@ -30,12 +30,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "results" / "mutants.jsonl", ROOT / "docs" / "results" / "mutants.md"
 SIGNATURES = "tests/test_signatures.py"
+# The tests of models and inputs of other kinds than one output per class and one array.
+VIEWS = [
+    f"tests/test_{name}.py" for name in ("features", "heads", "inputs", "multilabel", "positions", "random_models")
+]
 # The modules of each group, and the tests that run on them.
 GROUPS = {
     "losses": (["keras_drsl/losses", "keras_drsl/spread.py"], [SIGNATURES, "tests/losses", "tests/test_spread.py"]),
     "metrics": (["keras_drsl/metrics.py"], [SIGNATURES, "tests/test_metrics.py"]),
-    "attacks": (["keras_drsl/attacks"], [SIGNATURES, "tests/attacks", "tests/test_threat.py"]),
-    "evaluation": (["keras_drsl/evaluation"], [SIGNATURES, "tests/evaluation", "tests/test_cli.py"]),
+    "attacks": (["keras_drsl/attacks"], [SIGNATURES, "tests/attacks", "tests/test_threat.py", *VIEWS]),
+    "evaluation": (
+        ["keras_drsl/evaluation"],
+        [SIGNATURES, "tests/evaluation", "tests/test_cli.py", "tests/test_folder.py", *VIEWS],
+    ),
 }
 SILENCE = 240  # seconds after which a run without a finished test counts as hanging
 IMPORTED = ("keras", "hypothesis", "pytest", "sklearn.datasets", "rich.progress", "matplotlib.figure")
@@ -263,7 +270,7 @@ def table(records, args):
         "another operator or a loop left out, one change at a time, and ran the tests of the changed module. A change",
         "counts as noticed if a test fails. Changes that make no difference count as not noticed.",
         "",
-        f"{args.count} changes were drawn from each group (seed {args.seed}), among all that the operators of",
+        f"The changes were drawn from each group (seed {args.seed}), among all that the operators of",
         "[cosmic-ray](https://cosmic-ray.readthedocs.io) can make.",
         "",
         "| group | possible | drawn | noticed | share | of these when a module is imported |",
