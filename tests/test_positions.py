@@ -252,7 +252,7 @@ def test_a_stopped_evaluation_and_shards_end_as_one_call(tmp_path):
 
     attacks = [keras_drsl.attacks.FGSM(EPS), Stop(EPS, loss="margin", steps=20)]
     path = tmp_path / "state"
-    stopped = {**options, "attacks": attacks, "state_path": path}
+    stopped = {**options, "attacks": attacks, "checks": "quick", "state_path": path}
     del stopped["suite"]
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(shared_model(), x, y, **stopped)
