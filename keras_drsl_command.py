@@ -32,7 +32,7 @@ NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides")
 MODELS = ("model", "preprocessing", "undefended")
-OUTPUTS = ("out", "plot", "state")
+OUTPUTS = ("out", "keep", "plot", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,13 +175,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", metavar="REPORT.json", type=_path)
     evaluate.add_argument(
+        "--keep", metavar="REPORT.npz", type=_path, help="write the report with the perturbed images that were found"
+    )
+    evaluate.add_argument(
         "--plot", metavar="CURVE.png", type=_path, help="draw accuracy against eps: evaluates the suite at six radii"
     )
     evaluate.add_argument("--quiet", action="store_true", help="show no progress")
 
     merge = commands.add_parser("merge", help="merge the reports of shards")
-    merge.add_argument("reports", nargs="+", metavar="REPORT.json", type=_path)
+    merge.add_argument("reports", nargs="+", metavar="REPORT.json", type=_path, help="or REPORT.npz, of --keep")
     merge.add_argument("--out", required=True, metavar="REPORT.json", type=_path)
+    merge.add_argument(
+        "--keep",
+        metavar="REPORT.npz",
+        type=_path,
+        help="write the perturbed images of all shards, each read from an npz",
+    )
 
     compare = commands.add_parser("compare", help="compare the reports of models on the same examples")
     compare.add_argument(
@@ -196,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--plot", metavar="COMPARISON.png", type=_path, help="draw the differences")
 
     show = commands.add_parser("show", help="print a report")
-    show.add_argument("report", metavar="REPORT.json", type=_path)
+    show.add_argument("report", metavar="REPORT.json", type=_path, help="or REPORT.npz, of --keep")
     show.add_argument("--markdown", action="store_true", help="as Markdown")
 
     for command in (evaluate, merge, compare, show):

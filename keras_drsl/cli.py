@@ -79,6 +79,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         shard=args.shard,
         undefended=undefended,
         state_path=args.state,
+        keep_examples=args.keep or False,
         **options,
     )
     problems = _deliver(report, args)
@@ -115,26 +116,33 @@ def _largest_eps(threat: ThreatModel, x: Any, attack_input: str | None) -> float
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise `ValueError` for an output that cannot be written, before the attacks rather than after them."""
-    for name in ("out", "plot"):
-        if getattr(args, name) is not None:
+    for name in ("out", "keep", "plot"):
+        if getattr(args, name, None) is not None:
             _files.check_new(name, getattr(args, name), overwrite=args.overwrite)
-    if args.plot is not None:
+    if getattr(args, "plot", None) is not None:
         figure, _ = new_figure()
         if args.plot.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
             raise ValueError(f"`plot` must end in a kind of figure, such as .png. Received: {args.plot!r}")
 
 
 def _merge(args: argparse.Namespace) -> int:
-    _files.check_new("out", args.out, overwrite=args.overwrite)
-    report = RobustnessReport.merge([RobustnessReport.from_json(path) for path in args.reports])
+    _check_outputs(args)
+    report = RobustnessReport.merge([_read(path) for path in args.reports])
+    if args.keep is not None and report.kept is None:
+        raise ValueError(
+            "`keep` needs the examples of all shards: files that `evaluate --keep` wrote. Received: others"
+        )
     problems = _deliver(report, args)
+    if args.keep is not None:
+        with _collect(problems, f"The examples could not be written to {args.keep!r}"):
+            report.to_npz(args.keep, overwrite=args.overwrite)
     incomplete = args.strict and any(check.name == "shards" for check in report.checks)
     return _status(report.trustworthy, args, problems) or (3 if incomplete else 0)
 
 
 def _compare(args: argparse.Namespace) -> int:
     _check_outputs(args)
-    sides = [[RobustnessReport.from_json(path) for path in paths] for paths in args.sides]
+    sides = [[_read(path) for path in paths] for paths in args.sides]
     names = [", ".join(Path(path).stem for path in paths) for paths in args.sides]
     others = zip(sides[1:], names[1:], strict=True)
     comparisons, problems = [compare(sides[0], side, names=(names[0], name)) for side, name in others], list[str]()
@@ -150,10 +158,14 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    report, problems = RobustnessReport.from_json(args.report), list[str]()
+    report, problems = _read(args.report), list[str]()
     with _collect(problems, "The report could not be printed"):
         _print(report.to_markdown() if args.markdown else report.to_text(verbose=args.verbose))
     return _status(report.trustworthy, args, problems)
+
+
+def _read(path: str) -> RobustnessReport:
+    return RobustnessReport.from_npz(path) if path.endswith(".npz") else RobustnessReport.from_json(path)
 
 
 def _deliver(report: RobustnessReport, args: argparse.Namespace) -> list[str]:

@@ -137,15 +137,20 @@ class EvaluationContext:
             attack: The attack.
             model: The model that is attacked, by default the one under evaluation.
         """
+        return self.attacked(attack, model)[0]
+
+    def attacked(self, attack: Attack, model: LogitsModel | None = None) -> tuple[Array, Array]:
+        """Return what `withstood` returns, and the points that the attack found, shape `(count, ...)`."""
         model = model or self.model
-        parts = [np.zeros(0)]
+        parts, points = [np.zeros(0)], [self.x[:0]]
         for start in range(0, len(self.x), self.batch_size):
             part = slice(start, start + self.batch_size)
             x, y = self.x[part], self.y[part]
             x_adv = attack(model.classifier, x, y, batch_size=self.batch_size)
             wrong = breaks(model, x_adv, x, y, attack.threat)[0]
             parts.append(1 - wrong / num_predictions(y))
-        return np.concatenate(parts)
+            points.append(x_adv)
+        return np.concatenate(parts), np.concatenate(points)
 
     def accuracy_under(self, attack: Attack, model: LogitsModel | None = None) -> float:
         """Return the share of predictions that withstand an attack, 0 without examples; arguments as `withstood`."""

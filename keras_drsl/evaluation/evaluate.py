@@ -8,6 +8,7 @@ import keras
 
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
+from keras_drsl.evaluation.kept import check_argument
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
@@ -43,6 +44,7 @@ def evaluate_robustness(
     undefended: keras.Model | None = None,
     seed: int = 0,
     state_path: str | os.PathLike[str] | None = None,
+    keep_examples: bool | str | os.PathLike[str] = False,
     verbose: int = 1,
 ) -> RobustnessReport:
     """Measure how robust a classifier is: the worst case of several attacks, with checks that test the result.
@@ -114,6 +116,9 @@ def evaluate_robustness(
         undefended: A second model of the same inputs and classes, trained without a defense, for two more checks.
         seed: The seed of all randomness, >= 0. Equal seeds give equal reports.
         state_path: A file to keep progress in. After a kill, the same call continues from it.
+        keep_examples: True to keep the worst point of each example in the report, as `report.x_adv`. A path keeps the
+            points in a file, which takes no memory and outlives a kill. `RobustnessReport.from_npz` reads it. A file
+            that exists is replaced at the end.
         verbose: 0 for no output, 1 to show progress on `sys.stderr`: a bar on a terminal, elsewhere a line per minute.
 
     Returns:
@@ -136,6 +141,7 @@ def evaluate_robustness(
     arXiv:1902.06705 (the checks).
     """
     check_model("model", model)
+    keep = check_argument(keep_examples, state_path)
     evaluator = Evaluator(
         ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask),
         suite=suite,
@@ -152,4 +158,12 @@ def evaluate_robustness(
         found = evaluator.find_logits(model, examples, from_logits)
         second = None if undefended is None else evaluator.find_undefended(undefended, found, examples)
         pool = evaluator.make_pool(found, examples, x_pool)
-        return evaluator.evaluate(found, examples, pool=pool, undefended=second, state_path=state_path, verbose=verbose)
+        return evaluator.evaluate(
+            found,
+            examples,
+            pool=pool,
+            undefended=second,
+            state_path=state_path,
+            keep_examples=keep,
+            verbose=verbose,
+        )

@@ -1,11 +1,15 @@
 """The protocol: which attacks and checks run on which examples, and when an example counts as broken."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,6 +21,7 @@ from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
+from keras_drsl.evaluation.kept import KeptFile, Store, finish, score
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
@@ -161,6 +166,7 @@ class Evaluator:
         pool: Pool | None = None,
         undefended: LogitsModel | None = None,
         state_path: str | os.PathLike[str] | None = None,
+        keep_examples: bool | Path = False,
         verbose: int = 0,
         title: str = "",
     ) -> RobustnessReport:
@@ -172,6 +178,7 @@ class Evaluator:
             pool: The images that searches may start from, or None.
             undefended: The undefended model and its logits, or None.
             state_path: A file to keep progress in, or None.
+            keep_examples: Whether to keep the perturbed inputs, or the file to keep them in.
             verbose: 0 for no output, 1 to show progress.
             title: What the progress begins with.
 
@@ -189,7 +196,10 @@ class Evaluator:
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}
         provenance = _provenance(model, undefended, examples, pool)
-        state = State(state_path, self._identity(settings, provenance, outputs), len(examples.x))
+        identity = self._identity(settings, provenance, outputs)
+        if keep_examples:
+            identity["keep_examples"] = True  # a state without this key has no examples
+        state = State(state_path, identity, len(examples.x))
         threat = self.threat if examples.layout is None else examples.layout.extend(self.threat)
         wrong = is_misclassified(outputs, examples.y)
         state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
@@ -214,17 +224,42 @@ class Evaluator:
             is_partly_fixed=self.threat.mask is not None
             or (examples.layout is not None and examples.layout.has_fixed_inputs),
         )
+        store = None
+        if keep_examples:
+            path = keep_examples if isinstance(keep_examples, Path) else None
+            digested = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            store = Store(path, examples.x, digested, resumes=bool(state.done))
         names = [name for name in self.checks if self._listed or applies(name, context)]
-        with Progress(enabled=bool(verbose)) as progress:
-            run = _Run(context, state, pool, names, progress, title, examples.num_labels)
-            run.begin("checks_before")
-            run.run_checks([name for name in names if CHECKS[name].stage == "before"])
-            for name, attack in context.attacks.items():
-                run.begin(name)
-                run.run_attack(name, attack)
-            run.begin("checks")
-            run.run_checks([name for name in names if CHECKS[name].stage == "after"])
-        return self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
+        try:
+            with Progress(enabled=bool(verbose)) as progress:
+                run = _Run(context, state, pool, names, progress, title, examples.num_labels, store)
+                run.run_all()
+            report = self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
+            kept = None if store is None else finish(context, store, state.broken_by, examples)
+        except BaseException:
+            if store is not None and state_path is None:
+                store.close()
+            raise
+        if store is not None and kept is not None:
+            self._keep_examples(report, kept, store)
+        return report
+
+    def _keep_examples(self, report: RobustnessReport, kept: dict[str, Array], store: Store) -> None:
+        """Add the kept examples to a report, and write both to the file of the store, if it has one."""
+        report.kept = kept
+        if store.path is None:
+            return
+        try:
+            report.to_npz(store.path)
+            report.kept = KeptFile(store.path)
+            store.close()
+        except OSError as error:
+            warnings.warn(
+                f"The examples could not be written, and stay in {str(store.partial)!r} until the report, which has "
+                f"them too, is written by `report.to_npz`: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _identity(self, settings: dict[str, Any], provenance: dict[str, Any], outputs: Array) -> dict[str, Any]:
         """Return what must be equal for an evaluation to continue from a state."""
@@ -288,8 +323,11 @@ class _Run:
         progress: Progress,
         title: str,
         num_labels: int,
+        store: Store | None,
     ) -> None:
         self._num_labels = num_labels
+        self._store = store
+        self._checks = checks
         self._context = context
         self._numbers = context.num_predictions
         self._state = state
@@ -303,6 +341,19 @@ class _Run:
             runs = attack.num_runs(num_classes) + (0 if pool is None else attack.num_pool_runs(num_classes))
             self._todo[name] = float(runs * attack.num_evaluations)
         self._finished = 0.0
+
+    def run_all(self) -> None:
+        """Run the checks of before, the attacks, and the checks of after."""
+        before, after = (
+            [name for name in self._checks if CHECKS[name].stage == stage] for stage in ("before", "after")
+        )
+        self.begin("checks_before")
+        self.run_checks(before)
+        for name, attack in self._context.attacks.items():
+            self.begin(name)
+            self.run_attack(name, attack)
+        self.begin("checks")
+        self.run_checks(after)
 
     def begin(self, stage: str) -> None:
         """Count the wrong positions of a model of positions from here on under a stage: an attack, or the checks."""
@@ -331,6 +382,7 @@ class _Run:
                 x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
             found, audit = breaks(context.model, x_adv, x, y, context.threat)
             self._record(name, rows, found)
+            self._keep(rows, x_adv, found)
             broken = found.astype(bool)
             if context.are_8bit and broken.any():
                 rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
@@ -344,6 +396,13 @@ class _Run:
             state.seconds[name] += time.perf_counter() - began
             state.save()
         self._finish(name, len(robust))
+
+    def _keep(self, rows: Array, x_adv: Array, found: Array) -> None:
+        """Keep the points of an attack or check, if the evaluation keeps examples, before the state counts them."""
+        if self._store is not None:
+            is_broken = found == self._numbers[rows]
+            self._store.update(rows, x_adv, score(self._context, x_adv, rows, is_broken))
+            self._store.flush()
 
     def _record(self, name: str, rows: Array, found: Array) -> None:
         """Record which examples an attack or check has broken, or how many of their positions.
@@ -382,6 +441,10 @@ class _Run:
                 rows = np.flatnonzero(np.isin(context.ids, list(outcome.broken)))
                 found = np.array([outcome.wrong.get(int(number), 1) for number in context.ids[rows]], int)
                 self._record(key, rows, found)
+                with_point = np.array([int(number) in outcome.x_adv for number in context.ids[rows]], bool)
+                if with_point.any():
+                    points = np.stack([outcome.x_adv[int(number)] for number in context.ids[rows[with_point]]])
+                    self._keep(rows[with_point], points, found[with_point])
                 state.checks[name] = {
                     "name": name,
                     "status": outcome.status,

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from keras_drsl import _escape, _files
-from keras_drsl.evaluation import rendering
+from keras_drsl._typing import Array
+from keras_drsl.evaluation import kept, rendering
 from keras_drsl.evaluation.merge import merge_results
 from keras_drsl.evaluation.report_format import read_results, to_content
-from keras_drsl.evaluation.results import EvaluationResults
+from keras_drsl.evaluation.results import Check, EvaluationResults
 from keras_drsl.threat import describe_radius
 
 
@@ -29,7 +31,57 @@ class RobustnessReport(EvaluationResults):
             was needed, None if it withstood them all. For 8-bit inputs also `broken_rounded`: whether what broke the
             example still did with its values rounded to integers.
         provenance: Model, data, versions and device, as recorded.
+        kept: The kept examples, by the names of the attributes below, or None.
+
+    Attributes:
+        x: The clean inputs; shape `(count, ...)`, float32. Of several inputs, the one that is attacked.
+        x_adv: The worst point that was found for each example: a misleading one where the example is broken, otherwise
+            the attempt with the smallest margin. The input itself where it is misclassified without an attack.
+        prediction: The classes that the model predicts at `x_adv`, shape `(count,)`; one per position or label for a
+            model of several.
+        distance: The size of `x_adv - x` in the norm, shape `(count,)`. With one `eps` per feature it is measured in
+            units of the largest one.
     """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        attacks: list[dict[str, Any]],
+        checks: list[Check],
+        per_example: dict[str, list[Any]],
+        provenance: dict[str, Any],
+        kept: Mapping[str, Array] | None = None,
+    ) -> None:
+        super().__init__(settings, attacks, checks, per_example, provenance)
+        self.kept = kept
+
+    @property
+    def x(self) -> Array:
+        """The clean inputs of the kept examples."""
+        return self._kept_array("x")
+
+    @property
+    def x_adv(self) -> Array:
+        """The worst point that was found for each example."""
+        return self._kept_array("x_adv")
+
+    @property
+    def prediction(self) -> Array:
+        """The classes that the model predicts there."""
+        return self._kept_array("prediction")
+
+    @property
+    def distance(self) -> Array:
+        """How far each point is from its input."""
+        return self._kept_array("distance")
+
+    def _kept_array(self, name: str) -> Array:
+        if self.kept is None:
+            raise ValueError(
+                f"`report.{name}` needs the examples: evaluate with `keep_examples=True` or `--keep FILE.npz`, or read "
+                "such a file by `RobustnessReport.from_npz`. A JSON file holds no examples"
+            )
+        return self.kept[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""
@@ -46,7 +98,7 @@ class RobustnessReport(EvaluationResults):
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write(_files.check_new("path", path, overwrite=overwrite), self._to_text())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "RobustnessReport":
@@ -70,14 +122,56 @@ class RobustnessReport(EvaluationResults):
             ) from error
         return report
 
+    def to_npz(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """Write everything and the kept examples to a file, which NumPy can read as well.
+
+        The file holds the arrays `x`, `x_adv`, `prediction` and `distance`, and the report as `report.json`.
+
+        Args:
+            path: The file.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
+
+        Raises:
+            ValueError: If the report has no examples, the file exists and `overwrite` is False, or its folder cannot be
+                written to.
+            OSError: If the file cannot be written, as on a full disk.
+        """
+        arrays = {name: self._kept_array(name) for name in kept.ARRAYS}
+        with _files.replace(_files.check_new("path", path, overwrite=overwrite)) as file:
+            kept.write(file, self._to_text(), arrays)
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike[str]) -> "RobustnessReport":
+        """Read a file that `to_npz` wrote. Each array is read when it is asked for.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: If the file is damaged, holds something else, or contradicts itself.
+        """
+        try:
+            text, arrays = kept.read(Path(path))
+            results = read_results(text)
+            kept.check_fit(arrays, results.num_examples)
+        except Exception as error:
+            raise ValueError(
+                f"`path` must be a file written by `RobustnessReport.to_npz`. Received: path={str(path)!r} "
+                f"({_escape.error_line(error)})"
+            ) from error
+        return cls(**vars(results), kept=arrays)
+
+    def _to_text(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     @classmethod
     def merge(cls, reports: Sequence["RobustnessReport"]) -> "RobustnessReport":
         """Join the reports of disjoint shards of one data set.
 
         Merged reports can be merged again, and the result does not depend on order and levels. Each check has its worst
         outcome of all shards. A check `shards` warns if a shard is missing. Times are added up, to a microsecond. So
-        are gradients and queries, which are left out if one of the reports lacks them. Where the shards ran on
-        different versions or devices, `provenance` lists all of them.
+        are gradients and queries. They are left out if one of the reports lacks them, and so are kept examples. Where
+        the shards ran on different versions or devices, `provenance` lists all of them.
 
         Args:
             reports: The reports, in any order.
@@ -86,7 +180,10 @@ class RobustnessReport(EvaluationResults):
             ValueError: If they are reports of different models, data, settings or attacks, or share an example or a
                 shard.
         """
-        return cls(**merge_results(reports))
+        return cls(
+            **merge_results(reports),
+            kept=kept.merge([(report.per_example["index"], report.kept) for report in reports]),
+        )
 
     def to_text(self, *, verbose: bool = False) -> str:
         """Return the report as text of 80 columns: verdict, accuracies, and the checks that did not pass.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from keras_drsl import _validation
-from keras_drsl._typing import Status
+from keras_drsl._typing import Array, Status
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.suites import SUITES
 
@@ -20,6 +20,7 @@ class Outcome(NamedTuple):
         broken: The `ids` of examples that the check misclassified within the threat model. Those that nothing had
             broken before count as broken by the check.
         wrong: For a model of positions, how many are wrong at the point that was found, by those `ids`.
+        x_adv: The points that were found, by those `ids`, for an evaluation that keeps its examples.
     """
 
     status: Status
@@ -27,6 +28,7 @@ class Outcome(NamedTuple):
     message: str
     broken: Sequence[int] = ()
     wrong: Mapping[int, int] = {}
+    x_adv: Mapping[int, Array] = {}
 
 
 def grade(value: float, *, warn_above: float, fail_above: float) -> Status:
@@ -138,7 +140,7 @@ def _checked(outcome: Outcome) -> Outcome:
     _validation.check_choice("status", outcome.status, get_args(Status))
     broken = [int(example) for example in outcome.broken]
     wrong = {int(example): int(count) for example, count in outcome.wrong.items()}
-    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken, wrong)
+    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken, wrong, outcome.x_adv)
 
 
 def applies(name: str, context: EvaluationContext) -> bool:

@@ -14,7 +14,7 @@ def attack_robust_images(context: EvaluationContext, attack: Attack, description
     robust = context.robust
     if len(robust.x) == 0:
         return Outcome("skipped", math.nan, "no robust image was left to attack")
-    withstood = robust.withstood(attack)
+    withstood, x_adv = robust.attacked(attack)
     fallen = withstood < robust.robust_share
     lost = np.maximum(robust.robust_share - withstood, 0)
     share = float(np.average(lost, weights=robust.num_predictions))
@@ -24,7 +24,8 @@ def attack_robust_images(context: EvaluationContext, attack: Attack, description
         message = f"share of the positions of {len(withstood)} images that are robust and fall to {description}"
     wrong = np.rint((1 - withstood) * robust.num_predictions).astype(int)
     found = dict(zip(robust.ids[fallen].tolist(), wrong[fallen].tolist(), strict=True))
-    return Outcome(status, share, message, list(found), found)
+    points = dict(zip(found, x_adv[fallen], strict=True))
+    return Outcome(status, share, message, list(found), found, points)
 
 
 @check(suites=["standard"])

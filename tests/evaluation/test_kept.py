@@ -1,0 +1,371 @@
+"""The perturbed inputs that an evaluation keeps."""
+
+import json
+import os
+import tracemalloc
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_drsl import RobustnessReport, cli, evaluate_robustness
+from keras_drsl.attacks import APGD, Attack
+from keras_drsl.evaluation import Outcome, check, kept
+from tests.helpers import run_python
+from tests.linear import WEIGHTS, distance, inputs, linear_model
+
+EPS = 0.1
+OPTIONS = {"eps": EPS, "attacks": [APGD(EPS, loss="margin", targeted=True, steps=20)], "checks": [], "verbose": 0}
+
+
+class Nothing(Attack):
+    def run(self, classifier, batch):
+        return batch.x
+
+
+def data(count=60):
+    """Return inputs of which some are misclassified: their labels are those of the next class."""
+    x, y = inputs(count)
+    return x, np.where(np.arange(count) % 10 == 0, (y + 1) % 3, y)
+
+
+def without_times(report):
+    content = report.to_dict()
+    return content | {"attacks": [attack | {"seconds": 0} for attack in content["attacks"]]}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Return the report of an evaluation that keeps examples in memory."""
+    return evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=True)
+
+
+def test_the_points_are_the_worst_of_the_ball(whole):
+    x, y = data()
+    logits = whole.x_adv.astype("float64") @ WEIGHTS
+    margins = np.where(np.eye(3)[y], -np.inf, logits).max(1) - logits[np.arange(60), y]
+    broken = np.array([name is not None for name in whole.per_example["broken_by"]])
+    assert 10 < broken.sum() < 50
+    assert (margins[broken] >= -1e-6).all()
+    # Each other class gains eps times the sum of |differences of weights|, and the nearest one counts.
+    clean = x.astype("float64") @ WEIGHTS
+    gains = np.abs(WEIGHTS[:, y].T[:, :, None] - WEIGHTS[None]).sum(1) * EPS
+    worst = np.where(np.eye(3)[y], -np.inf, clean + gains).max(1) - clean[np.arange(60), y]
+    np.testing.assert_allclose(margins[~broken], worst[~broken], atol=1e-5)
+    assert np.abs(whole.x_adv - x).max() <= EPS + 1e-6
+
+
+def test_predictions_and_distances_are_those_of_the_points(whole):
+    x, y = data()
+    np.testing.assert_array_equal(whole.x, x)
+    np.testing.assert_array_equal(whole.prediction, (whole.x_adv @ WEIGHTS).argmax(1))
+    np.testing.assert_allclose(whole.distance, np.abs(whole.x_adv.astype("float64") - x).max(1))
+    is_clean = np.array([name == "clean" for name in whole.per_example["broken_by"]])
+    assert is_clean.sum() == 6
+    assert (whole.distance[is_clean] == 0).all()
+    assert (whole.prediction[is_clean] != y[is_clean]).all()
+    second = evaluate_robustness(
+        linear_model(), x, y, **OPTIONS | {"norm": 2, "attacks": [APGD(EPS, norm=2)]}, keep_examples=True
+    )
+    np.testing.assert_allclose(second.distance, np.linalg.norm(second.x_adv.astype("float64") - x, axis=1))
+
+
+def test_keeping_changes_no_verdict(whole):
+    assert without_times(evaluate_robustness(linear_model(), *data(), **OPTIONS)) == without_times(whole)
+
+
+def test_a_file_holds_what_memory_does(whole, tmp_path):
+    path = tmp_path / "kept.npz"
+    path.write_bytes(b"an earlier one")
+    report = evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
+    assert os.listdir(tmp_path) == ["kept.npz"]
+    again = RobustnessReport.from_npz(str(path))
+    assert again.to_dict() == report.to_dict()
+    with np.load(path) as file:
+        for name in kept.ARRAYS:
+            np.testing.assert_array_equal(file[name], getattr(again, name))
+            np.testing.assert_array_equal(getattr(report, name), getattr(again, name))
+            np.testing.assert_allclose(getattr(report, name), getattr(whole, name), atol=1e-6)
+    whole.to_npz(tmp_path / "other.npz")
+    assert without_times(RobustnessReport.from_npz(tmp_path / "other.npz")) == without_times(whole)
+    with pytest.raises(ValueError, match="which exists"):
+        whole.to_npz(path, overwrite=False)
+
+
+def test_shards_are_merged_with_their_examples(whole, tmp_path):
+    parts = [evaluate_robustness(linear_model(), *data(), **OPTIONS, shard=(i, 2), keep_examples=True) for i in (1, 0)]
+    merged = RobustnessReport.merge(parts)
+    for name in kept.ARRAYS:
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), atol=1e-6)
+    parts[0].to_json(tmp_path / "0.json")
+    merged = RobustnessReport.merge([RobustnessReport.from_json(tmp_path / "0.json"), parts[1]])
+    assert merged.kept is None
+
+
+KILLED = """
+import os
+import sys
+import numpy as np
+from keras_drsl import evaluate_robustness
+from keras_drsl.attacks import APGD
+from keras_drsl.evaluation import evaluator
+from tests.evaluation.test_kept import OPTIONS, data
+from tests.linear import linear_model
+
+save, calls = evaluator.State.save, []
+
+def save_or_die(self):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), 9)
+    save(self)
+
+evaluator.State.save = save_or_die
+evaluate_robustness(
+    linear_model(), *data(), **OPTIONS, batch_size=16, state_path=sys.argv[1], keep_examples=sys.argv[2]
+)
+"""
+
+
+def test_examples_outlive_a_killed_process(tmp_path):
+    state, path = tmp_path / "state", tmp_path / "kept.npz"
+    killed = run_python(KILLED, str(state), str(path), check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(os.listdir(tmp_path)) == ["kept.npz.partial", "state"]
+    options = OPTIONS | {"batch_size": 16, "state_path": state}
+    with pytest.raises(
+        ValueError, match="`keep_examples` must name the file that the evaluation in `state_path` began"
+    ):
+        evaluate_robustness(linear_model(), *data(), **options, keep_examples=tmp_path / "other.npz")
+    report = evaluate_robustness(linear_model(), *data(), **options, keep_examples=path)
+    assert sorted(os.listdir(tmp_path)) == ["kept.npz", "state"]
+    expected = evaluate_robustness(linear_model(), *data(), **OPTIONS, batch_size=16, keep_examples=True)
+    assert without_times(report) == without_times(expected)
+    for name in kept.ARRAYS:
+        np.testing.assert_array_equal(getattr(report, name), getattr(expected, name))
+
+
+def test_a_state_without_examples_is_another_evaluation(tmp_path):
+    evaluate_robustness(linear_model(), *data(), **OPTIONS, state_path=tmp_path / "state")
+    with pytest.raises(ValueError, match="`state_path` .* another one. Different: keep_examples"):
+        evaluate_robustness(
+            linear_model(), *data(), **OPTIONS, state_path=tmp_path / "state", keep_examples=tmp_path / "kept.npz"
+        )
+
+
+def test_what_a_check_breaks_is_kept():
+    x, y = data()
+    options = OPTIONS | {"attacks": [Nothing(EPS)], "checks": ["noise"]}
+    report = evaluate_robustness(linear_model(), x, y, **options, keep_examples=True)
+    broken = np.array([name == "check:noise" for name in report.per_example["broken_by"]])
+    assert broken.any()
+    assert (report.prediction[broken] != y[broken]).all()
+    assert (report.distance[broken] > 0).all()
+    assert (report.distance <= EPS * (1 + 1e-5)).all()
+
+
+def test_a_point_that_misleads_nobody_is_an_error():
+    x, y = data()
+
+    @check()
+    def lies(context):
+        return Outcome("warn", 0.0, "", broken=[1, 2], x_adv={1: x[1], 2: x[2]})
+
+    @check()
+    def says_little(context):
+        return Outcome("warn", 0.0, "", broken=[1])
+
+    options = OPTIONS | {"attacks": [Nothing(EPS)]}
+    with pytest.raises(RuntimeError, match="kept example at position 1 does not mislead .* check:lies broke it, and 1"):
+        evaluate_robustness(linear_model(), x, y, **options | {"checks": [lies]}, keep_examples=True)
+    report = evaluate_robustness(linear_model(), x, y, **options | {"checks": [says_little]}, keep_examples=True)
+    assert report.per_example["broken_by"][1] == "check:says_little"
+    np.testing.assert_array_equal(report.x_adv[1], x[1])
+
+
+def test_models_of_labels_keep_the_point_of_the_label_that_falls():
+    x, _ = inputs(40)
+    kernel = np.array([[1.0, 0.2], [0.3, -1.0], [-0.5, 0.4], [0.1, 0.6]])
+    dense = layers.Dense(2)
+    model = keras.Sequential([keras.Input((4,)), dense])
+    dense.set_weights([kernel, -0.5 * kernel.sum(0)])
+    z = (x - 0.5) @ kernel
+    y = (z > 0).astype(int)
+    options = OPTIONS | {"task": "multilabel", "keep_examples": True}
+    report = evaluate_robustness(model, x, y, **options)
+    reached = (np.abs(z) < EPS * np.abs(kernel).sum(0)).any(1)
+    broken = np.array([name is not None for name in report.per_example["broken_by"]])
+    np.testing.assert_array_equal(broken, reached)
+    assert report.x_adv.shape == (40, 4)
+    np.testing.assert_array_equal(report.prediction, ((report.x_adv - 0.5) @ kernel > 0).astype(int))
+    np.testing.assert_array_equal((report.prediction != y).any(1), broken)
+
+
+def test_models_of_positions_keep_the_point_with_most_wrong():
+    x = np.random.default_rng(0).uniform(0.3, 0.7, (20, 5, 1)).astype("float32")
+    y = (x[..., 0] > 0.5).astype(int)
+    dense = layers.Dense(2, use_bias=True)
+    model = keras.Sequential([keras.Input((5, 1)), dense])
+    dense.set_weights([np.array([[-1.0, 1.0]]), np.array([0.5, -0.5])])
+    attacks = [APGD(EPS, loss="margin", steps=20)]
+    report = evaluate_robustness(model, x, y, **OPTIONS | {"attacks": attacks}, task="positions", keep_examples=True)
+    assert report.prediction.shape == (20, 5)
+    wrong = ((report.x_adv[..., 0] > 0.5) != y).sum(1)
+    np.testing.assert_array_equal(wrong, (np.abs(x[..., 0] - 0.5) < EPS).sum(1))
+    assert wrong.tolist() == [row[-1] for row in report.per_example["wrong"]]
+
+
+def test_of_several_inputs_the_attacked_one_is_kept():
+    image, other = keras.Input((4,), name="image"), keras.Input((2,), name="other")
+    dense = layers.Dense(3)
+    model = keras.Model({"image": image, "other": other}, dense(layers.Concatenate()([image, other])))
+    dense.set_weights([np.vstack([WEIGHTS, np.zeros((2, 3))]), np.zeros(3)])
+    x, y = data()
+    both = {"image": x, "other": np.ones((60, 2), "float32")}
+    report = evaluate_robustness(model, both, y, **OPTIONS, attack_input="image", keep_examples=True)
+    assert report.x_adv.shape == (60, 4)
+    np.testing.assert_array_equal(report.x, x)
+    np.testing.assert_array_equal(report.prediction, (report.x_adv @ WEIGHTS).argmax(1))
+    robust = distance(x, y, "inf") > EPS
+    broken = np.array([name is not None for name in report.per_example["broken_by"]])
+    np.testing.assert_array_equal(broken[np.arange(60) % 10 > 0], ~robust[np.arange(60) % 10 > 0])
+
+
+def test_memory_does_not_grow_with_the_examples(tmp_path):
+    x = np.zeros((50_000, 8, 8, 1), "float32")  # 12.2 MiB
+    tracemalloc.start()
+    try:
+        store = kept.Store(tmp_path / "kept.npz", x, "0" * 64, resumes=False)
+        for start in range(0, len(x), 1000):
+            rows = np.arange(start, start + 1000)
+            store.update(rows, x[rows] + 1, np.ones(1000, "float32"))
+            store.flush()
+        with open(tmp_path / "kept.npz", "wb") as file:
+            zeros = np.zeros(len(x))
+            kept.write(file, "{}", {"x": x, "x_adv": store.x_adv, "prediction": zeros, "distance": zeros})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+    with np.load(tmp_path / "kept.npz") as file:
+        assert (file["x_adv"] == 1).all()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "kept.npz"
+    path.write_bytes(b"an earlier one")
+
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        with pytest.raises(ValueError, match="must lie on a disk with room for 0 MiB. .*No space left"):
+            evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
+    assert os.listdir(tmp_path) == ["kept.npz"]
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "write", fail)
+        with pytest.warns(RuntimeWarning, match="The examples could not be written, and stay in .*kept.npz.partial"):
+            report = evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
+    assert path.read_bytes() == b"an earlier one"
+    report.to_npz(tmp_path / "elsewhere.npz")
+    again = RobustnessReport.from_npz(tmp_path / "elsewhere.npz")
+    np.testing.assert_array_equal(again.x_adv, report.x_adv)
+
+
+def test_an_error_leaves_no_file_without_a_state(tmp_path):
+    class Fails(Attack):
+        def run(self, classifier, batch):
+            raise ArithmeticError
+
+    options = OPTIONS | {"attacks": [Fails(EPS)]}
+    for state, left in ((None, []), (tmp_path / "state", ["kept.npz.partial", "state"])):
+        with pytest.raises(ArithmeticError):
+            evaluate_robustness(
+                linear_model(), *data(), **options, keep_examples=tmp_path / "kept.npz", state_path=state
+            )
+        assert sorted(os.listdir(tmp_path)) == left
+
+
+def test_wrong_arguments_are_named(tmp_path, whole):
+    def evaluate(keep_examples, **options):
+        evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=keep_examples, **options)
+
+    with pytest.raises(ValueError, match="`keep_examples` must name a file where `state_path` is given"):
+        evaluate(True, state_path=tmp_path / "state")
+    for wrong in (None, 3, ["kept.npz"]):
+        with pytest.raises(ValueError, match="`keep_examples` must be True, False or a path. Received: keep_examples="):
+            evaluate(wrong)
+    with pytest.raises(ValueError, match="`keep_examples` must lie in a folder that can be written to"):
+        evaluate(tmp_path / "nowhere" / "kept.npz")
+    with pytest.raises(ValueError, match="`keep_examples` must be a path where nothing exists"):
+        evaluate(tmp_path)
+    report = evaluate_robustness(linear_model(), *data(), **OPTIONS)
+    for name in kept.ARRAYS:
+        with pytest.raises(ValueError, match=f"`report.{name}` needs the examples: evaluate with `keep_examples=True`"):
+            getattr(report, name)
+    with pytest.raises(ValueError, match="needs the examples"):
+        report.to_npz(tmp_path / "kept.npz")
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_of_something_else_are_refused(whole, tmp_path):
+    path = tmp_path / "kept.npz"
+    whole.to_npz(path)
+    good = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    def refused(reason, **changes):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in (members | changes).items():
+                if content is not None:
+                    archive.writestr(name, content)
+        with pytest.raises(ValueError, match=rf"`path` must be a file written by `RobustnessReport.to_npz`.*{reason}"):
+            RobustnessReport.from_npz(path)
+
+    def array(values):
+        np.save(tmp_path / "array.npy", values, allow_pickle=True)
+        return (tmp_path / "array.npy").read_bytes()
+
+    refused("it holds", **{"x.npy": None})
+    refused("it holds", **{"more.npy": array(np.zeros(3))})
+    refused("x_adv must hold finite numbers for 60", **{"x_adv.npy": array(np.zeros((59, 4)))})
+    refused("distance must hold finite numbers", **{"distance.npy": array(np.full(60, np.nan))})
+    refused("x and x_adv must have equal shapes", **{"x.npy": array(np.zeros((60, 5)))})
+    refused("", **{"prediction.npy": array(np.array([{}] * 60))})
+    content = json.loads(members["report.json"]) | {"robust_accuracy": 1.0}
+    refused("as the examples say", **{"report.json": json.dumps(content)})
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match="must be a file written by"):
+        RobustnessReport.from_npz(path)
+    path.write_bytes(good.replace(members["x_adv.npy"][200:260], bytes(60)))
+    with pytest.raises(ValueError, match=r"x_adv.npy is damaged"):
+        RobustnessReport.from_npz(path)
+
+
+def test_the_command_keeps_merges_and_shows(tmp_path, capsys):
+    linear_model().save(tmp_path / "model.keras")
+    x, y = data()
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    command = ["evaluate", str(tmp_path / "model.keras"), "--dataset", str(tmp_path / "data.npz"), "--eps", str(EPS)]
+    command += ["--suite", "quick", "--quiet"]
+    parts = [str(tmp_path / f"{part}.npz") for part in (0, 1)]
+    for part in (0, 1):
+        assert cli.main([*command, "--shard", f"{part}/2", "--keep", parts[part]]) == 0
+    out, kept_file = str(tmp_path / "all.json"), str(tmp_path / "all.npz")
+    assert cli.main(["merge", *parts, "--out", out, "--keep", kept_file]) == 0
+    report = RobustnessReport.from_npz(kept_file)
+    np.testing.assert_array_equal(report.x, x)
+    capsys.readouterr()
+    assert cli.main(["show", kept_file]) == 0
+    assert capsys.readouterr().out.strip() == str(RobustnessReport.from_json(out))
+    assert cli.main(["compare", kept_file, out]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--keep", kept_file])
+    assert cli.main([*command, "--keep", kept_file, "--overwrite"]) == 0
+    assert cli.main(["merge", out, "--out", str(tmp_path / "new.json"), "--keep", str(tmp_path / "new.npz")]) == 2
+    assert "`keep` needs the examples of all shards" in capsys.readouterr().err
+    assert not (tmp_path / "new.json").exists()
