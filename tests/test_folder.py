@@ -10,6 +10,7 @@ from keras import layers
 
 import keras_drsl
 from keras_drsl import cli, datasets, evaluate_robustness, robustness_curve
+from keras_drsl.evaluation.intervals import wilson
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("PIL")
@@ -65,7 +66,9 @@ def test_the_verdict_is_exact_and_has_names(folder, model):
     assert report.per_example["file"] == images.files
     assert report.per_example["prediction"] == means.argmax(1).tolist()
     assert report.provenance["classes"] == list(CLASSES)
-    assert report.robust_accuracy_by_class == {k: robust[images.y == k].mean() for k in range(3)}
+    for class_id, found in report.by_class.items():
+        of_class = robust[images.y == class_id]
+        assert found == (20, 1.0, of_class.mean(), wilson(of_class.sum(), 20))
     shares = ", ".join(f"{name} {robust[images.y == k].mean():.1%}" for k, name in enumerate(CLASSES))
     assert f"robust by class {shares}" in " ".join(str(report).split())
 

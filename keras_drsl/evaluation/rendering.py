@@ -114,8 +114,9 @@ def _class_lines(report: EvaluationResults) -> list[str]:
     names = report.provenance.get("classes")
     if not names:
         return []
-    shares = report.robust_accuracy_by_class
-    parts = [f"{_escape.for_terminal(names[class_id])} {share:.1%}" for class_id, share in shares.items()]
+    parts = [
+        f"{_escape.for_terminal(names[label])} {found.robust_accuracy:.1%}" for label, found in report.by_class.items()
+    ]
     return _wrap(f"robust by class  {', '.join(parts)}", indent=17)
 
 

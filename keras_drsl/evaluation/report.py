@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_drsl import _escape, _files
 from keras_drsl._typing import Array
 from keras_drsl.evaluation import kept, rendering
@@ -74,6 +76,40 @@ class RobustnessReport(EvaluationResults):
     def distance(self) -> Array:
         """How far each point is from its input."""
         return self._kept_array("distance")
+
+    @property
+    def read_as(self) -> Array:
+        """How often the worst point of an example of each class is read as each class, shape `(C, C)`.
+
+        Rows are true classes, columns predictions at `x_adv`. Robust examples are on the diagonal.
+
+        Raises:
+            ValueError: If the report has no examples, or is of a model of labels or positions.
+        """
+        prediction = self._kept_array("prediction")
+        if not self.by_class:
+            raise ValueError("`report.read_as` needs one class per example. Received: a model of labels or positions")
+        labels = np.array(self.per_example["label"])
+        count = int(max(labels.max(), prediction.max())) + 1
+        counts = np.bincount(labels * count + prediction, minlength=count * count)
+        return np.asarray(counts.reshape(count, count))
+
+    def to_dataframe(self) -> Any:
+        """Return the verdict on each example as a pandas `DataFrame`, one row per example.
+
+        Columns are those of `per_example`; for a report with kept examples also `prediction_adv` and `distance`.
+
+        Raises:
+            ImportError: Without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("`to_dataframe` needs `pip install pandas`") from error
+        columns: dict[str, Any] = dict(self.per_example)
+        if self.kept is not None:
+            columns |= {"prediction_adv": list(self.prediction), "distance": self.distance}
+        return pandas.DataFrame(columns)
 
     def _kept_array(self, name: str) -> Array:
         if self.kept is None:

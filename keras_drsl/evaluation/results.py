@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras_drsl._typing import Status
 from keras_drsl.evaluation.intervals import of_ratio, wilson
@@ -29,6 +29,22 @@ class Check:
     status: Status
     value: float
     message: str
+
+
+class ClassResult(NamedTuple):
+    """Hold the accuracies on the examples of one class.
+
+    Attributes:
+        num_examples: The number of examples.
+        clean_accuracy: The share that is classified correctly without an attack.
+        robust_accuracy: The share that withstood everything.
+        confidence_interval: The 95 % confidence interval of the robust accuracy, by Wilson's method.
+    """
+
+    num_examples: int
+    clean_accuracy: float
+    robust_accuracy: float
+    confidence_interval: tuple[float, float]
 
 
 class EvaluationResults:
@@ -85,13 +101,17 @@ class EvaluationResults:
         return {number: column.count(None) / len(rows) for number, column in enumerate(zip(*rows, strict=True))}
 
     @property
-    def robust_accuracy_by_class(self) -> dict[int, float]:
-        """The share of the examples of each class that withstood everything, by class id; empty for several labels."""
+    def by_class(self) -> dict[int, ClassResult]:
+        """The accuracies on the examples of each class that has any, by class id; empty for labels and positions."""
         if self.robust_accuracy_by_label is not None or self.num_positions is not None:
             return {}
-        pairs = zip(self.per_example["label"], self.per_example["broken_by"], strict=True)
+        pairs = list(zip(self.per_example["label"], self.per_example["broken_by"], strict=True))
         robust = Counter(label for label, name in pairs if name is None)
-        return {label: robust[label] / count for label, count in self.class_counts.items()}
+        wrong = Counter(label for label, name in pairs if name == CLEAN)
+        return {
+            label: ClassResult(count, 1 - wrong[label] / count, robust[label] / count, wilson(robust[label], count))
+            for label, count in self.class_counts.items()
+        }
 
     @property
     def clean_accuracy(self) -> float:

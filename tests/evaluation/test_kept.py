@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tracemalloc
 import zipfile
 
@@ -13,6 +14,7 @@ from keras import layers
 from keras_drsl import RobustnessReport, cli, evaluate_robustness
 from keras_drsl.attacks import APGD, Attack
 from keras_drsl.evaluation import Outcome, check, kept
+from keras_drsl.evaluation.intervals import wilson
 from tests.helpers import run_python
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 
@@ -70,6 +72,37 @@ def test_predictions_and_distances_are_those_of_the_points(whole):
         linear_model(), x, y, **OPTIONS | {"norm": 2, "attacks": [APGD(EPS, norm=2)]}, keep_examples=True
     )
     np.testing.assert_allclose(second.distance, np.linalg.norm(second.x_adv.astype("float64") - x, axis=1))
+
+
+def test_classes_have_accuracies_and_are_read_as_others(whole):
+    _, y = data()
+    broken_by = np.array(whole.per_example["broken_by"], dtype=object)
+    assert list(whole.by_class) == [0, 1, 2]
+    for class_id, found in whole.by_class.items():
+        names = broken_by[y == class_id]
+        robust = sum(name is None for name in names)
+        assert found == (len(names), np.mean(names != "clean"), robust / len(names), wilson(robust, len(names)))
+    expected = np.zeros((3, 3), int)
+    for label, prediction in zip(y, whole.prediction, strict=True):
+        expected[label, prediction] += 1
+    np.testing.assert_array_equal(whole.read_as, expected)
+    assert np.trace(whole.read_as) == broken_by.tolist().count(None)
+
+
+def test_a_table_has_a_row_for_each_example(whole, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    table = whole.to_dataframe()
+    assert list(table) == ["index", "broken_by", "label", "prediction_adv", "distance"]
+    assert isinstance(table, pandas.DataFrame)
+    assert table["label"].tolist() == whole.per_example["label"]
+    assert (table.groupby("label")["broken_by"].apply(lambda names: names.isna().mean()).tolist()) == [
+        found.robust_accuracy for found in whole.by_class.values()
+    ]
+    without = evaluate_robustness(linear_model(), *data(), **OPTIONS)
+    assert list(without.to_dataframe()) == ["index", "broken_by", "label"]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="`to_dataframe` needs `pip install pandas`"):
+        whole.to_dataframe()
 
 
 def test_keeping_changes_no_verdict(whole):
@@ -211,6 +244,9 @@ def test_models_of_positions_keep_the_point_with_most_wrong():
     dense.set_weights([np.array([[-1.0, 1.0]]), np.array([0.5, -0.5])])
     attacks = [APGD(EPS, loss="margin", steps=20)]
     report = evaluate_robustness(model, x, y, **OPTIONS | {"attacks": attacks}, task="positions", keep_examples=True)
+    assert report.to_dataframe()["prediction_adv"][3].tolist() == report.prediction[3].tolist()
+    with pytest.raises(ValueError, match="`report.read_as` needs one class per example"):
+        _ = report.read_as
     assert report.prediction.shape == (20, 5)
     wrong = ((report.x_adv[..., 0] > 0.5) != y).sum(1)
     np.testing.assert_array_equal(wrong, (np.abs(x[..., 0] - 0.5) < EPS).sum(1))
