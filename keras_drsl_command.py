@@ -32,7 +32,7 @@ NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides")
 MODELS = ("model", "preprocessing", "undefended")
-OUTPUTS = ("out", "keep", "plot", "state")
+OUTPUTS = ("out", "keep", "html", "plot", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", metavar="REPORT.npz", type=_path, help="write the report with the perturbed images that were found"
     )
     evaluate.add_argument(
+        "--html", metavar="REPORT.html", type=_path, help="write a page for readers, with --keep also with images"
+    )
+    evaluate.add_argument(
         "--plot", metavar="CURVE.png", type=_path, help="draw accuracy against eps: evaluates the suite at six radii"
     )
     evaluate.add_argument("--quiet", action="store_true", help="show no progress")
@@ -207,12 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a report")
     show.add_argument("report", metavar="REPORT.json", type=_path, help="or REPORT.npz, of --keep")
     show.add_argument("--markdown", action="store_true", help="as Markdown")
+    show.add_argument("--html", metavar="REPORT.html", type=_path, help="write a page for readers")
 
     for command in (evaluate, merge, compare, show):
         command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")
     for command in (evaluate, merge, show):
         command.add_argument("--verbose", action="store_true", help="print every check, not only those with a problem")
-    for command in (evaluate, merge, compare):
+    for command in (evaluate, merge, compare, show):
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
 

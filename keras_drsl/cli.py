@@ -89,6 +89,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             by_label = report.per_example.get("broken_by_label", [report.per_example["broken_by"]])
             if read_state(args.state)["broken_by"] != list(itertools.chain(*by_label)):
                 raise ValueError("it could not be written to the end")
+    _write_html(report, args, Path(args.model).name, problems)
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
             largest = _largest_eps(threat, x, args.attack_input)
@@ -116,7 +117,7 @@ def _largest_eps(threat: ThreatModel, x: Any, attack_input: str | None) -> float
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise `ValueError` for an output that cannot be written, before the attacks rather than after them."""
-    for name in ("out", "keep", "plot"):
+    for name in ("out", "keep", "html", "plot"):
         if getattr(args, name, None) is not None:
             _files.check_new(name, getattr(args, name), overwrite=args.overwrite)
     if getattr(args, "plot", None) is not None:
@@ -158,9 +159,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    _check_outputs(args)
     report, problems = _read(args.report), list[str]()
     with _collect(problems, "The report could not be printed"):
         _print(report.to_markdown() if args.markdown else report.to_text(verbose=args.verbose))
+    _write_html(report, args, Path(args.report).stem, problems)
     return _status(report.trustworthy, args, problems)
 
 
@@ -177,6 +180,12 @@ def _deliver(report: RobustnessReport, args: argparse.Namespace) -> list[str]:
         with _collect(problems, f"The report could not be written to {args.out!r}"):
             report.to_json(args.out, overwrite=args.overwrite)
     return problems
+
+
+def _write_html(report: RobustnessReport, args: argparse.Namespace, title: str, problems: list[str]) -> None:
+    if args.html is not None:
+        with _collect(problems, f"The page could not be written to {args.html!r}"):
+            report.to_html(args.html, title=title, overwrite=args.overwrite)
 
 
 @contextlib.contextmanager

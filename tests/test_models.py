@@ -504,7 +504,10 @@ UNUSUAL = {
         lambda: keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Reshape((2, 3))]),
         r"outputs of shape \(batch, classes >= 2\).* Received: \(1, 2, 3\)",
     ),
-    "two inputs": (two_inputs, "`model` must take batches .* It has 2 inputs. Received: ValueError"),
+    "two inputs": (
+        two_inputs,
+        "`attack_input` must name one of|`model` must take batches .* It has 2 inputs. Received: ValueError",
+    ),
     "stateful": (stateful_rnn, "`model` must take batches of any size.*'lstm.*' is stateful"),
     "stateful subclass": (Recurrent, "`model` must take batches of any size.*'simple_rnn.*' is stateful"),
     "one image": (

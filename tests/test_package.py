@@ -60,11 +60,14 @@ def test_the_wheel_runs_from_outside_the_tree(wheel, tmp_path):
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
     model.compile(optimizer="adam", loss=keras_drsl.DRSLoss(lam=0.3), metrics=[keras_drsl.SoftmaxDiversity()])
     history = model.fit(np.random.rand(32, 8), np.arange(32) % 3, verbose=0)
+    report = keras_drsl.evaluate_robustness(model, np.random.rand(8, 8), np.arange(8) % 3, eps=0.1, suite="quick")
+    report.to_html("report.html")  # by a template that lies in the package
     print(sorted(history.history), keras_drsl.__file__)
     """
     done = run_python(code, env={"PYTHONPATH": str(site)}, cwd=tmp_path)
     expected = f"['loss', 'softmax_diversity'] {site / 'keras_drsl' / '__init__.py'}"
     assert done.stdout.splitlines()[-1] == expected
+    assert "8 test examples" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 DATA = os.environ.get("TFDS_DATA_DIR", "")

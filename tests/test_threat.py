@@ -128,7 +128,7 @@ def test_inputs_that_do_not_fit_are_named():
     [
         ([0, 200], r" Images in \[0, 255\] need clip_max=255; the usual 8/255 of \[0, 1\] is eps=8 there."),
         ([-1, 1], r" Images in \[-1, 1\] need clip_min=-1; the usual 8/255 of \[0, 1\] is eps=16/255 there."),
-        ([-300, 300], "to 300.$"),
+        ([-300, 300], "to 300. Give clip_min and clip_max that hold all valid values.$"),
     ],
 )
 def test_inputs_out_of_range_are_told_the_usual_eps(values, hint):

@@ -18,7 +18,7 @@ from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.results import CLEAN
 from keras_drsl.models.classifier import compute_rounding, margins, num_predictions, severity
 
-ARRAYS = ("x", "x_adv", "prediction", "distance")
+ARRAYS = ("x", "x_adv", "prediction", "confidence", "distance")
 REPORT = "report.json"  # the member of a file that holds the report
 CHUNK = 1024  # rows that are copied together
 
@@ -161,31 +161,42 @@ def finish(
     _check(context, store, broken_by)
     scores = store.scores_of(np.arange(count)).reshape(-1, num_labels)
     chosen = np.arange(0, count, num_labels) + scores.argmax(axis=1)
-    predictions, sizes = [], []
+    predictions, confidences, sizes = [], [], []
     for part in _parts(len(chosen)):
         rows = chosen[part]
         x, x_adv = context.x[rows], np.asarray(store.x_adv[rows])
         sizes.append(context.threat.size(x_adv.astype("float64") - x))
-        predictions.append(_predictions(context, x_adv, rows, num_labels, num_features))
+        probabilities = _probabilities(context, x_adv, rows, num_labels, num_features)
+        predictions.append(probabilities.argmax(axis=-1))
+        confidences.append(probabilities.max(axis=-1))
     return {
         "x": context.x[chosen][..., :num_features],
         "x_adv": store.x_adv[..., :num_features] if num_labels == 1 else store.x_adv[chosen][..., :num_features],
         "prediction": np.concatenate(predictions),
+        "confidence": np.concatenate(confidences),
         "distance": np.concatenate(sizes),
     }
 
 
-def _predictions(context: EvaluationContext, x_adv: Array, rows: Array, num_labels: int, num_features: int) -> Array:
-    """Return the classes that are predicted for points, one per point, per position or per label."""
+def _probabilities(context: EvaluationContext, x_adv: Array, rows: Array, num_labels: int, num_features: int) -> Array:
+    """Return the probabilities of all classes for points, of each position or label, shape `(points, ..., C)`."""
     if num_labels == 1:
-        return np.asarray(context.model.model.logits_in_batches(x_adv, context.batch_size).argmax(axis=-1))
+        return _of_outputs(context, x_adv)
     first = rows - rows % num_labels
-    # The rows of one example differ in the features that say which label they are about.
     answers = []
+    # The rows of one example differ in the features that say which label they are about.
     for label in range(num_labels):
         x = np.concatenate([x_adv[..., :num_features], context.x[first + label][..., num_features:]], axis=-1)
-        answers.append(context.model.model.logits_in_batches(x, context.batch_size).argmax(axis=-1))
+        answers.append(_of_outputs(context, x))
     return np.stack(answers, axis=1)
+
+
+def _of_outputs(context: EvaluationContext, x: Array) -> Array:
+    outputs = context.model.model.logits_in_batches(x, context.batch_size)
+    if context.model.outputs != "logits":
+        return outputs
+    exponentials = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def _check(context: EvaluationContext, store: Store, broken_by: list[str | None]) -> None:

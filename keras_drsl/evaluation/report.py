@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from keras_drsl.evaluation.merge import merge_results
 from keras_drsl.evaluation.report_format import read_results, to_content
 from keras_drsl.evaluation.results import Check, EvaluationResults
 from keras_drsl.threat import describe_radius
+
+if TYPE_CHECKING:
+    from keras_drsl.evaluation.compare import Comparison
+    from keras_drsl.evaluation.curve import RobustnessCurve
 
 
 class RobustnessReport(EvaluationResults):
@@ -41,6 +45,7 @@ class RobustnessReport(EvaluationResults):
             the attempt with the smallest margin. The input itself where it is misclassified without an attack.
         prediction: The classes that the model predicts at `x_adv`, shape `(count,)`; one per position or label for a
             model of several.
+        confidence: The probabilities of these classes there.
         distance: The size of `x_adv - x` in the norm, shape `(count,)`. With one `eps` per feature it is measured in
             units of the largest one.
     """
@@ -71,6 +76,11 @@ class RobustnessReport(EvaluationResults):
     def prediction(self) -> Array:
         """The classes that the model predicts there."""
         return self._kept_array("prediction")
+
+    @property
+    def confidence(self) -> Array:
+        """The probabilities of these classes there."""
+        return self._kept_array("confidence")
 
     @property
     def distance(self) -> Array:
@@ -161,7 +171,7 @@ class RobustnessReport(EvaluationResults):
     def to_npz(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
         """Write everything and the kept examples to a file, which NumPy can read as well.
 
-        The file holds the arrays `x`, `x_adv`, `prediction` and `distance`, and the report as `report.json`.
+        The file holds the arrays `x`, `x_adv`, `prediction`, `confidence` and `distance`, and `report.json`.
 
         Args:
             path: The file.
@@ -234,6 +244,45 @@ class RobustnessReport(EvaluationResults):
     def to_markdown(self) -> str:
         """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
         return rendering.to_markdown(self)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str | None = None,
+        curve: "RobustnessCurve | None" = None,
+        comparison: "Comparison | None" = None,
+        overwrite: bool = True,
+    ) -> None:
+        """Write a page for readers: verdict, trust, misleading images, classes, and how all was measured.
+
+        The page is one file. It needs no network and no script, follows light and dark settings, and prints on A4.
+
+        Args:
+            path: The file.
+            title: The name of the model; None for the first characters of its fingerprint.
+            curve: A curve to show, or None.
+            comparison: A comparison with another model to show, or None.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
+
+        Raises:
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
+            ImportError: Without Jinja, or without Pillow where there are images.
+        """
+        from keras_drsl.evaluation import html
+
+        path = _files.check_new("path", path, overwrite=overwrite)
+        _files.write(path, html.render(self, title=title, curve=curve, comparison=comparison))
+
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows: the page without images and settings; None without Jinja, for the text."""
+        from keras_drsl.evaluation import html
+
+        try:
+            return html.render(self, page=False)
+        except ImportError:
+            return None
 
     def __str__(self) -> str:
         return self.to_text()

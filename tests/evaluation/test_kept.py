@@ -399,6 +399,13 @@ def test_the_command_keeps_merges_and_shows(tmp_path, capsys):
     assert cli.main(["show", kept_file]) == 0
     assert capsys.readouterr().out.strip() == str(RobustnessReport.from_json(out))
     assert cli.main(["compare", kept_file, out]) == 0
+    page = tmp_path / "page.html"
+    assert cli.main(["show", kept_file, "--html", str(page)]) == 0
+    assert "<h1>all</h1>" in page.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", kept_file, "--html", str(page)])
+    assert cli.main([*command, "--html", str(page), "--overwrite"]) == 0
+    assert "<h1>model.keras</h1>" in page.read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="2"):
         cli.main([*command, "--keep", kept_file])
     assert cli.main([*command, "--keep", kept_file, "--overwrite"]) == 0

@@ -1,0 +1,306 @@
+"""A report as an HTML page: verdict, trust, images, classes and how they were measured."""
+
+import base64
+import importlib.resources
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from keras_drsl import _escape
+from keras_drsl._typing import Array
+from keras_drsl.evaluation.compare import Comparison
+from keras_drsl.evaluation.curve import RobustnessCurve
+from keras_drsl.evaluation.intervals import wilson
+from keras_drsl.evaluation.rendering import ADVICE, attack_label
+from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check
+from keras_drsl.plotting import norm_label
+
+MAX_IMAGES = 12
+MAX_MATRIX = 20  # classes of a matrix that a page can show
+BIBTEX = """\
+@misc{keras-drsl,
+  title = {keras-drsl: classifiers that withstand attack, for Keras},
+  note = {Version %s},
+}
+@inproceedings{croce2020reliable,
+  title = {Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks},
+  author = {Francesco Croce and Matthias Hein},
+  booktitle = {ICML},
+  year = {2020},
+}"""
+
+
+def render(
+    report: RobustnessReport,
+    *,
+    title: str | None = None,
+    curve: RobustnessCurve | None = None,
+    comparison: Comparison | None = None,
+    page: bool = True,
+) -> str:
+    """Return a report as HTML.
+
+    Args:
+        report: The report.
+        title: The name of the model; None for the first characters of its fingerprint.
+        curve: A curve to show, or None.
+        comparison: A comparison to show, or None.
+        page: Whether to return a whole page, or the part that a notebook shows.
+
+    Raises:
+        ImportError: Without Jinja, or without Pillow where there are images.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("HTML reports need `pip install jinja2 pillow`") from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = importlib.resources.files("keras_drsl.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    fingerprint = str(report.provenance.get("model", "unknown"))[:12]
+    values = {
+        "page": page,
+        "report": report,
+        "title": _escape.for_terminal(title or f"model {fingerprint}"),
+        "verdict": _verdict(report),
+        "upper_bound": report.settings["suite"] in UPPER_BOUND,
+        "accuracies": _accuracies(report),
+        "trust": _trust(report),
+        "problems": [_describe(check) for check in _by_severity(report) if check.status in ("fail", "warn")],
+        "checks": [_describe(check) for check in _by_severity(report)],
+        "waterfall": _waterfall(report),
+        "gallery": _gallery(report) if page else [],
+        "classes": _classes(report),
+        "confused": _most_confused(report),
+        "read_as": _read_as(report),
+        "curve": None if curve is None else _chart(curve, report),
+        "comparison": None if comparison is None else str(comparison),
+        "methods": _methods(report),
+        "settings": _settings(report),
+        "bibtex": BIBTEX % report.provenance.get("versions", {}).get("keras-drsl", "unknown"),
+    }
+    return environment.from_string(source).render(values)
+
+
+def _verdict(report: RobustnessReport) -> str:
+    things = "positions" if report.num_positions is not None else "examples"
+    count = report.num_positions or report.num_examples
+    return (
+        f"Of {count:,} test {things}, the model gets {100 * report.clean_accuracy:.1f} % right, and still "
+        f"{100 * report.robust_accuracy:.1f} % if {_threat(report)}."
+    )
+
+
+def _threat(report: RobustnessReport) -> str:
+    """Return what an attacker may do, in plain words and in the units of the inputs."""
+    settings = report.settings
+    low, high = np.min(settings.get("clip_min", 0.0)), np.max(settings.get("clip_max", 1.0))
+    least, most = np.min(settings["eps"]), np.max(settings["eps"])
+    size = f"{most:.4g}" if least == most else f"{least:.4g} to {most:.4g}, by feature,"
+    of_range = f"on a scale from {low:g} to {high:g}"
+    masked = ", except for those that are fixed" if settings.get("mask") is not None else ""
+    if settings["norm"] == "inf":
+        return f"an attacker changes every input value{masked} by at most {size} {of_range}"
+    return f"an attacker makes a change{masked} of a length (L2) of at most {size} {of_range}"
+
+
+def _accuracies(report: RobustnessReport) -> list[dict[str, Any]]:
+    figures = [
+        {"share": report.robust_accuracy, "label": "robust accuracy", "interval": report.confidence_interval},
+    ]
+    if report.num_positions is None:
+        right = round(report.clean_accuracy * report.num_examples)
+        interval = wilson(right, report.num_examples)
+        figures.insert(0, {"share": report.clean_accuracy, "label": "right without an attack", "interval": interval})
+    return figures
+
+
+def _trust(report: RobustnessReport) -> str:
+    statuses = [check.status for check in report.checks]
+    if not statuses:
+        return "No check ran, so nothing speaks for or against these numbers."
+    asked = [status for status in statuses if status != "skipped"]
+    passed = f"{asked.count('pass')} of {len(asked)} checks passed"
+    rest = len(statuses) - len(asked)
+    skipped = f"; {rest} had nothing to test" if rest else ""
+    end = "." if asked.count("pass") == len(asked) else ". The others, and what to do:"
+    return f"{passed}{skipped}{end}"
+
+
+def _describe(check: Check) -> dict[str, str]:
+    return {
+        "status": check.status,
+        "title": _escape.for_terminal(check.name.replace("_", " ")),
+        "figure": "" if math.isnan(check.value) else f"{check.value:.4g}",
+        "message": _escape.for_terminal(check.message[:1].upper() + check.message[1:]),
+        "advice": ADVICE.get(check.name, ""),
+    }
+
+
+def _by_severity(report: RobustnessReport) -> list[Check]:
+    return sorted(report.checks, key=lambda check: BY_SEVERITY.index(check.status))
+
+
+def _waterfall(report: RobustnessReport) -> list[dict[str, Any]]:
+    labels = ["no attack", *(_escape.for_terminal(attack_label(name)) for name in report.accuracy)]
+    shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
+    before = [shares[0], *shares]
+    return [
+        {"label": label, "before": sooner, "after": later}
+        for label, sooner, later in zip(labels, before, shares, strict=False)
+    ]
+
+
+def _name(report: RobustnessReport, class_id: int) -> str:
+    """Return the name of a class, or its id."""
+    names = report.provenance.get("classes") or []
+    return _escape.for_terminal(names[class_id]) if class_id < len(names) else str(class_id)
+
+
+def _classes(report: RobustnessReport) -> list[dict[str, Any]]:
+    counts = report.read_as if report.kept is not None and report.by_class else None
+    rows = []
+    for class_id, found in report.by_class.items():
+        others = "" if counts is None else _most_often(report, counts, class_id)
+        rows.append({"name": _name(report, class_id), "found": found, "read_as": others})
+    return rows
+
+
+def _most_often(report: RobustnessReport, counts: Array, class_id: int) -> str:
+    """Return as which other class the examples of a class are read most often."""
+    row = counts[class_id].copy()
+    row[class_id] = 0
+    return f"{_name(report, int(row.argmax()))} ({row.max()})" if row.any() else "none"
+
+
+def _most_confused(report: RobustnessReport) -> str:
+    """Return which class is read as which other one most often, as a sentence; empty where there is none."""
+    if report.kept is None or not report.by_class:
+        return ""
+    others = report.read_as * (1 - np.eye(len(report.read_as), dtype=int))
+    true, other = (int(index) for index in np.unravel_index(others.argmax(), others.shape))
+    if not others[true, other]:
+        return ""
+    count, total = others[true, other], report.by_class[true].num_examples
+    return f"Most confused: {_name(report, true)}, read as {_name(report, other)} in {count} of {total} examples."
+
+
+def _read_as(report: RobustnessReport) -> dict[str, Any] | None:
+    """Return the table of true and read classes, or None where there is none, or it is too large."""
+    if report.kept is None or not report.by_class:
+        return None
+    counts = report.read_as
+    if len(counts) > MAX_MATRIX:
+        return {"names": [], "rows": []}
+    names = [_name(report, class_id) for class_id in range(len(counts))]
+    rows = []
+    for class_id in report.by_class:
+        row = counts[class_id]
+        cells = [
+            {"count": int(count), "share": count / row.sum(), "same": other == class_id}
+            for other, count in enumerate(row)
+        ]
+        rows.append({"name": names[class_id], "cells": cells})
+    return {"names": names, "rows": rows}
+
+
+def _gallery(report: RobustnessReport) -> list[dict[str, Any]]:
+    """Return misleading images, one per class in turn, those classes first that are the least robust."""
+    if report.kept is None or not report.by_class:
+        return []
+    x, x_adv, prediction = report.x, report.x_adv, report.prediction
+    if _as_image(x[0]) is None:
+        return []
+    broken = [name not in (None, "clean") for name in report.per_example["broken_by"]]
+    labels, by_class = np.array(report.per_example["label"]), report.by_class
+    order = sorted(by_class, key=lambda class_id: by_class[class_id].robust_accuracy)
+    of_class = [np.flatnonzero(broken & (labels == class_id)).tolist() for class_id in order]
+    rounds = max(map(len, of_class), default=0)
+    chosen = [rows[turn] for turn in range(rounds) for rows in of_class if turn < len(rows)][:MAX_IMAGES]
+    low, high = (np.asarray(report.settings.get(name, value)) for name, value in (("clip_min", 0.0), ("clip_max", 1.0)))
+    items = []
+    for row in chosen:
+        clean, changed = ((values[row] - low) / (high - low) for values in (x, x_adv))
+        change = 0.5 + 10 * (changed - clean)
+        items.append(
+            {
+                **{name: _png(values) for name, values in (("x", clean), ("change", change), ("x_adv", changed))},
+                "label": _name(report, int(labels[row])),
+                "prediction": _name(report, int(prediction[row])),
+                "confidence": float(report.confidence[row]),
+                "distance": f"{report.distance[row]:.3g} ({norm_label(report.settings['norm'])})",
+            }
+        )
+    return items
+
+
+def _as_image(values: Array) -> Array | None:
+    """Return an input as an image `(height, width, channels)`, or None if it is none."""
+    if values.ndim != 3:
+        return None
+    if values.shape[-1] in (1, 3):
+        return values
+    return np.moveaxis(values, 0, -1) if values.shape[0] in (1, 3) else None
+
+
+def _png(values: Array) -> str:
+    """Return an image of values in [0, 1] as a PNG file in base 64."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("HTML reports with images need `pip install pillow`") from error
+    image = _as_image(values)
+    assert image is not None
+    pixels = np.rint(255 * np.clip(image, 0, 1)).astype("uint8")
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _chart(curve: RobustnessCurve, report: RobustnessReport) -> dict[str, Any]:
+    """Return the places of a curve in a drawing of 640 x 300."""
+    largest = max(curve.eps) or 1.0
+
+    def place(eps: float, share: float) -> tuple[float, float]:
+        return round(56 + 564 * eps / largest, 1), round(250 - 234 * share, 1)
+
+    points = [place(eps, share) for eps, share in zip(curve.eps, curve.accuracy, strict=True)]
+    lows, highs = zip(*curve.confidence_intervals, strict=True)
+    band = [place(*pair) for pair in zip(curve.eps, highs, strict=True)]
+    band += [place(*pair) for pair in reversed(list(zip(curve.eps, lows, strict=True)))]
+    eps = float(np.max(report.settings["eps"]))
+    return {
+        "grid": [{"y": place(0, share)[1], "text": f"{100 * share:.0f} %"} for share in (0, 0.25, 0.5, 0.75, 1)],
+        "ticks": [{"x": place(eps, 0)[0], "text": f"{eps:.3g}"} for eps in curve.eps],
+        "points": [{"x": x, "y": y} for x, y in points],
+        "line": " ".join(f"{x},{y}" for x, y in points),
+        "band": " ".join(f"{x},{y}" for x, y in band),
+        "marked": place(eps, 0)[0] if eps <= largest else None,
+    }
+
+
+def _methods(report: RobustnessReport) -> str:
+    settings, attacks = report.settings, [name for name in report.accuracy if not name.startswith("check:")]
+    listed = ", ".join(_escape.for_terminal(attack_label(name)) for name in attacks) or "none"
+    seed = f", seed {settings['seed']}" if "seed" in settings else ""
+    return (
+        f"We attacked {report.num_examples} examples with the suite {_escape.for_terminal(settings['suite'])} of "
+        f"keras-drsl{seed}: {listed}. An example counts as robust if the model classifies it correctly after all "
+        "attacks and checks, and as broken if one perturbed input within the threat model is misclassified. Intervals "
+        "are Wilson's, at 95 %."
+    )
+
+
+def _settings(report: RobustnessReport) -> list[tuple[str, str]]:
+    provenance = report.provenance
+    values: dict[str, Any] = dict(report.settings) | {
+        name: provenance[name] for name in ("model", "undefended", "data", "backend", "device") if name in provenance
+    }
+    values |= {f"version of {name}": value for name, value in provenance.get("versions", {}).items()}
+    shown = {name: str(value) for name, value in values.items() if value is not None}
+    return [
+        (_escape.for_terminal(str(name)), _escape.for_terminal(text if len(text) <= 200 else text[:200] + "..."))
+        for name, text in shown.items()
+    ]
