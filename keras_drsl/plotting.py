@@ -69,6 +69,24 @@ def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1, row
     return figure, axes
 
 
+def finish_axes(axes: Any, path: str | os.PathLike[str] | None, *, is_own: bool, columns: int = 0) -> Any:
+    """Add a legend, write the figure, and return its axes.
+
+    Args:
+        axes: The axes that were drawn in.
+        path: The file of the figure, or None for no file.
+        is_own: Whether the figure has no other axes, so that the legend may stand below them.
+        columns: The number of columns of the legend, or 0 for no legend.
+    """
+    if columns and is_own:
+        axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    elif columns:
+        axes.legend(frameon=False)
+    if path is not None:
+        save_figure(axes.figure, path)
+    return axes
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure to a file, whose ending names the kind of figure. If that fails, a file that was there stays."""
     with _files.replace(path) as file:

@@ -13,7 +13,7 @@ from keras_drsl.evaluation.intervals import exact_mcnemar, paired_difference, pa
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import CLEAN, UPPER_BOUND
-from keras_drsl.plotting import new_figure, save_figure
+from keras_drsl.plotting import finish_axes, new_figure
 from keras_drsl.threat import describe_radius
 
 # What must be equal in the settings of two reports, besides the data.
@@ -181,10 +181,7 @@ class Comparison:
         axes.set_xlabel("first minus second (points), 95 % interval")
         names = [_escape.for_figure(name if len(name) <= 70 else name[:70] + "...") for name in self.names]
         axes.set_title(f"first: {names[0]}\nsecond: {names[1]}", fontsize=9)
-        axes.legend(frameon=False)
-        if path is not None:
-            save_figure(axes.figure, path)
-        return axes
+        return finish_axes(axes, path, is_own=ax is None, columns=2)
 
     def _difference(self, column: int) -> Difference:
         """Return how the accuracies differ without an attack (`column` 0), or after everything that ran (-1)."""

@@ -19,7 +19,7 @@ from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
-from keras_drsl.plotting import new_figure, norm_label, save_figure
+from keras_drsl.plotting import finish_axes, new_figure, norm_label
 from keras_drsl.threat import ThreatModel
 
 
@@ -111,27 +111,32 @@ class RobustnessCurve:
 
     def plot(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         label: str | None = None,
         others: Mapping[str, "RobustnessCurve"] | None = None,
+        ax: Any = None,
         overwrite: bool = True,
-    ) -> None:
+    ) -> Any:
         """Draw the curve with its 95 % intervals.
 
         Args:
-            path: The file of the figure. Its ending names the kind of figure, such as `.png`.
+            path: The file of the figure, or None for no file. Its ending names the kind of figure, such as `.png`.
             label: The name of the curve in the legend.
             others: More curves to draw beside it, by label.
+            ax: The Matplotlib axes to draw in; None for a figure of its own.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
+
+        Returns:
+            The axes.
 
         Raises:
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        path = _files.check_new("path", path, overwrite=overwrite)
-        figure, axes = new_figure()
+        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
+        axes = new_figure()[1] if ax is None else ax
         curves: list[tuple[str | None, RobustnessCurve]] = [(label, self), *(others or {}).items()]
         for name, curve in curves:
             bounds = 100 * np.array(curve.confidence_intervals)
@@ -142,9 +147,7 @@ class RobustnessCurve:
         if self.settings["suite"] in UPPER_BOUND:
             doubt = ", an upper bound" + doubt
         axes.set_title(f"suite {self.settings['suite']}, {self.settings['examples']} examples{doubt}", fontsize=10)
-        if label is not None or others:
-            figure.legend(loc="outside lower center", ncols=2)
-        save_figure(figure, path)
+        return finish_axes(axes, path, is_own=ax is None, columns=2 if label is not None or others else 0)
 
 
 def robustness_curve(

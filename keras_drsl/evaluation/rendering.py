@@ -3,10 +3,11 @@
 import math
 import os
 import textwrap
+from typing import Any
 
 from keras_drsl import _escape
 from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check, EvaluationResults
-from keras_drsl.plotting import new_figure, norm_label, save_figure
+from keras_drsl.plotting import finish_axes, new_figure, norm_label
 from keras_drsl.threat import describe_radius
 
 WIDTH = 80
@@ -182,14 +183,14 @@ def to_markdown(report: EvaluationResults) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
+def plot(report: EvaluationResults, path: str | os.PathLike[str] | None, ax: Any = None) -> Any:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
     # A name that is too long would leave no room for the bars.
     labels = ["no attack", *(f"after {_escape.for_figure(attack_label(name)[:40])}" for name in report.accuracy)]
     shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
     left = [100 * share for share in shares]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]
-    figure, axes = new_figure(height=1.4 + 0.45 * len(labels))
+    axes = new_figure(height=1.4 + 0.45 * len(labels))[1] if ax is None else ax
     rows = range(len(labels))  # two attacks may have one label
     axes.barh(rows, left, color="#0072B2", label="still correct")
     axes.barh(rows, taken, left=left, color="#0072B2", alpha=0.25, label="misled by this attack")
@@ -208,8 +209,7 @@ def plot(report: EvaluationResults, path: str | os.PathLike[str]) -> None:
         f"{describe_radius(settings, limits=False)}, {report.num_examples} examples{doubt}",
         fontsize=10,
     )
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    save_figure(figure, path)
+    return finish_axes(axes, path, is_own=ax is None, columns=2)
 
 
 def attack_label(name: str) -> str:

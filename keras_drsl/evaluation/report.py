@@ -293,16 +293,21 @@ class RobustnessReport(EvaluationResults):
             f"{describe_radius(self.settings)}, {self.num_examples} examples>"
         )
 
-    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, overwrite: bool = True) -> Any:
         """Draw the accuracy without an attack and after each attack.
 
         Args:
-            path: The file of the figure. Its ending names the kind of figure, such as `.png`.
+            path: The file of the figure, or None for no file. Its ending names the kind of figure, such as `.png`.
+            ax: The Matplotlib axes to draw in; None for a figure of its own.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
+
+        Returns:
+            The axes.
 
         Raises:
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        rendering.plot(self, _files.check_new("path", path, overwrite=overwrite))
+        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
+        return rendering.plot(self, path, ax)

@@ -29,7 +29,11 @@ def test_a_curve_can_be_written_and_drawn(curve, tmp_path):
     curve.to_json(tmp_path / "curve.json")
     content = json.loads((tmp_path / "curve.json").read_text())
     assert content["accuracy"] == curve.accuracy
-    pytest.importorskip("matplotlib")
+    figures = pytest.importorskip("matplotlib.figure")
+    axes = figures.Figure().subplots()
+    assert curve.plot(ax=axes) is axes
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), np.stack([RADII, np.multiply(curve.accuracy, 100)], axis=1))
+    assert axes.get_legend() is None
     curve.plot(tmp_path / "curve.png", label="first", others={"second": curve})
     assert (tmp_path / "curve.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="`path` must be a path where nothing exists"):
