@@ -16,6 +16,7 @@ import numpy as np
 from keras_drsl import _escape, _files, datasets
 from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, robustness_curve
 from keras_drsl.evaluation.reading import image_shape
+from keras_drsl.evaluation.rendering import summarize
 from keras_drsl.evaluation.state import read_state
 from keras_drsl.plotting import new_figure
 from keras_drsl.threat import ThreatModel
@@ -103,6 +104,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         problems.append(
             f"The state in {args.state!r} holds the result: the same command with other outputs writes them"
         )
+    if not problems:
+        paths = [getattr(args, name) for name in ("out", "keep", "html", "plot")]
+        with _collect(problems, "The summary could not be printed"):
+            _print("\n" + summarize(report, [path for path in paths if path is not None]))
     return _status(report.trustworthy, args, problems)
 
 

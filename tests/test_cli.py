@@ -263,7 +263,17 @@ def test_a_report_that_cannot_be_written_is_printed(files, command, tmp_path, mo
     assert f"The state in {str(state)!r} holds the result" in err
     monkeypatch.undo()
     assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json", "--state", state) == 0
-    assert capsys.readouterr().out == out
+    again = capsys.readouterr().out
+    assert again.startswith(out)
+    # A command that has succeeded ends with three lines.
+    content = json.loads((tmp_path / "r.json").read_text())
+    verdict = f"{content['robust_accuracy']:.1%} robust, {content['clean_accuracy']:.1%} without an attack"
+    assert again.removeprefix(out).splitlines() == [
+        "",
+        f"verdict  {verdict}",
+        f"trust    {len(content['checks'])} of {len(content['checks'])} checks passed",
+        f"files    {tmp_path / 'r.json'}",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.state", "r.json"]
 
 

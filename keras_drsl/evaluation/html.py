@@ -4,18 +4,15 @@ import base64
 import importlib.resources
 import io
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from keras_drsl import _escape
 from keras_drsl._typing import Array
-from keras_drsl.evaluation.compare import Comparison
-from keras_drsl.evaluation.curve import RobustnessCurve
 from keras_drsl.evaluation.intervals import wilson
-from keras_drsl.evaluation.rendering import ADVICE, attack_label
-from keras_drsl.evaluation.report import RobustnessReport
-from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check
+from keras_drsl.evaluation.rendering import ADVICE, attack_label, count_checks
+from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import norm_label
 
 MAX_IMAGES = 12
@@ -33,12 +30,26 @@ BIBTEX = """\
 }"""
 
 
+class Curve(Protocol):
+    """What a page shows of a `keras_drsl.RobustnessCurve`."""
+
+    eps: list[float]
+
+    @property
+    def accuracy(self) -> list[float]:
+        """The robust accuracy at each radius."""
+
+    @property
+    def confidence_intervals(self) -> list[tuple[float, float]]:
+        """Their intervals."""
+
+
 def render(
-    report: RobustnessReport,
+    report: EvaluationResults,
     *,
     title: str | None = None,
-    curve: RobustnessCurve | None = None,
-    comparison: Comparison | None = None,
+    curve: Curve | None = None,
+    comparison: object = None,
     page: bool = True,
 ) -> str:
     """Return a report as HTML.
@@ -84,7 +95,7 @@ def render(
     return environment.from_string(source).render(values)
 
 
-def _verdict(report: RobustnessReport) -> str:
+def _verdict(report: EvaluationResults) -> str:
     things = "positions" if report.num_positions is not None else "examples"
     count = report.num_positions or report.num_examples
     return (
@@ -93,7 +104,7 @@ def _verdict(report: RobustnessReport) -> str:
     )
 
 
-def _threat(report: RobustnessReport) -> str:
+def _threat(report: EvaluationResults) -> str:
     """Return what an attacker may do, in plain words and in the units of the inputs."""
     settings = report.settings
     low, high = np.min(settings.get("clip_min", 0.0)), np.max(settings.get("clip_max", 1.0))
@@ -106,7 +117,7 @@ def _threat(report: RobustnessReport) -> str:
     return f"an attacker makes a change{masked} of a length (L2) of at most {size} {of_range}"
 
 
-def _accuracies(report: RobustnessReport) -> list[dict[str, Any]]:
+def _accuracies(report: EvaluationResults) -> list[dict[str, Any]]:
     figures = [
         {"share": report.robust_accuracy, "label": "robust accuracy", "interval": report.confidence_interval},
     ]
@@ -117,16 +128,11 @@ def _accuracies(report: RobustnessReport) -> list[dict[str, Any]]:
     return figures
 
 
-def _trust(report: RobustnessReport) -> str:
-    statuses = [check.status for check in report.checks]
-    if not statuses:
+def _trust(report: EvaluationResults) -> str:
+    if not report.checks:
         return "No check ran, so nothing speaks for or against these numbers."
-    asked = [status for status in statuses if status != "skipped"]
-    passed = f"{asked.count('pass')} of {len(asked)} checks passed"
-    rest = len(statuses) - len(asked)
-    skipped = f"; {rest} had nothing to test" if rest else ""
-    end = "." if asked.count("pass") == len(asked) else ". The others, and what to do:"
-    return f"{passed}{skipped}{end}"
+    others = any(check.status in ("fail", "warn") for check in report.checks)
+    return count_checks(report) + (". The others, and what to do:" if others else ".")
 
 
 def _describe(check: Check) -> dict[str, str]:
@@ -139,11 +145,11 @@ def _describe(check: Check) -> dict[str, str]:
     }
 
 
-def _by_severity(report: RobustnessReport) -> list[Check]:
+def _by_severity(report: EvaluationResults) -> list[Check]:
     return sorted(report.checks, key=lambda check: BY_SEVERITY.index(check.status))
 
 
-def _waterfall(report: RobustnessReport) -> list[dict[str, Any]]:
+def _waterfall(report: EvaluationResults) -> list[dict[str, Any]]:
     labels = ["no attack", *(_escape.for_terminal(attack_label(name)) for name in report.accuracy)]
     shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
     before = [shares[0], *shares]
@@ -153,13 +159,13 @@ def _waterfall(report: RobustnessReport) -> list[dict[str, Any]]:
     ]
 
 
-def _name(report: RobustnessReport, class_id: int) -> str:
+def _name(report: EvaluationResults, class_id: int) -> str:
     """Return the name of a class, or its id."""
     names = report.provenance.get("classes") or []
     return _escape.for_terminal(names[class_id]) if class_id < len(names) else str(class_id)
 
 
-def _classes(report: RobustnessReport) -> list[dict[str, Any]]:
+def _classes(report: EvaluationResults) -> list[dict[str, Any]]:
     counts = report.read_as if report.kept is not None and report.by_class else None
     rows = []
     for class_id, found in report.by_class.items():
@@ -168,14 +174,14 @@ def _classes(report: RobustnessReport) -> list[dict[str, Any]]:
     return rows
 
 
-def _most_often(report: RobustnessReport, counts: Array, class_id: int) -> str:
+def _most_often(report: EvaluationResults, counts: Array, class_id: int) -> str:
     """Return as which other class the examples of a class are read most often."""
     row = counts[class_id].copy()
     row[class_id] = 0
     return f"{_name(report, int(row.argmax()))} ({row.max()})" if row.any() else "none"
 
 
-def _most_confused(report: RobustnessReport) -> str:
+def _most_confused(report: EvaluationResults) -> str:
     """Return which class is read as which other one most often, as a sentence; empty where there is none."""
     if report.kept is None or not report.by_class:
         return ""
@@ -187,7 +193,7 @@ def _most_confused(report: RobustnessReport) -> str:
     return f"Most confused: {_name(report, true)}, read as {_name(report, other)} in {count} of {total} examples."
 
 
-def _read_as(report: RobustnessReport) -> dict[str, Any] | None:
+def _read_as(report: EvaluationResults) -> dict[str, Any] | None:
     """Return the table of true and read classes, or None where there is none, or it is too large."""
     if report.kept is None or not report.by_class:
         return None
@@ -206,7 +212,7 @@ def _read_as(report: RobustnessReport) -> dict[str, Any] | None:
     return {"names": names, "rows": rows}
 
 
-def _gallery(report: RobustnessReport) -> list[dict[str, Any]]:
+def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
     """Return misleading images, one per class in turn, those classes first that are the least robust."""
     if report.kept is None or not report.by_class:
         return []
@@ -259,7 +265,7 @@ def _png(values: Array) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _chart(curve: RobustnessCurve, report: RobustnessReport) -> dict[str, Any]:
+def _chart(curve: Curve, report: EvaluationResults) -> dict[str, Any]:
     """Return the places of a curve in a drawing of 640 x 300."""
     largest = max(curve.eps) or 1.0
 
@@ -281,7 +287,7 @@ def _chart(curve: RobustnessCurve, report: RobustnessReport) -> dict[str, Any]:
     }
 
 
-def _methods(report: RobustnessReport) -> str:
+def _methods(report: EvaluationResults) -> str:
     settings, attacks = report.settings, [name for name in report.accuracy if not name.startswith("check:")]
     listed = ", ".join(_escape.for_terminal(attack_label(name)) for name in attacks) or "none"
     seed = f", seed {settings['seed']}" if "seed" in settings else ""
@@ -293,7 +299,7 @@ def _methods(report: RobustnessReport) -> str:
     )
 
 
-def _settings(report: RobustnessReport) -> list[tuple[str, str]]:
+def _settings(report: EvaluationResults) -> list[tuple[str, str]]:
     provenance = report.provenance
     values: dict[str, Any] = dict(report.settings) | {
         name: provenance[name] for name in ("model", "undefended", "data", "backend", "device") if name in provenance

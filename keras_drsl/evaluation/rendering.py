@@ -3,6 +3,7 @@
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from keras_drsl import _escape
@@ -82,9 +83,28 @@ def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
             lines += described + _wrap(f"    {ADVICE.get(check.name, '')}")
         elif verbose:
             rest += described
+    return [*lines, count_checks(report), *rest]
+
+
+def count_checks(report: EvaluationResults) -> str:
+    """Return how many checks passed, and how many did not: "16 of 17 checks passed (1 with a warning)"."""
     statuses: list[str] = [check.status for check in report.checks]
     others = ", ".join(f"{statuses.count(status)} {word}" for status, word in OUTCOMES.items() if status in statuses)
-    return [*lines, f"{statuses.count('pass')} of {len(statuses)} checks passed{others and f' ({others})'}", *rest]
+    return f"{statuses.count('pass')} of {len(statuses)} checks passed{others and f' ({others})'}"
+
+
+def summarize(report: EvaluationResults, files: Sequence[str]) -> str:
+    """Return the last lines of the command: verdict, trust, and the files that were written.
+
+    Args:
+        report: The report.
+        files: The paths of the files.
+    """
+    verdict = f"{report.robust_accuracy:.1%} robust, {report.clean_accuracy:.1%} without an attack"
+    trust = count_checks(report) if report.checks else "no check ran"
+    doubt = "" if report.trustworthy else "NOT TRUSTWORTHY: "
+    lines = {"verdict": verdict, "trust": doubt + trust, "files": ", ".join(files) or "none was asked for"}
+    return "\n".join(f"{name:<9}{_escape.for_terminal(text)}" for name, text in lines.items())
 
 
 def _examples(report: EvaluationResults) -> str:

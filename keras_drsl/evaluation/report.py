@@ -2,23 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from keras_drsl import _escape, _files
-from keras_drsl._typing import Array
-from keras_drsl.evaluation import kept, rendering
+from keras_drsl.evaluation import html, kept, rendering
 from keras_drsl.evaluation.merge import merge_results
 from keras_drsl.evaluation.report_format import read_results, to_content
-from keras_drsl.evaluation.results import Check, EvaluationResults
+from keras_drsl.evaluation.results import EvaluationResults
 from keras_drsl.threat import describe_radius
-
-if TYPE_CHECKING:
-    from keras_drsl.evaluation.compare import Comparison
-    from keras_drsl.evaluation.curve import RobustnessCurve
 
 
 class RobustnessReport(EvaluationResults):
@@ -50,60 +43,6 @@ class RobustnessReport(EvaluationResults):
             units of the largest one.
     """
 
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        attacks: list[dict[str, Any]],
-        checks: list[Check],
-        per_example: dict[str, list[Any]],
-        provenance: dict[str, Any],
-        kept: Mapping[str, Array] | None = None,
-    ) -> None:
-        super().__init__(settings, attacks, checks, per_example, provenance)
-        self.kept = kept
-
-    @property
-    def x(self) -> Array:
-        """The clean inputs of the kept examples."""
-        return self._kept_array("x")
-
-    @property
-    def x_adv(self) -> Array:
-        """The worst point that was found for each example."""
-        return self._kept_array("x_adv")
-
-    @property
-    def prediction(self) -> Array:
-        """The classes that the model predicts there."""
-        return self._kept_array("prediction")
-
-    @property
-    def confidence(self) -> Array:
-        """The probabilities of these classes there."""
-        return self._kept_array("confidence")
-
-    @property
-    def distance(self) -> Array:
-        """How far each point is from its input."""
-        return self._kept_array("distance")
-
-    @property
-    def read_as(self) -> Array:
-        """How often the worst point of an example of each class is read as each class, shape `(C, C)`.
-
-        Rows are true classes, columns predictions at `x_adv`. Robust examples are on the diagonal.
-
-        Raises:
-            ValueError: If the report has no examples, or is of a model of labels or positions.
-        """
-        prediction = self._kept_array("prediction")
-        if not self.by_class:
-            raise ValueError("`report.read_as` needs one class per example. Received: a model of labels or positions")
-        labels = np.array(self.per_example["label"])
-        count = int(max(labels.max(), prediction.max())) + 1
-        counts = np.bincount(labels * count + prediction, minlength=count * count)
-        return np.asarray(counts.reshape(count, count))
-
     def to_dataframe(self) -> Any:
         """Return the verdict on each example as a pandas `DataFrame`, one row per example.
 
@@ -120,14 +59,6 @@ class RobustnessReport(EvaluationResults):
         if self.kept is not None:
             columns |= {"prediction_adv": list(self.prediction), "distance": self.distance}
         return pandas.DataFrame(columns)
-
-    def _kept_array(self, name: str) -> Array:
-        if self.kept is None:
-            raise ValueError(
-                f"`report.{name}` needs the examples: evaluate with `keep_examples=True` or `--keep FILE.npz`, or read "
-                "such a file by `RobustnessReport.from_npz`. A JSON file holds no examples"
-            )
-        return self.kept[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""
@@ -200,12 +131,13 @@ class RobustnessReport(EvaluationResults):
             text, arrays = kept.read(Path(path))
             results = read_results(text)
             kept.check_fit(arrays, results.num_examples)
+            results.kept = arrays
         except Exception as error:
             raise ValueError(
                 f"`path` must be a file written by `RobustnessReport.to_npz`. Received: path={str(path)!r} "
                 f"({_escape.error_line(error)})"
             ) from error
-        return cls(**vars(results), kept=arrays)
+        return cls(**vars(results))
 
     def _to_text(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
@@ -250,8 +182,8 @@ class RobustnessReport(EvaluationResults):
         path: str | os.PathLike[str],
         *,
         title: str | None = None,
-        curve: "RobustnessCurve | None" = None,
-        comparison: "Comparison | None" = None,
+        curve: html.Curve | None = None,
+        comparison: object = None,
         overwrite: bool = True,
     ) -> None:
         """Write a page for readers: verdict, trust, misleading images, classes, and how all was measured.
@@ -270,15 +202,11 @@ class RobustnessReport(EvaluationResults):
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without Jinja, or without Pillow where there are images.
         """
-        from keras_drsl.evaluation import html
-
         path = _files.check_new("path", path, overwrite=overwrite)
         _files.write(path, html.render(self, title=title, curve=curve, comparison=comparison))
 
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows: the page without images and settings; None without Jinja, for the text."""
-        from keras_drsl.evaluation import html
-
         try:
             return html.render(self, page=False)
         except ImportError:

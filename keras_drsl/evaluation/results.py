@@ -2,10 +2,13 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keras_drsl._typing import Status
+import numpy as np
+
+from keras_drsl._typing import Array, Status
 from keras_drsl.evaluation.intervals import of_ratio, wilson
 
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
@@ -63,6 +66,7 @@ class EvaluationResults:
             For a model of positions there is no `label`. `positions` is how many count, and `wrong` lists how many of
             them are wrong at the worst point: without an attack, after each attack, and after the checks.
         provenance: Model, data, versions and device, as recorded.
+        kept: The kept examples, as in `RobustnessReport`, or None.
     """
 
     def __init__(
@@ -72,12 +76,14 @@ class EvaluationResults:
         checks: list[Check],
         per_example: dict[str, list[Any]],
         provenance: dict[str, Any],
+        kept: Mapping[str, Array] | None = None,
     ) -> None:
         self.settings = settings
         self.attacks = attacks
         self.checks = checks
         self.per_example = per_example
         self.provenance = provenance
+        self.kept = kept
 
     @property
     def num_examples(self) -> int:
@@ -218,3 +224,53 @@ class EvaluationResults:
 
     def _count_broken_by(self, name: str | None) -> int:
         return self.per_example["broken_by"].count(name)
+
+    @property
+    def x(self) -> Array:
+        """The clean inputs of the kept examples."""
+        return self._kept_array("x")
+
+    @property
+    def x_adv(self) -> Array:
+        """The worst point that was found for each example."""
+        return self._kept_array("x_adv")
+
+    @property
+    def prediction(self) -> Array:
+        """The classes that the model predicts there."""
+        return self._kept_array("prediction")
+
+    @property
+    def confidence(self) -> Array:
+        """The probabilities of these classes there."""
+        return self._kept_array("confidence")
+
+    @property
+    def distance(self) -> Array:
+        """How far each point is from its input."""
+        return self._kept_array("distance")
+
+    @property
+    def read_as(self) -> Array:
+        """How often the worst point of an example of each class is read as each class, shape `(C, C)`.
+
+        Rows are true classes, columns predictions at `x_adv`. Robust examples are on the diagonal.
+
+        Raises:
+            ValueError: If the report has no examples, or is of a model of labels or positions.
+        """
+        prediction = self._kept_array("prediction")
+        if not self.by_class:
+            raise ValueError("`report.read_as` needs one class per example. Received: a model of labels or positions")
+        labels = np.array(self.per_example["label"])
+        count = int(max(labels.max(), prediction.max())) + 1
+        counts = np.bincount(labels * count + prediction, minlength=count * count)
+        return np.asarray(counts.reshape(count, count))
+
+    def _kept_array(self, name: str) -> Array:
+        if self.kept is None:
+            raise ValueError(
+                f"`report.{name}` needs the examples: evaluate with `keep_examples=True` or `--keep FILE.npz`, or read "
+                "such a file by `RobustnessReport.from_npz`. A JSON file holds no examples"
+            )
+        return self.kept[name]
