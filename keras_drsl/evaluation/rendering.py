@@ -1,5 +1,6 @@
 """A report as text, as Markdown and as a figure."""
 
+import json
 import math
 import os
 import textwrap
@@ -200,6 +201,29 @@ def to_markdown(report: EvaluationResults) -> str:
     for check in _by_severity(report):
         name, message = _escape.for_markdown(check.name), _escape.for_markdown(check.message)
         lines.append(f"| {name} | {check.status} | {check.value:.4g} | {message} |")
+    return "\n".join(lines) + "\n"
+
+
+def to_model_card(report: EvaluationResults, name: str, dataset: str) -> str:
+    """Return metadata in the form of Hugging Face's `model-index`, and a section of text, for a model card."""
+    low, high = report.confidence_interval
+    bound = "at most " if report.settings["suite"] in UPPER_BOUND else ""
+    metrics = [
+        {"type": "accuracy", "name": "accuracy", "value": report.clean_accuracy},
+        {"type": "accuracy", "name": f"robust accuracy, {_threat(report)}", "value": report.robust_accuracy},
+    ]
+    tasks = {"multilabel": "multi-label-classification", "positions": "token-classification"}
+    task = tasks.get(report.settings.get("task", ""), "image-classification")
+    results = [{"task": {"type": task}, "dataset": {"name": dataset, "type": dataset}, "metrics": metrics}]
+    # JSON on one line is YAML, whatever the names hold.
+    lines = ["---", f"model-index: {json.dumps([{'name': name, 'results': results}])}", "---", "", "## Robustness", ""]
+    lines.append(
+        f"Of {report.num_examples} test examples of {_escape.for_markdown(dataset)}, the model gets "
+        f"{report.clean_accuracy:.1%} right. Against attacks ({_escape.for_markdown(_threat(report))}) it keeps "
+        f"{bound}{report.robust_accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}). "
+        f"{'' if report.trustworthy else '**Not trustworthy: a check failed.** '}Measured with keras-drsl: "
+        f"{count_checks(report) if report.checks else 'no check ran'}."
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -177,6 +177,21 @@ class RobustnessReport(EvaluationResults):
         """Return the report as Markdown: a summary line, a table of attacks, a table of checks with failures first."""
         return rendering.to_markdown(self)
 
+    def to_model_card(self, *, name: str, dataset: str) -> str:
+        """Return a section for a model card, with metadata in the form of Hugging Face's `model-index`.
+
+        Args:
+            name: The name of the model.
+            dataset: The name of the data set.
+
+        Raises:
+            ValueError: If an argument is no text or empty.
+        """
+        for argument, value in (("name", name), ("dataset", dataset)):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"`{argument}` must be a text. Received: {argument}={value!r}")
+        return rendering.to_model_card(self, name, dataset)
+
     def to_html(
         self,
         path: str | os.PathLike[str],

@@ -44,6 +44,7 @@ def whole():
     return evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=True)
 
 
+@pytest.mark.short
 def test_the_points_are_the_worst_of_the_ball(whole):
     x, y = data()
     logits = whole.x_adv.astype("float64") @ WEIGHTS

@@ -392,6 +392,26 @@ def test_reports_of_two_evaluations_are_refused(other, rule):
         RobustnessReport.merge([])
 
 
+def test_a_model_card_has_metrics_and_a_verdict():
+    report = make(status="fail")
+    lines = report.to_model_card(name='a "model": x', dataset="digits").splitlines()
+    assert (lines[0], lines[2]) == ("---", "---")
+    (entry,) = json.loads(lines[1].removeprefix("model-index: "))
+    assert entry["name"] == 'a "model": x'
+    (result,) = entry["results"]
+    assert (result["task"]["type"], result["dataset"]["name"]) == ("image-classification", "digits")
+    assert [metric["value"] for metric in result["metrics"]] == [0.9, 0.5]
+    assert result["metrics"][1]["name"] == "robust accuracy, norm inf, eps 0.1 of 0..1, suite custom"
+    low, high = report.confidence_interval
+    assert lines[4] == "## Robustness"
+    assert "Of 10 test examples of digits, the model gets 90.0% right." in lines[6]
+    assert f"it keeps 50.0% (95 % interval {low:.1%} to {high:.1%}). **Not trustworthy: a check failed.**" in lines[6]
+    assert lines[6].endswith("1 of 2 checks passed (1 failed).")
+    for name, dataset in (("", "digits"), ("a", None)):
+        with pytest.raises(ValueError, match="` must be a text. Received: "):
+            report.to_model_card(name=name, dataset=dataset)
+
+
 def test_a_report_can_be_drawn(tmp_path):
     figures = pytest.importorskip("matplotlib.figure")
     make().plot(tmp_path / "report.png")
