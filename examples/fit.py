@@ -69,10 +69,11 @@ def main(arguments=None):
     # One model holds the weights of each trained model in turn, so that the attacks are compiled only once.
     attacked = build_model(train[0].shape[1:], noise=0)
     logits = Classifier(keras.Model(attacked.inputs[0], attacked.get_layer("logits").output))
-    rows = []
+    rows, reports = [], {}
     for noise in dict.fromkeys((0.0, args.noise)):
         for loss in LOSSES:
-            runs = [run(loss, noise, seed, (train, test), (attacked, logits), args) for seed in range(args.seeds)]
+            data, models = (train, test), (attacked, logits)
+            runs = [run(loss, noise, seed, data, models, reports, args) for seed in range(args.seeds)]
             rows.append({"loss": loss, "noise": noise, "runs": runs})
     table = make_table(rows, args, len(test[0]))
     print("\n" + table)
@@ -82,11 +83,12 @@ def main(arguments=None):
     stem.with_suffix(".md").write_text(table)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
     plot(rows, args, stem)
-    print(f"Written: {stem}.md, .json, .png, {stem}_rivals.png and the models in {stem.parent / 'models'}")
+    page = write_page(reports, stem.parent / "report.html")
+    print(f"Written: {stem}.md, .json, .png, {stem}_rivals.png, {page} and the models in {stem.parent / 'models'}")
 
 
-def run(loss, noise, seed, data, attacked, args):
-    """Train one model, save it, attack it, and return its figures."""
+def run(loss, noise, seed, data, attacked, reports, args):
+    """Train one model, save it, attack it, and return its figures. The first seed's report goes to `reports`."""
     print(f"\n{args.dataset}: {LOSSES[loss]}, noise {noise:g}, seed {seed}", flush=True)
     train, test = data
     keras.utils.set_random_seed(seed)
@@ -111,7 +113,13 @@ def run(loss, noise, seed, data, attacked, args):
         **attack(attacked[1], *test, args.eps, seed),
     }
     if seed == 0:
-        figures |= evaluate(model, *test, args.eps)
+        name = label({"loss": loss}, args) + (f", noise {noise:g}" if noise else "")
+        reports[name] = report, curve = evaluate(model, *test, args.eps)
+        figures |= {
+            "apgd": report.robust_accuracy,
+            "curve": [list(point) for point in zip(curve.eps, curve.accuracy, strict=True)],
+            "rivals": sorted_wrong_classes(model, *test),
+        }
     print({name: round(value, 3) for name, value in figures.items() if name in COLUMNS}, flush=True)
     return figures
 
@@ -137,19 +145,29 @@ def attack(classifier, x, y, eps, seed):
 
 
 def evaluate(model, x, y, eps):
-    """Return the robust accuracy by the package's own attacks, a curve over eps, and the sorted wrong classes."""
+    """Return a report by the package's own attacks, and a curve over eps."""
     apgd = keras_drsl.attacks.APGD(eps, **APGD)
-    report = keras_drsl.evaluate_robustness(model, x, y, eps=eps, attacks=[apgd], checks="quick", verbose=0)
+    report = keras_drsl.evaluate_robustness(
+        model, x, y, eps=eps, attacks=[apgd], checks="quick", keep_examples=True, verbose=0
+    )
     print(report, flush=True)
     radii = [factor * eps for factor in CURVE]
-    curve = keras_drsl.robustness_curve(model, x, y, eps=radii, suite="quick", checks=[], verbose=0)
+    return report, keras_drsl.robustness_curve(model, x, y, eps=radii, suite="quick", checks=[], verbose=0)
+
+
+def sorted_wrong_classes(model, x, y):
+    """Return the mean log-softmax values of the wrong classes of an image, the largest first."""
     p = model.predict(x, batch_size=500, verbose=0).astype("float64")
     wrong = np.log(np.maximum(p, 1e-30))[np.arange(p.shape[1]) != y[:, None]].reshape(len(y), -1)
-    return {
-        "apgd": report.robust_accuracy,
-        "curve": [list(point) for point in zip(curve.eps, curve.accuracy, strict=True)],
-        "rivals": (-np.sort(-wrong, axis=1)).mean(axis=0).tolist(),
-    }
+    return (-np.sort(-wrong, axis=1)).mean(axis=0).tolist()
+
+
+def write_page(reports, path):
+    """Write a page about the last model, compared with the others, and return its path."""
+    *others, (name, (report, curve)) = reports.items()
+    comparisons = [keras_drsl.compare(report, other, names=(name, rival)) for rival, (other, _) in others]
+    report.to_html(path, title=name, curve=curve, comparison=comparisons)
+    return path
 
 
 def build_model(shape, noise):

@@ -4,6 +4,7 @@ import base64
 import importlib.resources
 import io
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,7 +50,7 @@ def render(
     *,
     title: str | None = None,
     curve: Curve | None = None,
-    comparison: object = None,
+    comparisons: Sequence[object] = (),
     page: bool = True,
 ) -> str:
     """Return a report as HTML.
@@ -58,7 +59,7 @@ def render(
         report: The report.
         title: The name of the model; None for the first characters of its fingerprint.
         curve: A curve to show, or None.
-        comparison: A comparison to show, or None.
+        comparisons: Comparisons with other models to show.
         page: Whether to return a whole page, or the part that a notebook shows.
 
     Raises:
@@ -87,7 +88,7 @@ def render(
         "confused": _most_confused(report),
         "read_as": _read_as(report),
         "curve": None if curve is None else _chart(curve, report),
-        "comparison": None if comparison is None else str(comparison),
+        "comparisons": [str(comparison) for comparison in comparisons],
         "methods": _methods(report),
         "settings": _settings(report),
         "bibtex": BIBTEX % report.provenance.get("versions", {}).get("keras-drsl", "unknown"),

@@ -198,7 +198,7 @@ class RobustnessReport(EvaluationResults):
         *,
         title: str | None = None,
         curve: html.Curve | None = None,
-        comparison: object = None,
+        comparison: object = (),
         overwrite: bool = True,
     ) -> None:
         """Write a page for readers: verdict, trust, misleading images, classes, and how all was measured.
@@ -209,7 +209,7 @@ class RobustnessReport(EvaluationResults):
             path: The file.
             title: The name of the model; None for the first characters of its fingerprint.
             curve: A curve to show, or None.
-            comparison: A comparison with another model to show, or None.
+            comparison: A comparison with another model to show, or several in a list.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
@@ -218,7 +218,8 @@ class RobustnessReport(EvaluationResults):
             ImportError: Without Jinja, or without Pillow where there are images.
         """
         path = _files.check_new("path", path, overwrite=overwrite)
-        _files.write(path, html.render(self, title=title, curve=curve, comparison=comparison))
+        comparisons = comparison if isinstance(comparison, list | tuple) else [comparison]
+        _files.write(path, html.render(self, title=title, curve=curve, comparisons=comparisons))
 
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows: the page without images and settings; None without Jinja, for the text."""

@@ -135,7 +135,7 @@ def test_all_sections_and_settings_are_there(report, page):
         "Images that mislead the model",
         "Class by class",
         "How the accuracy falls with the size of the change",
-        "Compared with another model",
+        "Compared with other models",
         "How this was measured",
     ]
     text = page["How this was measured"]

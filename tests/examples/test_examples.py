@@ -80,6 +80,9 @@ class TestFit:
         assert table.count("\n| cross-entropy |") == table.count("\n| DRSLoss, lam 0.3 |") == 1
         assert {path.name for path in out.glob("*.png")} == {"fit_digits.png", "fit_digits_rivals.png"}
         assert len(list((out / "models").glob("*.keras"))) == 2
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "<h1>DRSLoss, lam 0.3</h1>" in page
+        assert "second   cross-entropy" in page
 
     def test_weights_of_a_noisy_model_fit_the_attacked(self):
         fit = load("fit")
