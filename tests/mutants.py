@@ -63,7 +63,7 @@ def enumerate_mutants(group):
     from cosmic_ray.ast import ast_nodes, get_ast
 
     mutants = []
-    for path in files(GROUPS[group][0]):
+    for path in [path for path in files(GROUPS[group][0]) if path.endswith(".py")]:
         nodes = list(ast_nodes(get_ast((ROOT / path).read_text())))
         for name in sorted(plugins.operator_names()):
             operator = plugins.get_operator(name)
