@@ -19,7 +19,7 @@ from keras_drsl.threat import describe_radius
 # What must be equal in the settings of two reports, besides the data.
 SETTINGS = (
     *("eps", "norm", "clip_min", "clip_max", "mask", "suite"),
-    *("task", "which", "ignore_class", "attack_input", "expectation_draws"),
+    *("task", "which", "ignore_class", "attack_input", "expectation_draws", "checks"),
 )
 
 
@@ -273,13 +273,11 @@ def _check_comparable(report: RobustnessReport, other: RobustnessReport) -> None
         if values[0] != values[1]:
             shown = " and ".join(f"{value!r:.60}" for value in values)
             raise ValueError(f"Reports must have equal settings to be compared. Received: {name} {shown}")
-    attacks = [
-        [attack["name"] for attack in some.attacks if not attack["name"].startswith("check:")]
-        for some in (report, other)
-    ]
+    attacks = [_attacks(some) for some in (report, other)]
     if attacks[0] != attacks[1]:
         shown = " and ".join(", ".join(names) for names in attacks)
-        raise ValueError(f"Reports must be of the same attacks to be compared. Received: {shown}")
+        settings = " with other settings" if list(attacks[0]) == list(attacks[1]) else ""
+        raise ValueError(f"Reports must be of the same attacks to be compared. Received: {shown}{settings}")
     if report.provenance.get("data") != other.provenance.get("data"):
         raise ValueError("Reports must be of the same examples to be compared. Received: two of different data")
     indices = [some.per_example["index"] for some in (report, other)]
@@ -289,6 +287,15 @@ def _check_comparable(report: RobustnessReport, other: RobustnessReport) -> None
             "Reports must be of the same examples to be compared. Received: "
             f"{len(indices[0])} and {len(indices[1])} examples, of which {both} are in both"
         )
+
+
+def _attacks(report: RobustnessReport) -> dict[str, Any]:
+    """Return the settings of each attack, apart from its seed."""
+    return {
+        attack["name"]: {name: value for name, value in attack["settings"].items() if name != "seed"}
+        for attack in report.attacks
+        if not attack["name"].startswith("check:")
+    }
 
 
 def _num_predictions(report: RobustnessReport) -> Array:

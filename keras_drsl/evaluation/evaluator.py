@@ -21,7 +21,7 @@ from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
-from keras_drsl.evaluation.kept import KeptFile, Store, finish, score
+from keras_drsl.evaluation.kept import KeptFile, Store, finish, score, try_again
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
@@ -235,7 +235,10 @@ class Evaluator:
                 run = _Run(context, state, pool, names, progress, title, examples.num_labels, store)
                 run.run_all()
             report = self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
-            kept = None if store is None else finish(context, store, state.broken_by, examples)
+            kept = None
+            if store is not None:
+                kept = finish(context, store, state.broken_by, examples)
+                report.checks.append(try_again(context, store, state.broken_by))
         except BaseException:
             if store is not None and state_path is None:
                 store.close()
@@ -253,7 +256,7 @@ class Evaluator:
             report.to_npz(store.path)
             report.kept = KeptFile(store.path)
             store.close()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             warnings.warn(
                 f"The examples could not be written, and stay in {str(store.partial)!r} until the report, which has "
                 f"them too, is written by `report.to_npz`: {error}",

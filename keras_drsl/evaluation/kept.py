@@ -4,6 +4,7 @@ They are kept in memory, or in a file, which outlives a killed process.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from keras_drsl import _escape, _files
 from keras_drsl._data import Examples
 from keras_drsl._typing import Array
 from keras_drsl.evaluation.context import EvaluationContext
-from keras_drsl.evaluation.results import CLEAN
+from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.models.classifier import compute_rounding, margins, num_predictions, severity
 
 ARRAYS = ("x", "x_adv", "prediction", "confidence", "distance")
@@ -34,7 +35,13 @@ def check_argument(keep_examples: Any, state_path: Any) -> bool | Path:
         return keep_examples
     if not isinstance(keep_examples, str | os.PathLike):
         raise ValueError(f"`keep_examples` must be True, False or a path. Received: keep_examples={keep_examples!r}")
-    return _files.check_new("keep_examples", os.fspath(keep_examples), overwrite=True)
+    path = _files.check_new("keep_examples", os.fspath(keep_examples), overwrite=True)
+    partial = path.with_name(path.name + ".partial")
+    if state_path is not None and os.path.realpath(state_path) in (os.path.realpath(path), os.path.realpath(partial)):
+        raise ValueError(f"`keep_examples` and `state_path` must be different files. Received: {str(path)!r}")
+    if partial.exists() and not _is_store(partial):
+        raise ValueError(f"`keep_examples` needs the name {str(partial)!r} meanwhile, where another file exists")
+    return path
 
 
 class Store:
@@ -118,6 +125,12 @@ def _reserve(path: Path, header: bytes, size: int) -> None:
         ) from error
 
 
+def _is_store(path: Path) -> bool:
+    """Return whether a file begins with the SHA-256 of an evaluation, as that of a `Store` does."""
+    with open(path, "rb") as file:
+        return bool(re.fullmatch(rb"[0-9a-f]{64}", file.read(64)))
+
+
 def _begins_with(path: Path, header: bytes) -> bool:
     with open(path, "rb") as file:
         return file.read(len(header)) == header
@@ -152,14 +165,12 @@ def finish(
         broken_by: What broke each row.
         examples: The examples.
 
-    Raises:
-        RuntimeError: If the point of a row that counts as broken does not mislead the model.
     """
     num_labels = examples.num_labels
     num_features = context.x.shape[-1] if examples.layout is None else examples.layout.shape[-1]
     count = len(context.x)
-    _check(context, store, broken_by)
-    scores = store.scores_of(np.arange(count)).reshape(-1, num_labels)
+    is_clean = np.array([name == CLEAN for name in broken_by], bool)
+    scores = np.where(is_clean, np.inf, store.scores_of(np.arange(count))).reshape(-1, num_labels)
     chosen = np.arange(0, count, num_labels) + scores.argmax(axis=1)
     predictions, confidences, sizes = [], [], []
     for part in _parts(len(chosen)):
@@ -199,12 +210,13 @@ def _of_outputs(context: EvaluationContext, x: Array) -> Array:
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
-def _check(context: EvaluationContext, store: Store, broken_by: list[str | None]) -> None:
+def try_again(context: EvaluationContext, store: Store, broken_by: list[str | None]) -> Check:
     """Check once more that each point that counts as misleading the model lies in the ball and does so."""
     broken = np.flatnonzero([name is not None for name in broken_by])
     # A check of a user may say what it broke without the points.
     is_clean = np.array([broken_by[row] == CLEAN for row in broken], bool)
     broken = broken[is_clean | (store.scores_of(broken) == np.inf)]
+    failed: list[int] = []
     for part in _parts(len(broken)):
         rows = broken[part]
         x_adv, y = np.asarray(store.x_adv[rows]), context.y[rows]
@@ -216,12 +228,13 @@ def _check(context: EvaluationContext, store: Store, broken_by: list[str | None]
             is_wrong |= margins(logits, y) >= -rounding
         if context.model.expectation_draws > 1:
             is_wrong[:] = True  # another average may answer otherwise
-        failed = rows[~(is_wrong & context.threat.contains(x_adv, context.x[rows]))]
-        if len(failed):
-            raise RuntimeError(
-                f"The kept example at position {context.ids[failed[0]]} does not mislead the model within the threat "
-                f"model, although {broken_by[failed[0]]} broke it, and {len(failed) - 1} more do not"
-            )
+        failed += rows[~(is_wrong & context.threat.contains(x_adv, context.x[rows]))].tolist()
+    message = (
+        f"points that count as misleading, of {len(broken)}, and do not mislead the model when they are tried again"
+    )
+    if failed:
+        message += f"; the first is at position {context.ids[failed[0]]}, broken by {broken_by[failed[0]]}"
+    return Check("kept_examples", "fail" if failed else "pass", float(len(failed)), message)
 
 
 def write(file: IO[bytes], report: str, arrays: Mapping[str, Array]) -> None:

@@ -36,6 +36,7 @@ ADVICE = {
     "undefended": "Check the attacks: they fail on a model without a defense.",
     "transfer": "Suspect masked gradients. Add a `Transfer` attack.",
     "units": "Give `eps`, `clip_min` and `clip_max` in the units of the inputs.",
+    "kept_examples": "Look for a model that is random, keeps a state, or mixes the inputs of a batch.",
     "shards": "Merge the reports of all shards.",
 }
 

@@ -198,7 +198,7 @@ class RobustnessReport(EvaluationResults):
         *,
         title: str | None = None,
         curve: html.Curve | None = None,
-        comparison: object = (),
+        comparison: object = None,
         overwrite: bool = True,
     ) -> None:
         """Write a page for readers: verdict, trust, misleading images, classes, and how all was measured.
@@ -209,7 +209,7 @@ class RobustnessReport(EvaluationResults):
             path: The file.
             title: The name of the model; None for the first characters of its fingerprint.
             curve: A curve to show, or None.
-            comparison: A comparison with another model to show, or several in a list.
+            comparison: A comparison with another model to show, several in a list, or None.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
@@ -218,7 +218,7 @@ class RobustnessReport(EvaluationResults):
             ImportError: Without Jinja, or without Pillow where there are images.
         """
         path = _files.check_new("path", path, overwrite=overwrite)
-        comparisons = comparison if isinstance(comparison, list | tuple) else [comparison]
+        comparisons = comparison if isinstance(comparison, list | tuple) else [] if comparison is None else [comparison]
         _files.write(path, html.render(self, title=title, curve=curve, comparisons=comparisons))
 
     def _repr_html_(self) -> str | None:

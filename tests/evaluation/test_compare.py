@@ -17,7 +17,7 @@ from tests.linear import WEIGHTS, inputs, linear_model
 stats = pytest.importorskip("scipy.stats")
 
 
-def report(robust, wrong=(), *, status="pass", data="x", names=("pgd",), **settings):
+def report(robust, wrong=(), *, status="pass", data="x", names=("pgd",), steps=3, **settings):
     """Return the report of as many examples as `robust` has letters: r robust, b broken, c wrong without an attack."""
     settings = {
         "eps": 0.1,
@@ -27,7 +27,7 @@ def report(robust, wrong=(), *, status="pass", data="x", names=("pgd",), **setti
         "suite": "standard",
         "shard": None,
     } | settings
-    attacks = [{"name": name, "settings": {}, "seconds": 1.0} for name in names]
+    attacks = [{"name": name, "settings": {"steps": steps}, "seconds": 1.0} for name in names]
     broken_by = [{"r": None, "b": names[0], "c": "clean"}[letter] for letter in robust]
     per_example = {"index": [3 * index for index in range(len(robust))], "broken_by": broken_by}
     per_example |= {"wrong": [list(row[1:]) for row in wrong], "positions": [row[0] for row in wrong]} if wrong else {}
@@ -155,6 +155,8 @@ def test_positions_are_compared_by_their_shares():
         ({"suite": "quick"}, "Received: suite 'standard' and 'quick'"),
         ({"task": "multilabel"}, "Received: task None and 'multilabel'"),
         ({"names": ("apgd",)}, "must be of the same attacks to be compared. Received: pgd and apgd"),
+        ({"steps": 5}, "must be of the same attacks to be compared. Received: pgd and pgd with other settings"),
+        ({"checks": ["noise"]}, "Received: checks None and"),
         ({"data": "y"}, "must be of the same examples to be compared. Received: two of different data"),
     ],
 )

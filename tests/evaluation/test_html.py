@@ -99,7 +99,7 @@ def test_the_verdict_is_a_sentence_with_units(report, page):
 
 
 def test_checks_that_did_not_pass_say_what_to_do(page):
-    expected = "2 of 3 checks passed (1 with a warning). The others, and what to do: warn units Eps is small. Give"
+    expected = "3 of 4 checks passed (1 with a warning). The others, and what to do: warn units Eps is small. Give"
     assert page["Can these numbers be trusted?"].startswith(expected)
 
 

@@ -107,7 +107,11 @@ def test_a_table_has_a_row_for_each_example(whole, monkeypatch):
 
 
 def test_keeping_changes_no_verdict(whole):
-    assert without_times(evaluate_robustness(linear_model(), *data(), **OPTIONS)) == without_times(whole)
+    content = without_times(whole)
+    assert content.pop("checks") == [
+        {"name": "kept_examples", "status": "pass", "value": 0.0, "message": whole.checks[0].message}
+    ]
+    assert without_times(evaluate_robustness(linear_model(), *data(), **OPTIONS)) == content | {"checks": []}
 
 
 def test_a_file_holds_what_memory_does(whole, tmp_path):
@@ -200,7 +204,7 @@ def test_what_a_check_breaks_is_kept():
     assert (report.distance <= EPS * (1 + 1e-5)).all()
 
 
-def test_a_point_that_misleads_nobody_is_an_error():
+def test_a_point_that_misleads_nobody_fails_a_check():
     x, y = data()
 
     @check()
@@ -212,8 +216,10 @@ def test_a_point_that_misleads_nobody_is_an_error():
         return Outcome("warn", 0.0, "", broken=[1])
 
     options = OPTIONS | {"attacks": [Nothing(EPS)]}
-    with pytest.raises(RuntimeError, match="kept example at position 1 does not mislead .* check:lies broke it, and 1"):
-        evaluate_robustness(linear_model(), x, y, **options | {"checks": [lies]}, keep_examples=True)
+    report = evaluate_robustness(linear_model(), x, y, **options | {"checks": [lies]}, keep_examples=True)
+    found = report.checks[-1]
+    assert (found.name, found.status, found.value) == ("kept_examples", "fail", 2)
+    assert found.message.endswith("; the first is at position 1, broken by check:lies")
     report = evaluate_robustness(linear_model(), x, y, **options | {"checks": [says_little]}, keep_examples=True)
     assert report.per_example["broken_by"][1] == "check:says_little"
     np.testing.assert_array_equal(report.x_adv[1], x[1])
@@ -235,6 +241,12 @@ def test_models_of_labels_keep_the_point_of_the_label_that_falls():
     assert report.x_adv.shape == (40, 4)
     np.testing.assert_array_equal(report.prediction, ((report.x_adv - 0.5) @ kernel > 0).astype(int))
     np.testing.assert_array_equal((report.prediction != y).any(1), broken)
+    # The input itself, where a label is wrong without an attack.
+    flipped = np.where(np.arange(40)[:, None] % 4 == 0, [[1, 0]], 0) ^ y
+    report = evaluate_robustness(model, x, flipped, **options)
+    is_clean = np.array([name == "clean" for name in report.per_example["broken_by"]])
+    assert is_clean.sum() == 10
+    assert (report.distance[is_clean] == 0).all()
 
 
 def test_models_of_positions_keep_the_point_with_most_wrong():
@@ -339,6 +351,13 @@ def test_wrong_arguments_are_named(tmp_path, whole):
         evaluate(tmp_path / "nowhere" / "kept.npz")
     with pytest.raises(ValueError, match="`keep_examples` must be a path where nothing exists"):
         evaluate(tmp_path)
+    with pytest.raises(ValueError, match="`keep_examples` and `state_path` must be different files"):
+        evaluate(tmp_path / "same", state_path=tmp_path / "same")
+    (tmp_path / "kept.npz.partial").write_text("mine")
+    with pytest.raises(ValueError, match="needs the name .*kept.npz.partial' meanwhile, where another file exists"):
+        evaluate(tmp_path / "kept.npz")
+    assert (tmp_path / "kept.npz.partial").read_text() == "mine"
+    (tmp_path / "kept.npz.partial").unlink()
     report = evaluate_robustness(linear_model(), *data(), **OPTIONS)
     for name in kept.ARRAYS:
         with pytest.raises(ValueError, match=f"`report.{name}` needs the examples: evaluate with `keep_examples=True`"):
