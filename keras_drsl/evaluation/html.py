@@ -200,7 +200,7 @@ def _read_as(report: EvaluationResults) -> dict[str, Any] | None:
         return None
     counts = report.read_as
     if len(counts) > MAX_MATRIX:
-        return {"names": [], "rows": []}
+        return None
     names = [_name(report, class_id) for class_id in range(len(counts))]
     rows = []
     for class_id in report.by_class:

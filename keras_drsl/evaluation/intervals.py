@@ -81,7 +81,10 @@ def exact_mcnemar(only_first: int, only_second: int) -> float:
         only_second: How many count for the second share only.
     """
     count = only_first + only_second
-    tail = sum(math.comb(count, number) for number in range(min(only_first, only_second) + 1))
+    tail = term = 1  # the number of ways to choose 0 of them
+    for number in range(1, min(only_first, only_second) + 1):
+        term = term * (count - number + 1) // number
+        tail += term
     return min(1.0, 2 * tail / (1 << count))
 
 

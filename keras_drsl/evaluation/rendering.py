@@ -217,7 +217,14 @@ def to_model_card(report: EvaluationResults, name: str, dataset: str) -> str:
     task = tasks.get(report.settings.get("task", ""), "image-classification")
     results = [{"task": {"type": task}, "dataset": {"name": dataset, "type": dataset}, "metrics": metrics}]
     # JSON on one line is YAML, whatever the names hold.
-    lines = ["---", f"model-index: {json.dumps([{'name': name, 'results': results}])}", "---", "", "## Robustness", ""]
+    lines = [
+        "---",
+        f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}",
+        "---",
+        "",
+        "## Robustness",
+        "",
+    ]
     lines.append(
         f"Of {report.num_examples} test examples of {_escape.for_markdown(dataset)}, the model gets "
         f"{report.clean_accuracy:.1%} right. Against attacks ({_escape.for_markdown(_threat(report))}) it keeps "
