@@ -12,8 +12,8 @@ import numpy as np
 from keras_drsl import _escape
 from keras_drsl._typing import Array
 from keras_drsl.evaluation.intervals import wilson
-from keras_drsl.evaluation.rendering import ADVICE, attack_label, count_checks
-from keras_drsl.evaluation.results import BY_SEVERITY, UPPER_BOUND, Check, EvaluationResults
+from keras_drsl.evaluation.rendering import ADVICE, attack_label, by_severity, count_checks
+from keras_drsl.evaluation.results import UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import norm_label
 
 MAX_IMAGES = 12
@@ -71,6 +71,8 @@ def render(
         raise ImportError("HTML reports need `pip install jinja2 pillow`") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("keras_drsl.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    # Once, as it may be read from a file.
+    counts = report.read_as if page and report.kept is not None and report.by_class else None
     fingerprint = str(report.provenance.get("model", "unknown"))[:12]
     values = {
         "page": page,
@@ -80,13 +82,13 @@ def render(
         "upper_bound": report.settings["suite"] in UPPER_BOUND,
         "accuracies": _accuracies(report),
         "trust": _trust(report),
-        "problems": [_describe(check) for check in _by_severity(report) if check.status in ("fail", "warn")],
-        "checks": [_describe(check) for check in _by_severity(report)],
+        "problems": [_describe(check) for check in by_severity(report) if check.status in ("fail", "warn")],
+        "checks": [_describe(check) for check in by_severity(report)],
         "waterfall": _waterfall(report),
         "gallery": _gallery(report) if page else [],
-        "classes": _classes(report),
-        "confused": _most_confused(report),
-        "read_as": _read_as(report),
+        "classes": _classes(report, counts) if page else [],
+        "confused": "" if counts is None else _most_confused(report, counts),
+        "read_as": None if counts is None else _read_as(report, counts),
         "curve": None if curve is None else _chart(curve, report),
         "comparisons": [str(comparison) for comparison in comparisons],
         "methods": _methods(report),
@@ -146,10 +148,6 @@ def _describe(check: Check) -> dict[str, str]:
     }
 
 
-def _by_severity(report: EvaluationResults) -> list[Check]:
-    return sorted(report.checks, key=lambda check: BY_SEVERITY.index(check.status))
-
-
 def _waterfall(report: EvaluationResults) -> list[dict[str, Any]]:
     labels = ["no attack", *(_escape.for_terminal(attack_label(name)) for name in report.accuracy)]
     shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
@@ -166,8 +164,7 @@ def _name(report: EvaluationResults, class_id: int) -> str:
     return _escape.for_terminal(names[class_id]) if class_id < len(names) else str(class_id)
 
 
-def _classes(report: EvaluationResults) -> list[dict[str, Any]]:
-    counts = report.read_as if report.kept is not None and report.by_class else None
+def _classes(report: EvaluationResults, counts: Array | None) -> list[dict[str, Any]]:
     rows = []
     for class_id, found in report.by_class.items():
         others = "" if counts is None else _most_often(report, counts, class_id)
@@ -182,11 +179,9 @@ def _most_often(report: EvaluationResults, counts: Array, class_id: int) -> str:
     return f"{_name(report, int(row.argmax()))} ({row.max()})" if row.any() else "none"
 
 
-def _most_confused(report: EvaluationResults) -> str:
+def _most_confused(report: EvaluationResults, counts: Array) -> str:
     """Return which class is read as which other one most often, as a sentence; empty where there is none."""
-    if report.kept is None or not report.by_class:
-        return ""
-    others = report.read_as * (1 - np.eye(len(report.read_as), dtype=int))
+    others = counts * (1 - np.eye(len(counts), dtype=int))
     true, other = (int(index) for index in np.unravel_index(others.argmax(), others.shape))
     if not others[true, other]:
         return ""
@@ -194,11 +189,8 @@ def _most_confused(report: EvaluationResults) -> str:
     return f"Most confused: {_name(report, true)}, read as {_name(report, other)} in {count} of {total} examples."
 
 
-def _read_as(report: EvaluationResults) -> dict[str, Any] | None:
-    """Return the table of true and read classes, or None where there is none, or it is too large."""
-    if report.kept is None or not report.by_class:
-        return None
-    counts = report.read_as
+def _read_as(report: EvaluationResults, counts: Array) -> dict[str, Any] | None:
+    """Return the table of true and read classes, or None where it is too large."""
     if len(counts) > MAX_MATRIX:
         return None
     names = [_name(report, class_id) for class_id in range(len(counts))]
@@ -218,6 +210,7 @@ def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
     if report.kept is None or not report.by_class:
         return []
     x, x_adv, prediction = report.x, report.x_adv, report.prediction
+    confidence, distance = report.confidence, report.distance
     if _as_image(x[0]) is None:
         return []
     broken = [name not in (None, "clean") for name in report.per_example["broken_by"]]
@@ -236,8 +229,8 @@ def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
                 **{name: _png(values) for name, values in (("x", clean), ("change", change), ("x_adv", changed))},
                 "label": _name(report, int(labels[row])),
                 "prediction": _name(report, int(prediction[row])),
-                "confidence": float(report.confidence[row]),
-                "distance": f"{report.distance[row]:.3g} ({norm_label(report.settings['norm'])})",
+                "confidence": float(confidence[row]),
+                "distance": f"{distance[row]:.3g} ({norm_label(report.settings['norm'])})",
             }
         )
     return items

@@ -36,12 +36,17 @@ def check_argument(keep_examples: Any, state_path: Any) -> bool | Path:
     if not isinstance(keep_examples, str | os.PathLike):
         raise ValueError(f"`keep_examples` must be True, False or a path. Received: keep_examples={keep_examples!r}")
     path = _files.check_new("keep_examples", os.fspath(keep_examples), overwrite=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial_of(path)
     if state_path is not None and os.path.realpath(state_path) in (os.path.realpath(path), os.path.realpath(partial)):
         raise ValueError(f"`keep_examples` and `state_path` must be different files. Received: {str(path)!r}")
     if partial.exists() and not _is_store(partial):
         raise ValueError(f"`keep_examples` needs the name {str(partial)!r} meanwhile, where another file exists")
     return path
+
+
+def _partial_of(path: Path) -> Path:
+    """Return the file that holds the points of a running evaluation."""
+    return path.with_name(path.name + ".partial")
 
 
 class Store:
@@ -60,7 +65,7 @@ class Store:
 
     def __init__(self, path: Path | None, x: Array, identity: str, *, resumes: bool) -> None:
         self.path = path
-        self.partial = None if path is None else path.with_name(path.name + ".partial")
+        self.partial = None if path is None else _partial_of(path)
         size = x[0].size * 4
         if self.partial is None:
             self.x_adv, self._scores, is_new = np.empty_like(x), np.empty(len(x), "float32"), True

@@ -75,7 +75,7 @@ def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
     if not report.checks:
         return ["", "no check ran"]
     lines, rest = [""], []
-    for check in _by_severity(report):
+    for check in by_severity(report):
         name, message = _escape.for_terminal(check.name), _escape.for_terminal(check.message)
         is_bad = check.status in ("fail", "warn")
         figure = "" if math.isnan(check.value) else f" = {check.value:.4g}"
@@ -199,7 +199,7 @@ def to_markdown(report: EvaluationResults) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if report.checks:
         lines += ["", "| check | outcome | figure | message |", "|---|---|---|---|"]
-    for check in _by_severity(report):
+    for check in by_severity(report):
         name, message = _escape.for_markdown(check.name), _escape.for_markdown(check.message)
         lines.append(f"| {name} | {check.status} | {check.value:.4g} | {message} |")
     return "\n".join(lines) + "\n"
@@ -277,7 +277,8 @@ def attack_label(name: str) -> str:
     return f"{'targeted ' if 't' in parts[1:] else ''}{library}{parts[0].upper()} on the {loss}"
 
 
-def _by_severity(report: EvaluationResults) -> list[Check]:
+def by_severity(report: EvaluationResults) -> list[Check]:
+    """Return the checks, failures first."""
     return sorted(report.checks, key=lambda check: BY_SEVERITY.index(check.status))
 
 
