@@ -2,7 +2,8 @@
 
 For each group of modules, cosmic-ray lists all changes that its operators can make to the source. A number of them is
 drawn. For each one, a copy of the repository is changed, and the tests that run the changed line are run on it until
-one fails. Where the line runs when its module is imported, these are all that run any line of the module.
+one fails, quick ones first. Where the line runs when its module is imported, these are all that run any line of the
+module. A change that no test notices within `LIMIT` seconds counts as not noticed.
 
 The outcome of each change is written to `results/mutants.jsonl` as it comes, so a run that was stopped goes on. An
 outcome is used again as long as the module has the same text. A table, and each change that no test noticed, go to
@@ -45,6 +46,7 @@ GROUPS = {
     ),
 }
 SILENCE = 240  # seconds after which a run without a finished test counts as hanging
+LIMIT = 240  # seconds for the tests of one change
 IMPORTED = ("keras", "hypothesis", "pytest", "sklearn.datasets", "rich.progress", "matplotlib.figure")
 
 
@@ -96,13 +98,14 @@ def files_of_tests(group):
     return [path for path in files(GROUPS[group][1]) if Path(path).name.startswith("test_")]
 
 
-def select_tests(mutant, line, contexts):
-    """Return the tests of a change, first those of signatures, then those in files that are most about the module.
+def select_tests(mutant, line, contexts, seconds):
+    """Return the tests of a change: first that of signatures, then quick ones, of the module's own file before others.
 
     Args:
         mutant: The change.
         line: Where it begins.
         contexts: By file and line, what ran the line: "" for an import, or a test and its phase, "file::test|run".
+        seconds: How long each test takes.
     """
     of_module = contexts.get(mutant.path, {})
     of_line = of_module.get(line, [])
@@ -111,25 +114,28 @@ def select_tests(mutant, line, contexts):
     tests = {context.rpartition("|")[0] or context for context in of_line} - {""}
     if tests <= {SIGNATURES}:  # no test runs the module in its own process
         return files_of_tests(mutant.group)
-    stem, count = Path(mutant.path).stem, Counter(test.partition("::")[0] for test in tests)
+    stem, of_file = Path(mutant.path).stem, Counter()
+    for test in tests:
+        of_file[test.partition("::")[0]] += seconds.get(test, 0)
 
     def order(test):
         path = test.partition("::")[0]
         is_named = Path(path).stem.removeprefix("test_") in (stem, f"{stem}s")
-        return path != SIGNATURES, not is_named, -count[path], test
+        return path != SIGNATURES, seconds.get(test, 0) >= 2, not is_named, of_file[path], path, seconds.get(test, 0)
 
     return sorted(tests, key=order)
 
 
 class Recorder:
-    """A plugin of pytest that notes the first test that fails, and when a test last finished."""
+    """A plugin of pytest that notes the first test that fails, when a test last finished, and how long each took."""
 
     def __init__(self, folder):
-        self.failed = None
+        self.failed, self.seconds = None, Counter()
         self._beat = folder / "beat"
 
     def pytest_runtest_logreport(self, report):
         self._beat.touch()
+        self.seconds[report.nodeid] += report.duration
         if report.failed:
             self.failed = self.failed or report.nodeid
 
@@ -163,13 +169,14 @@ class Slot:
     def poll(self):
         """Return the outcome, or None while the tests run."""
         silent = time.time() - (self.folder / "beat").stat().st_mtime
+        is_late = bool(self.mutant.operator) and time.time() - self._began > LIMIT + silent
         ended, status = os.waitpid(self._process, os.WNOHANG)
-        if not ended and silent < SILENCE:
+        if not ended and silent < SILENCE and not is_late:
             return None
         if not ended:
             os.killpg(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
-            outcome, by = "killed", "a run that does not end"
+            outcome, by = ("survived", "") if is_late else ("killed", "a run that does not end")
         elif not (self.folder / "outcome").exists():
             outcome, by = "killed", f"a process that ends with status {status}"
         else:
@@ -193,6 +200,7 @@ def run_tests(folder, arguments):
 
         recorder = Recorder(folder)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments], plugins=[recorder])
+        (folder / "seconds").write_text(json.dumps(recorder.seconds))
         (folder / "outcome").write_text(recorder.failed or ("" if code == 0 else "import of conftest.py"))
     finally:
         os._exit(0)
@@ -218,14 +226,15 @@ def run(jobs, slots, note):
 
 
 def find_contexts(groups, slots):
-    """Run the tests of each group on the package as it is, and return what ran each line."""
+    """Run the tests of each group on the package as it is. Return what ran each line, and how long each test took."""
     from coverage import CoverageData
 
-    contexts = {}
+    contexts, seconds = {}, {}
 
     def read(mutant, outcome, folder):
         if outcome["outcome"] == "killed":
             sys.exit(f"The tests of {mutant.group} fail without a change: {outcome['by']}")
+        seconds.update(json.loads((folder / "seconds").read_text()))
         data = CoverageData(folder / ".coverage")
         data.read()
         for path in files(GROUPS[mutant.group][0]):
@@ -234,7 +243,7 @@ def find_contexts(groups, slots):
     unchanged = [Mutant(group, files(GROUPS[group][0])[0], "", 0) for group in groups]
     options = ["--cov=keras_drsl", "--cov-context=test", "--cov-report="]
     run([(some, text_of(some.path), files_of_tests(some.group), options) for some in unchanged], slots, read)
-    return contexts
+    return contexts, seconds
 
 
 def text_of(path):
@@ -340,8 +349,8 @@ def main(arguments=None):
         __import__(module)
     with tempfile.TemporaryDirectory() as folder:
         slots = [Slot(Path(folder) / str(number)) for number in range(args.jobs)]
-        contexts = find_contexts(dict.fromkeys(mutant.group for mutant in todo), slots)
-        jobs = [(some, mutate(some)[1], select_tests(some, describe(some)["line"], contexts)) for some in todo]
+        ran = find_contexts(dict.fromkeys(mutant.group for mutant in todo), slots)
+        jobs = [(some, mutate(some)[1], select_tests(some, describe(some)["line"], *ran)) for some in todo]
         run(jobs, slots, note)
     # Those of groups that were not asked for stay.
     records = [record for (mutant, _), record in known.items() if mutant.group not in args.groups]
