@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ def to_array(x: Any) -> Array:
 def to_labels(y: Any) -> Array:
     """Return labels as an array, or raise `ValueError` unless they are numbers."""
     labels = to_array(y)
+    if labels.dtype == object and all(isinstance(label, numbers.Real) for label in labels.ravel()):
+        labels = np.array(labels.tolist())  # as pandas holds them
     if not (np.issubdtype(labels.dtype, np.number) or labels.dtype == bool):
         first = labels.ravel()[:1].tolist()
         raise ValueError(f"`y` must hold numbers: class ids 0, 1, 2, ... in place of names. Received: {first!r:.60}")

@@ -52,7 +52,8 @@ def replace(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            _lock(file)
+            with contextlib.suppress(OSError):  # on a file system without locks
+                lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -76,14 +77,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _lock(file: IO[Any]) -> bool:
-    """Lock a file until it is closed or its process ends, and return whether that was possible."""
+def lock(file: IO[Any]) -> None:
+    """Lock a file until it is closed or its process ends.
+
+    Raises:
+        BlockingIOError: If it is locked already.
+        OSError: On a file system without locks.
+    """
     if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # locked by another process, or on a file system without locks
-            return False
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _delete_leftovers(path: Path) -> None:
@@ -96,6 +98,5 @@ def _delete_leftovers(path: Path) -> None:
         # Another process may have deleted it meanwhile. On Windows, a file that is open cannot be deleted.
         with contextlib.suppress(OSError):
             with open(path.parent / entry, "r+b") as file:
-                dead = _lock(file)
-            if dead:
-                (path.parent / entry).unlink()
+                lock(file)
+            (path.parent / entry).unlink()

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_drsl import _escape, _files, datasets
-from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, robustness_curve
+from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, html, robustness_curve
 from keras_drsl.evaluation.reading import image_shape
 from keras_drsl.evaluation.rendering import summarize
 from keras_drsl.evaluation.state import read_state
@@ -102,7 +102,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             curve.plot(args.plot, overwrite=args.overwrite)
     if problems and args.state is not None and not any("does not hold the result" in text for text in problems):
         problems.append(
-            f"The state in {args.state!r} holds the result: the same command with other outputs writes them"
+            f"The state in {args.state!r} holds the result: the same command with --overwrite and other outputs in "
+            "place of those that failed writes them"
         )
     paths = [path for name in ("out", "keep", "html", "plot") if (path := getattr(args, name)) is not None]
     if paths and not problems:
@@ -117,7 +118,7 @@ def _largest_eps(threat: ThreatModel, x: Any, attack_input: str | None) -> float
     if attacked is not None and (isinstance(x, dict) or attack_input is None):
         return threat.largest_eps(attacked.shape[1:])
     # How many numbers an embedding layer gives is not known here.
-    return math.inf if threat.norm == 2 else float(np.min(threat.span))
+    return float(np.min(threat.span)) if threat.norm == "inf" else math.inf
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -125,6 +126,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for name in ("out", "keep", "html", "plot"):
         if getattr(args, name, None) is not None:
             _files.check_new(name, getattr(args, name), overwrite=args.overwrite)
+    if getattr(args, "html", None) is not None:
+        html.check_installed("jinja2", "PIL.Image")
     if getattr(args, "plot", None) is not None:
         figure, _ = new_figure()
         if args.plot.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():

@@ -319,6 +319,8 @@ def load_folder(path: str | os.PathLike[str], shape: Sequence[int | None] = (Non
 def _can_be_read(file: Path) -> bool:
     try:
         keras.utils.load_img(file).load()
+    except ImportError:  # without Pillow nobody knows
+        return True
     except Exception:
         return False
     return True
@@ -330,6 +332,8 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
     for file in files:
         try:
             width, height = keras.utils.load_img(file).size
+        except ImportError:  # without Pillow
+            raise
         except Exception as error:
             raise ValueError(f"`path` must hold images that can be read. Received: {str(file)!r}") from error
         sizes.setdefault((height, width), file)

@@ -22,12 +22,13 @@ def test_tests_that_run_the_changed_line_are_chosen():
     mutant = Mutant("metrics", "keras_drsl/metrics.py", "core/NumberReplacer", 0)
     own, other, third = "tests/test_metrics.py::test_a[x|y]", "tests/test_b.py::test_b", "tests/test_c.py::test_c"
     lines = {7: [f"{other}|run", f"{own}|run", f"{own}|setup"], 8: [f"{third}|run", f"{third}2|run"], 9: [""]}
-    assert select_tests(mutant, 7, {mutant.path: lines}) == [own, other]
-    # A line that is run by an import, or not known: all tests of the module, first those of the files with most.
+    seconds = {own: 1.0, other: 0.5, third: 0.1, f"{third}2": 3.0}
+    assert select_tests(mutant, 7, {mutant.path: lines}, seconds) == [own, other]
+    # A line that is run by an import, or not known: all tests of the module, slow ones last.
     for line in (9, 10):
-        assert select_tests(mutant, line, {mutant.path: lines}) == [SIGNATURES, own, third, f"{third}2", other]
+        assert select_tests(mutant, line, {mutant.path: lines}, seconds) == [SIGNATURES, own, other, third, f"{third}2"]
     # A module that only other processes run.
-    assert select_tests(mutant, 9, {mutant.path: {9: [""]}}) == files_of_tests("metrics")
+    assert select_tests(mutant, 9, {mutant.path: {9: [""]}}, seconds) == files_of_tests("metrics")
 
 
 def test_the_table_counts_and_lists_what_was_not_noticed():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
-from keras_drsl.evaluation.kept import KeptFile, Store, finish, score, try_again
+from keras_drsl.evaluation.kept import KeptFile, Store, finish, is_unfinished, score, try_again
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
@@ -228,6 +229,8 @@ class Evaluator:
         if keep_examples:
             path = keep_examples if isinstance(keep_examples, Path) else None
             digested = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            if path is not None and state.done and (earlier := _read_again(path, state, settings, provenance)):
+                return earlier
             store = Store(path, examples.x, digested, resumes=bool(state.done))
         names = [name for name in self.checks if self._listed or applies(name, context)]
         try:
@@ -240,8 +243,8 @@ class Evaluator:
                 kept = finish(context, store, state.broken_by, examples)
                 report.checks.append(try_again(context, store, state.broken_by))
         except BaseException:
-            if store is not None and state_path is None:
-                store.close()
+            if store is not None:
+                store.close(delete=state_path is None)
             raise
         if store is not None and kept is not None:
             self._keep_examples(report, kept, store)
@@ -255,8 +258,9 @@ class Evaluator:
         try:
             report.to_npz(store.path)
             report.kept = KeptFile(store.path)
-            store.close()
+            store.close(delete=True)
         except (OSError, ValueError) as error:
+            store.close(delete=False)
             warnings.warn(
                 f"The examples could not be written, and stay in {str(store.partial)!r} until the report, which has "
                 f"them too, is written by `report.to_npz`: {error}",
@@ -385,13 +389,13 @@ class _Run:
                 x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
             found, audit = breaks(context.model, x_adv, x, y, context.threat)
             self._record(name, rows, found)
-            self._keep(rows, x_adv, found)
             broken = found.astype(bool)
             if context.are_8bit and broken.any():
                 rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
                 wrong = context.model.misclassifies(rounded, y[broken], len(rounded))
                 for index in rows[broken][wrong]:
                     state.broken_rounded[index] = True
+            self._keep(rows, x_adv, found)
             state.audit = Audit(**state.audit).add(audit)._asdict()
             state.done[name] = number + 1
             state.gradients[name] += calls.gradients
@@ -478,6 +482,31 @@ class _Run:
 
     def _finish(self, name: str, count: int) -> None:
         self._finished += count * self._todo.pop(name)
+
+
+def _read_again(
+    path: Path, state: State, settings: dict[str, Any], provenance: dict[str, Any]
+) -> RobustnessReport | None:
+    """Return the report of an evaluation that has ended, from the file of its kept examples, or None.
+
+    Args:
+        path: The file.
+        state: The state that the evaluation left.
+        settings: The settings of the report.
+        provenance: Its provenance.
+    """
+    if not path.exists() or is_unfinished(path):
+        return None
+    try:
+        report = RobustnessReport.from_npz(path)
+    except ValueError:
+        return None
+    facts = ("model", "undefended", "data", "pool", "backend")
+    expected = settings, {name: provenance[name] for name in facts}
+    found = report.settings, {name: report.provenance.get(name) for name in facts}
+    by_label = report.per_example.get("broken_by_label", [report.per_example["broken_by"]])
+    is_same = json.loads(json.dumps(expected)) == json.loads(json.dumps(found))
+    return report if is_same and list(itertools.chain(*by_label)) == state.broken_by else None
 
 
 def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str]) -> dict[str, list[Any]]:

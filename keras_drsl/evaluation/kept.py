@@ -3,6 +3,7 @@
 They are kept in memory, or in a file, which outlives a killed process.
 """
 
+import contextlib
 import os
 import re
 import zipfile
@@ -49,6 +50,11 @@ def _partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def is_unfinished(path: Path) -> bool:
+    """Return whether an evaluation that runs, or was killed, will write its points to a file."""
+    return _partial_of(path).exists()
+
+
 class Store:
     """Keep the worst point of each row while attacks run.
 
@@ -60,7 +66,8 @@ class Store:
         resumes: Whether an earlier process has attacked some rows.
 
     Raises:
-        ValueError: If the points of the earlier process are missing, or the disk is too small.
+        ValueError: If the points of the earlier process are missing, another evaluation that runs now has the same
+            file, or the disk is too small.
     """
 
     def __init__(self, path: Path | None, x: Array, identity: str, *, resumes: bool) -> None:
@@ -72,13 +79,18 @@ class Store:
         else:
             header = identity.encode()
             is_new = not resumes
-            if is_new:
-                _reserve(self.partial, header, len(header) + len(x) * (4 + size))
-            elif not self.partial.exists() or not _begins_with(self.partial, header):
+            if resumes and not (self.partial.exists() and _begins_with(self.partial, header)):
                 raise ValueError(
                     "`keep_examples` must name the file that the evaluation in `state_path` began with, as "
                     f"{str(self.partial)!r} holds its examples until it ends. Received: keep_examples={str(path)!r}"
                 )
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(open(self.partial, "ab"))
+                with contextlib.suppress(OSError):  # on a file system without locks
+                    _lock(file, path)
+                if is_new:
+                    _reserve(file, header, len(header) + len(x) * (4 + size))
+                self._open = stack.pop_all()  # the lock lasts until the file is closed
             self._scores = np.memmap(self.partial, "float32", "r+", len(header), (len(x),))
             self.x_adv = np.memmap(self.partial, "float32", "r+", len(header) + 4 * len(x), x.shape)
         if is_new:
@@ -107,26 +119,39 @@ class Store:
             if isinstance(array, np.memmap):
                 array.flush()
 
-    def close(self) -> None:
-        """Delete the file of an evaluation that has ended."""
+    def close(self, *, delete: bool) -> None:
+        """Release the file of the points, and delete it or not."""
         if self.partial is not None:
-            self.partial.unlink(missing_ok=True)
+            self._open.close()
+            if delete:
+                self.partial.unlink(missing_ok=True)
 
 
-def _reserve(path: Path, header: bytes, size: int) -> None:
-    """Make a file of a size, so that a full disk is known now and not when its pages are written."""
+def _lock(file: IO[bytes], path: Path | None) -> None:
     try:
-        with open(path, "wb") as file:
-            file.write(header)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+        _files.lock(file)
+    except BlockingIOError as error:
+        raise ValueError(
+            "`keep_examples` must be a file of this evaluation only, and another one that runs now has it. "
+            f"Received: keep_examples={str(path)!r}"
+        ) from error
+
+
+def _reserve(file: IO[bytes], header: bytes, size: int) -> None:
+    """Give a file its header and size, so that a full disk is known now and not when its pages are written."""
+    try:
+        file.truncate(0)
+        file.write(header)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise ValueError(
             f"`keep_examples` must lie on a disk with room for {size / 2**20:.0f} MiB. "
-            f"Received: {str(path)!r} ({error})"
+            f"Received: {file.name!r} ({error})"
         ) from error
 
 
@@ -169,11 +194,11 @@ def finish(
         store: The points of its rows. Of an example with several rows, that of the row with the largest score is kept.
         broken_by: What broke each row.
         examples: The examples.
-
     """
     num_labels = examples.num_labels
     num_features = context.x.shape[-1] if examples.layout is None else examples.layout.shape[-1]
     count = len(context.x)
+    context.model.seed(context.seed, "kept")  # of a random model
     is_clean = np.array([name == CLEAN for name in broken_by], bool)
     scores = np.where(is_clean, np.inf, store.scores_of(np.arange(count))).reshape(-1, num_labels)
     chosen = np.arange(0, count, num_labels) + scores.argmax(axis=1)
@@ -186,7 +211,7 @@ def finish(
         predictions.append(probabilities.argmax(axis=-1))
         confidences.append(probabilities.max(axis=-1))
     return {
-        "x": context.x[chosen][..., :num_features],
+        "x": (context.x if num_labels == 1 else context.x[chosen])[..., :num_features],
         "x_adv": store.x_adv[..., :num_features] if num_labels == 1 else store.x_adv[chosen][..., :num_features],
         "prediction": np.concatenate(predictions),
         "confidence": np.concatenate(confidences),
@@ -294,6 +319,8 @@ def read(path: Path) -> tuple[str, KeptFile]:
         names = [REPORT, *(f"{name}.npy" for name in ARRAYS)]
         if sorted(archive.namelist()) != sorted(names):
             raise ValueError(f"it holds {_escape.for_terminal(', '.join(archive.namelist()))}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("it is compressed")  # a small file could fill the memory
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} is damaged")
@@ -301,23 +328,40 @@ def read(path: Path) -> tuple[str, KeptFile]:
 
 
 def check_fit(arrays: Mapping[str, Array], num_examples: int) -> None:
-    """Raise `ValueError` unless there is a finite value of each array for each example."""
+    """Raise `ValueError` unless there is a finite value of each array for each example, of fitting types and shapes."""
     for name in ARRAYS:
         array = arrays[name]
         if array.dtype.kind not in "fiu" or len(array) != num_examples or not np.isfinite(array).all():
             raise ValueError(f"{name} must hold finite numbers for {num_examples} examples. Received: {array.shape}")
     if arrays["x"].shape != arrays["x_adv"].shape:
         raise ValueError("x and x_adv must have equal shapes")
+    prediction = arrays["prediction"]
+    if prediction.dtype.kind not in "iu" or prediction.shape != arrays["confidence"].shape or (prediction < 0).any():
+        raise ValueError("prediction must hold class ids, one for each confidence")
 
 
-def merge(parts: Sequence[tuple[list[int], Mapping[str, Array] | None]]) -> dict[str, Array] | None:
-    """Return the kept examples of several reports, by the order of their positions in the data set.
+class MergedArrays(Mapping[str, Array]):
+    """Join the kept examples of several reports by the order of their positions in the data set.
 
     Args:
-        parts: The positions of each report, and its kept examples. If one has none, the result is None.
+        parts: The positions of each report, and its kept examples. Each array is joined when it is asked for.
     """
-    order = np.argsort(np.concatenate([index for index, _ in parts]), kind="stable")
-    some = [arrays for _, arrays in parts if arrays is not None]
-    if len(some) < len(parts):
-        return None
-    return {name: np.concatenate([arrays[name] for arrays in some])[order] for name in ARRAYS}
+
+    def __init__(self, parts: Sequence[tuple[list[int], Mapping[str, Array]]]) -> None:
+        self._order = np.argsort(np.concatenate([index for index, _ in parts]), kind="stable")
+        self._parts = [arrays for _, arrays in parts]
+
+    def __getitem__(self, name: str) -> Array:
+        return np.asarray(np.concatenate([arrays[name] for arrays in self._parts])[self._order])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ARRAYS)
+
+    def __len__(self) -> int:
+        return len(ARRAYS)
+
+
+def merge(parts: Sequence[tuple[list[int], Mapping[str, Array] | None]]) -> MergedArrays | None:
+    """Return the kept examples of several reports, or None if one has none."""
+    some = [(index, arrays) for index, arrays in parts if arrays is not None]
+    return MergedArrays(some) if len(some) == len(parts) else None

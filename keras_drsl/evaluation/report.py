@@ -113,7 +113,7 @@ class RobustnessReport(EvaluationResults):
                 written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        arrays = {name: self._kept_array(name) for name in kept.ARRAYS}
+        arrays = self._kept_arrays("to_npz")
         with _files.replace(_files.check_new("path", path, overwrite=overwrite)) as file:
             kept.write(file, self._to_text(), arrays)
 

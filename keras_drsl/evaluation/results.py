@@ -254,7 +254,8 @@ class EvaluationResults:
     def read_as(self) -> Array:
         """How often the worst point of an example of each class is read as each class, shape `(C, C)`.
 
-        Rows are true classes, columns predictions at `x_adv`. Robust examples are on the diagonal.
+        Rows are true classes, columns predictions at `x_adv`. Robust examples are on the diagonal,
+        but for a random model, which answers otherwise when it is asked again.
 
         Raises:
             ValueError: If the report has no examples, or is of a model of labels or positions.
@@ -268,9 +269,13 @@ class EvaluationResults:
         return np.asarray(counts.reshape(count, count))
 
     def _kept_array(self, name: str) -> Array:
+        return self._kept_arrays(name)[name]
+
+    def _kept_arrays(self, name: str) -> Mapping[str, Array]:
+        """Return the kept examples, or raise `ValueError` that an attribute or a method needs them."""
         if self.kept is None:
             raise ValueError(
                 f"`report.{name}` needs the examples: evaluate with `keep_examples=True` or `--keep FILE.npz`, or read "
                 "such a file by `RobustnessReport.from_npz`. A JSON file holds no examples"
             )
-        return self.kept[name]
+        return self.kept

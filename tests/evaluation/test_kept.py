@@ -185,6 +185,38 @@ def test_examples_outlive_a_killed_process(tmp_path):
         np.testing.assert_array_equal(getattr(report, name), getattr(expected, name))
 
 
+def test_an_evaluation_that_has_ended_is_read_again(tmp_path):
+    state, path = tmp_path / "state", tmp_path / "kept.npz"
+    options = OPTIONS | {"state_path": state, "keep_examples": path}
+    report = evaluate_robustness(linear_model(), *data(), **options)
+    assert evaluate_robustness(linear_model(), *data(), **options).to_dict() == report.to_dict()
+    # The points of another evaluation are not those of the state.
+    other = evaluate_robustness(linear_model(), *data(), **OPTIONS, seed=5, keep_examples=True)
+    other.to_npz(path)
+    with pytest.raises(ValueError, match="`keep_examples` must name the file that the evaluation in `state_path`"):
+        evaluate_robustness(linear_model(), *data(), **options)
+    path.write_bytes(b"no report")
+    with pytest.raises(ValueError, match="`keep_examples` must name the file that the evaluation in `state_path`"):
+        evaluate_robustness(linear_model(), *data(), **options)
+
+
+def test_two_evaluations_at_a_time_need_two_files(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "kept.npz"
+
+    class Second(Attack):
+        def run(self, classifier, batch):
+            with pytest.raises(ValueError, match="must be a file of this evaluation only, and another one that runs"):
+                evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
+            return batch.x
+
+    report = evaluate_robustness(
+        linear_model(), *data(), **OPTIONS | {"attacks": [Second(EPS), *OPTIONS["attacks"]]}, keep_examples=path
+    )
+    assert np.abs(report.x_adv - report.x).max() > 0
+    assert os.listdir(tmp_path) == ["kept.npz"]
+
+
 def test_a_state_without_examples_is_another_evaluation(tmp_path):
     evaluate_robustness(linear_model(), *data(), **OPTIONS, state_path=tmp_path / "state")
     with pytest.raises(ValueError, match="`state_path` .* another one. Different: keep_examples"):
@@ -215,7 +247,14 @@ def test_a_point_that_misleads_nobody_fails_a_check():
     def says_little(context):
         return Outcome("warn", 0.0, "", broken=[1])
 
+    @check()
+    def gives_other_shapes(context):
+        return Outcome("warn", 0.0, "", broken=[1], x_adv={1: x[:2]})
+
     options = OPTIONS | {"attacks": [Nothing(EPS)]}
+    report = evaluate_robustness(linear_model(), x, y, **options | {"checks": [gives_other_shapes]}, keep_examples=True)
+    assert report.checks[0].status == "fail"
+    assert report.checks[0].message.endswith("`x_adv` must hold points of shape (4,). Received: one of shape (2, 4)")
     report = evaluate_robustness(linear_model(), x, y, **options | {"checks": [lies]}, keep_examples=True)
     found = report.checks[-1]
     assert (found.name, found.status, found.value) == ("kept_examples", "fail", 2)
@@ -392,8 +431,15 @@ def test_files_of_something_else_are_refused(whole, tmp_path):
     refused("distance must hold finite numbers", **{"distance.npy": array(np.full(60, np.nan))})
     refused("x and x_adv must have equal shapes", **{"x.npy": array(np.zeros((60, 5)))})
     refused("", **{"prediction.npy": array(np.array([{}] * 60))})
+    for wrong in (np.full(60, -1), np.zeros(60), np.zeros((60, 2), int)):
+        refused("prediction must hold class ids", **{"prediction.npy": array(wrong)})
     content = json.loads(members["report.json"]) | {"robust_accuracy": 1.0}
     refused("as the examples say", **{"report.json": json.dumps(content)})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="it is compressed"):
+        RobustnessReport.from_npz(path)
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(ValueError, match="must be a file written by"):
         RobustnessReport.from_npz(path)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from keras_drsl import _validation
 from keras_drsl._typing import Array, Status
 from keras_drsl.evaluation.context import EvaluationContext
@@ -135,12 +137,16 @@ def choose(checks: str | Iterable[Any] | None, suite: str) -> tuple[list[str], b
     return [name for name in CHECKS if name in names], True
 
 
-def _checked(outcome: Outcome) -> Outcome:
+def _checked(outcome: Outcome, shape: tuple[int, ...]) -> Outcome:
     """Return an outcome with plain Python values, as reports and states store it, or raise `ValueError`."""
     _validation.check_choice("status", outcome.status, get_args(Status))
     broken = [int(example) for example in outcome.broken]
     wrong = {int(example): int(count) for example, count in outcome.wrong.items()}
-    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken, wrong, outcome.x_adv)
+    x_adv = {int(example): np.asarray(point, "float32") for example, point in outcome.x_adv.items()}
+    for point in x_adv.values():
+        if point.shape != shape:
+            raise ValueError(f"`x_adv` must hold points of shape {shape}. Received: one of shape {point.shape}")
+    return Outcome(outcome.status, float(outcome.value), str(outcome.message), broken, wrong, x_adv)
 
 
 def applies(name: str, context: EvaluationContext) -> bool:
@@ -157,6 +163,6 @@ def run_check(name: str, context: EvaluationContext) -> Outcome:
     try:
         if not entry.applies(context):
             return Outcome("skipped", math.nan, "the check does not apply to this evaluation")
-        return _checked(Outcome(*entry.function(context)))
+        return _checked(Outcome(*entry.function(context)), context.x.shape[1:])
     except Exception as error:
         return Outcome("fail", math.nan, f"the check itself failed: {type(error).__name__}: {error}")

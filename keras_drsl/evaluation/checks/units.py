@@ -46,6 +46,10 @@ def units(context: EvaluationContext) -> Outcome:
 def _used_share(context: EvaluationContext) -> float:
     """Return which share of the valid range lies between the smallest and the largest value of the inputs."""
     threat = context.threat
-    places = (context.x - np.asarray(threat.clip_min)) / np.asarray(threat.span)
-    may_change = np.broadcast_to(threat.scale > 0, places.shape)
-    return float(np.ptp(places[may_change]))
+    may_change = np.broadcast_to(threat.scale > 0, context.x.shape[1:])
+    smallest, largest = math.inf, -math.inf
+    for start in range(0, len(context.x), 1024):  # no second copy of a large data set
+        x = context.x[start : start + 1024]
+        places = ((x - np.asarray(threat.clip_min)) / np.asarray(threat.span))[:, may_change]
+        smallest, largest = min(smallest, float(places.min())), max(largest, float(places.max()))
+    return largest - smallest
