@@ -190,7 +190,7 @@ class Comparison:
         by_model = [right.sum(axis=1) / counts.sum() for right in sides]
         means = [right.mean(axis=0) for right in sides]
         first, second = (float(accuracies.mean()) for accuracies in by_model)
-        over_seeds = welch(*by_model) if min(map(len, by_model)) > 1 else None
+        over_seeds = welch(*by_model, step=1 / counts.sum()) if min(map(len, by_model)) > 1 else None
         difference = means[0] - means[1]
         if len(self.first) > 1 or len(self.second) > 1 or self.first[0].num_positions is not None:
             return Difference(first, second, paired_mean(difference, counts), over_seeds)
@@ -234,8 +234,8 @@ def compare(
         A `Comparison`.
 
     Raises:
-        ValueError: If a side is empty or holds something else than reports, or the reports are of different examples,
-            threat models, suites or tasks.
+        ValueError: If a side is empty, holds something else than reports, or two of one model; or if the reports are of
+            different examples, threat models, suites, tasks or pools, or do not say of what data.
         ImportError: Without SciPy, where both sides have several models.
 
     Example:
@@ -256,6 +256,10 @@ def compare(
         raise ValueError(f"`names` must be two texts. Received: names={names!r}")
     for other in (*sides[0][1:], *sides[1]):
         _check_comparable(sides[0][0], other)
+    for name, side in zip(("first", "second"), sides, strict=True):
+        models = [model for report in side if (model := report.provenance.get("model")) is not None]
+        if len(set(models)) < len(models):
+            raise ValueError(f"`{name}` must hold reports of different models. Received: two of one model")
     return Comparison(*sides, (names[0], names[1]))
 
 
@@ -278,8 +282,17 @@ def _check_comparable(report: RobustnessReport, other: RobustnessReport) -> None
         shown = " and ".join(", ".join(names) for names in attacks)
         settings = " with other settings" if list(attacks[0]) == list(attacks[1]) else ""
         raise ValueError(f"Reports must be of the same attacks to be compared. Received: {shown}{settings}")
-    if report.provenance.get("data") != other.provenance.get("data"):
+    data = [some.provenance.get("data") for some in (report, other)]
+    if None in data:
+        raise ValueError("Reports must say what data they are of to be compared. Received: one that does not")
+    if data[0] != data[1]:
         raise ValueError("Reports must be of the same examples to be compared. Received: two of different data")
+    pools = [(some.provenance.get("pool") or {}).get("digest") for some in (report, other)]
+    if pools[0] != pools[1]:
+        raise ValueError(
+            "Reports must be of attacks that start at the same images to be compared: of equal `x_pool`, or of one "
+            "whole data set. Received: two of different pools"
+        )
     indices = [some.per_example["index"] for some in (report, other)]
     if indices[0] != indices[1]:
         both = len(set(indices[0]) & set(indices[1]))

@@ -105,12 +105,15 @@ def paired_mean(differences: Array, counts: Array) -> tuple[float, float]:
     return max(share - half_width, -1.0), min(share + half_width, 1.0)
 
 
-def welch(first: Array, second: Array) -> tuple[float, float]:
+def welch(first: Array, second: Array, *, step: float) -> tuple[float, float]:
     """Return the 95 % confidence interval of the difference of two means of shares, by Welch's method, in [-1, 1].
+
+    Its width is never 0: each variance is at least that of rounding to a multiple of `step`.
 
     Args:
         first: The shares of the first mean, two or more, independent of each other.
         second: Those of the second mean.
+        step: The share of one example.
 
     Raises:
         ImportError: Without SciPy.
@@ -120,9 +123,7 @@ def welch(first: Array, second: Array) -> tuple[float, float]:
     except ImportError as error:
         raise ImportError("An interval over several models needs `pip install scipy`") from error
     difference = float(first.mean() - second.mean())
-    variances = [float(values.var(ddof=1)) / len(values) for values in (first, second)]
-    if not any(variances):
-        return difference, difference
+    variances = [max(float(values.var(ddof=1)), step**2 / 12) / len(values) for values in (first, second)]
     parts = (part**2 / (len(values) - 1) for part, values in zip(variances, (first, second), strict=True))
     half_width = float(t.ppf(0.975, sum(variances) ** 2 / sum(parts))) * math.sqrt(sum(variances))
     return max(difference - half_width, -1.0), min(difference + half_width, 1.0)

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,10 @@ from tests.linear import WEIGHTS, inputs, linear_model
 stats = pytest.importorskip("scipy.stats")
 
 
-def report(robust, wrong=(), *, status="pass", data="x", names=("pgd",), steps=3, **settings):
+NUMBERS = itertools.count()
+
+
+def report(robust, wrong=(), *, status="pass", data="x", pool="p", model=None, names=("pgd",), steps=3, **settings):
     """Return the report of as many examples as `robust` has letters: r robust, b broken, c wrong without an attack."""
     settings = {
         "eps": 0.1,
@@ -32,7 +36,8 @@ def report(robust, wrong=(), *, status="pass", data="x", names=("pgd",), steps=3
     per_example = {"index": [3 * index for index in range(len(robust))], "broken_by": broken_by}
     per_example |= {"wrong": [list(row[1:]) for row in wrong], "positions": [row[0] for row in wrong]} if wrong else {}
     per_example |= {} if wrong else {"label": [0] * len(robust)}
-    return RobustnessReport(settings, attacks, [Check("first", status, 0.5, "")], per_example, {"data": data})
+    provenance = {"model": model or f"model {next(NUMBERS)}", "data": data, "pool": {"digest": pool}}
+    return RobustnessReport(settings, attacks, [Check("first", status, 0.5, "")], per_example, provenance)
 
 
 FIRST, SECOND = "rrrrrrbbcc", "rrrbbcrbcc"
@@ -100,9 +105,14 @@ def test_the_p_value_is_that_of_the_binomial_test(first, second):
 def test_the_interval_over_seeds_is_that_of_welch():
     a, b = np.array([0.50, 0.54, 0.58]), np.array([0.40, 0.46])
     expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert welch(a, b) == pytest.approx((expected.low, expected.high))
-    assert welch(np.array([0.0, 1.0]), np.array([0.0, 1.0])) == (-1, 1)
-    assert welch(np.array([0.75, 0.75]), np.array([0.5, 0.5])) == (0.25, 0.25)
+    assert welch(a, b, step=0.01) == pytest.approx((expected.low, expected.high))
+    assert welch(np.array([0.0, 1.0]), np.array([0.0, 1.0]), step=0.01) == (-1, 1)
+    # Three values of one multiple of 0.01: those of a uniform distribution of that width, of standard deviation s, with
+    # four degrees of freedom.
+    s = 0.01 / math.sqrt(12)
+    half_width = stats.t.ppf(0.975, 4) * s * math.sqrt(2 / 3)
+    found = welch(np.array([0.75] * 3), np.array([0.5] * 3), step=0.01)
+    assert found == pytest.approx((0.25 - half_width, 0.25 + half_width))
 
 
 def test_two_models_are_compared_example_by_example():
@@ -127,14 +137,14 @@ def test_several_models_have_an_interval_over_images_and_one_over_seeds():
     found = compare([report(FIRST), report("rrrrrrrrrb"), report(FIRST)], [report(SECOND), report("bbbbbbbbbb")])
     assert found.robust.first == pytest.approx(0.7)
     assert found.robust.second == pytest.approx(0.2)
-    assert found.robust.over_seeds == pytest.approx(welch(np.array([0.6, 0.9, 0.6]), np.array([0.4, 0.0])))
+    assert found.robust.over_seeds == pytest.approx(welch(np.array([0.6, 0.9, 0.6]), np.array([0.4, 0.0]), step=0.1))
     first = np.array([[letter == "r" for letter in word] for word in (FIRST, "rrrrrrrrrb", FIRST)]).mean(0)
     second = np.array([[letter == "r" for letter in word] for word in (SECOND, "bbbbbbbbbb")]).mean(0)
     assert found.robust.over_images == pytest.approx(paired_mean(first - second, np.ones(10)))
     assert (found.robust.only_first, found.robust.p_value) == (None, None)
     assert found.only_first_robust == [0, 3, 6, 9, 12, 15, 21, 24]
     assert "over seeds: for these images, if the 3 and 2 models had been trained again" in str(found)
-    assert compare([report(FIRST)] * 2, report(SECOND)).robust.over_seeds is None
+    assert compare([report(FIRST), report(FIRST)], report(SECOND)).robust.over_seeds is None
 
 
 def test_positions_are_compared_by_their_shares():
@@ -158,6 +168,8 @@ def test_positions_are_compared_by_their_shares():
         ({"steps": 5}, "must be of the same attacks to be compared. Received: pgd and pgd with other settings"),
         ({"checks": ["noise"]}, "Received: checks None and"),
         ({"data": "y"}, "must be of the same examples to be compared. Received: two of different data"),
+        ({"data": None}, "must say what data they are of to be compared. Received: one that does not"),
+        ({"pool": "q"}, "attacks that start at the same images .* Received: two of different pools"),
     ],
 )
 def test_what_cannot_be_compared_names_the_difference(other, rule):
@@ -175,6 +187,10 @@ def test_wrong_arguments_are_named():
             ValueError, match="`second` must be a RobustnessReport or a list of them. Received: second="
         ):
             compare(report(FIRST), wrong)
+    one = report(FIRST)
+    with pytest.raises(ValueError, match="`second` must hold reports of different models. Received: two of one model"):
+        compare(one, [report(SECOND), one, report(SECOND), one])
+    assert compare(one, one).robust.value == 0
     for names in (("A",), ("A", ""), "AB", ("A", 3)):
         with pytest.raises(ValueError, match="`names` must be two texts. Received: names="):
             compare(report(FIRST), report(SECOND), names=names)
@@ -190,7 +206,7 @@ def test_doubts_come_first():
 
 def test_a_comparison_is_written_and_drawn(tmp_path):
     figures = pytest.importorskip("matplotlib.figure")
-    several = compare([report(FIRST)] * 2, [report(SECOND), report(FIRST)])
+    several = compare([report(FIRST), report(FIRST)], [report(SECOND), report(FIRST)])
     several.to_json(tmp_path / "found.json")
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["robust"]["first"] == 0.6
@@ -221,8 +237,8 @@ def test_the_command_compares_reports(tmp_path, capsys):
     assert cli.main(["compare", a, b, c]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(expected + "\n\nfirst    a\nsecond   c\n")
-    assert cli.main(["compare", f"{a},{b}", f"{c},{c}"]) == 0
-    assert "first    a, b\nsecond   c, c\n" in capsys.readouterr().out
+    assert cli.main(["compare", f"{a},{b}", f"{c},{a}"]) == 0
+    assert "first    a, b\nsecond   c, a\n" in capsys.readouterr().out
     report(SECOND, status="fail").to_json(b)
     assert cli.main(["compare", a, b, "--strict"]) == 3
     capsys.readouterr()
