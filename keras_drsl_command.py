@@ -28,7 +28,7 @@ DATASET = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its config
 SUITES = ("quick", "cleverhans", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
 TASKS = ("multiclass", "multilabel", "positions")
-NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
+NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2, "1": 1, "l1": 1}
 LARGEST = 2**31 - 1
 INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides")
 MODELS = ("model", "preprocessing", "undefended")
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", metavar="REPORT.json", type=_path)
     evaluate.add_argument(
-        "--keep", metavar="REPORT.npz", type=_path, help="write the report with the perturbed images that were found"
+        "--keep", metavar="REPORT.npz", type=_npz, help="write the report with the perturbed images that were found"
     )
     evaluate.add_argument(
         "--html", metavar="REPORT.html", type=_path, help="write a page for readers, with --keep also with images"
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--keep",
         metavar="REPORT.npz",
-        type=_path,
+        type=_npz,
         help="write the perturbed images of all shards, each read from an npz",
     )
 
@@ -237,6 +237,12 @@ def _path(text: str) -> str:
     if not text or "\0" in text:
         raise _refuse("must be a path", text)
     return text
+
+
+def _npz(text: str) -> str:
+    if not text.endswith(".npz"):
+        raise _refuse("must end in .npz", text)
+    return _path(text)
 
 
 def _side(text: str) -> list[str]:
@@ -312,7 +318,7 @@ def _integer(at_least: int) -> Callable[[str], int]:
 def _norm(text: str) -> Any:
     norm = NORMS.get(text.lower().replace("-", "").replace("_", ""))
     if norm is None:
-        raise _refuse("`norm` must be one of 'inf', 2", text)
+        raise _refuse("`norm` must be one of 'inf', 2, 1", text)
     return norm
 
 

@@ -1,6 +1,7 @@
 """A report as an HTML page: verdict, trust, images, classes and how they were measured."""
 
 import base64
+import importlib
 import importlib.resources
 import io
 import math
@@ -12,8 +13,8 @@ import numpy as np
 from keras_drsl import _escape
 from keras_drsl._typing import Array
 from keras_drsl.evaluation.intervals import wilson
-from keras_drsl.evaluation.rendering import ADVICE, attack_label, by_severity, count_checks
-from keras_drsl.evaluation.results import UPPER_BOUND, Check, EvaluationResults
+from keras_drsl.evaluation.rendering import ADVICE, attack_label, by_severity, count_checks, waterfall
+from keras_drsl.evaluation.results import CLEAN, UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import norm_label
 
 MAX_IMAGES = 12
@@ -45,6 +46,15 @@ class Curve(Protocol):
         """Their intervals."""
 
 
+def check_installed(*modules: str) -> None:
+    """Raise `ImportError` unless `jinja2`, or `PIL.Image` for pages with images, can be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError("HTML reports need `pip install jinja2`, and those with images also `pillow`") from error
+
+
 def render(
     report: EvaluationResults,
     *,
@@ -65,10 +75,9 @@ def render(
     Raises:
         ImportError: Without Jinja, or without Pillow where there are images.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("HTML reports need `pip install jinja2 pillow`") from error
+    check_installed("jinja2")
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("keras_drsl.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     # Once, as it may be read from a file.
@@ -85,6 +94,7 @@ def render(
         "problems": [_describe(check) for check in by_severity(report) if check.status in ("fail", "warn")],
         "checks": [_describe(check) for check in by_severity(report)],
         "waterfall": _waterfall(report),
+        "may_hold_images": bool(report.by_class),
         "gallery": _gallery(report) if page else [],
         "classes": _classes(report, counts) if page else [],
         "confused": "" if counts is None else _most_confused(report, counts),
@@ -117,6 +127,8 @@ def _threat(report: EvaluationResults) -> str:
     masked = ", except for those that are fixed" if settings.get("mask") is not None else ""
     if settings["norm"] == "inf":
         return f"an attacker changes every input value{masked} by at most {size} {of_range}"
+    if settings["norm"] == 1:
+        return f"an attacker makes changes{masked} that add up to at most {size} (L1) {of_range}"
     return f"an attacker makes a change{masked} of a length (L2) of at most {size} {of_range}"
 
 
@@ -149,12 +161,10 @@ def _describe(check: Check) -> dict[str, str]:
 
 
 def _waterfall(report: EvaluationResults) -> list[dict[str, Any]]:
-    labels = ["no attack", *(_escape.for_terminal(attack_label(name)) for name in report.accuracy)]
-    shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
-    before = [shares[0], *shares]
+    stages = waterfall(report)
     return [
-        {"label": label, "before": sooner, "after": later}
-        for label, sooner, later in zip(labels, before, shares, strict=False)
+        {"label": _escape.for_terminal(label), "before": before, "after": after}
+        for (_, before), (label, after) in zip([stages[0], *stages], stages, strict=False)
     ]
 
 
@@ -213,8 +223,9 @@ def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
     confidence, distance = report.confidence, report.distance
     if _as_image(x[0]) is None:
         return []
-    broken = [name not in (None, "clean") for name in report.per_example["broken_by"]]
     labels, by_class = np.array(report.per_example["label"]), report.by_class
+    broken = np.array([name not in (None, CLEAN) for name in report.per_example["broken_by"]])
+    broken &= prediction != labels  # a random model may answer rightly when it is asked again
     order = sorted(by_class, key=lambda class_id: by_class[class_id].robust_accuracy)
     of_class = [np.flatnonzero(broken & (labels == class_id)).tolist() for class_id in order]
     rounds = max(map(len, of_class), default=0)
@@ -247,10 +258,9 @@ def _as_image(values: Array) -> Array | None:
 
 def _png(values: Array) -> str:
     """Return an image of values in [0, 1] as a PNG file in base 64."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("HTML reports with images need `pip install pillow`") from error
+    check_installed("PIL.Image")
+    from PIL import Image
+
     image = _as_image(values)
     assert image is not None
     pixels = np.rint(255 * np.clip(image, 0, 1)).astype("uint8")

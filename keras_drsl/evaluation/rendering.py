@@ -213,8 +213,8 @@ def to_model_card(report: EvaluationResults, name: str, dataset: str) -> str:
         {"type": "accuracy", "name": "accuracy", "value": report.clean_accuracy},
         {"type": "accuracy", "name": f"robust accuracy, {_threat(report)}", "value": report.robust_accuracy},
     ]
-    tasks = {"multilabel": "multi-label-classification", "positions": "token-classification"}
-    task = tasks.get(report.settings.get("task", ""), "image-classification")
+    # The names of Hugging Face for tasks; which kind of input or position it is, a report does not say.
+    task = "other" if report.settings.get("task", "multiclass") != "multiclass" else "image-classification"
     results = [{"task": {"type": task}, "dataset": {"name": dataset, "type": dataset}, "metrics": metrics}]
     # JSON on one line is YAML, whatever the names hold.
     lines = [
@@ -235,11 +235,19 @@ def to_model_card(report: EvaluationResults, name: str, dataset: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def waterfall(report: EvaluationResults) -> list[tuple[str, float]]:
+    """Return the accuracy without an attack, and after each attack and check that took some away, by label."""
+    stages = [("no attack", report.clean_accuracy)]
+    stages += [(attack_label(name), accuracy["cumulative"]) for name, accuracy in report.accuracy.items()]
+    # Of a model of positions, `accuracy` holds attacks only.
+    return stages + ([("checks", report.robust_accuracy)] if report.robust_accuracy < stages[-1][1] else [])
+
+
 def plot(report: EvaluationResults, path: str | os.PathLike[str] | None, ax: Any = None) -> Any:
     """Draw a waterfall: the accuracy without an attack, and after each attack the share that it took away."""
+    names, shares = zip(*waterfall(report), strict=True)
     # A name that is too long would leave no room for the bars.
-    labels = ["no attack", *(f"after {_escape.for_figure(attack_label(name)[:40])}" for name in report.accuracy)]
-    shares = [report.clean_accuracy, *(accuracy["cumulative"] for accuracy in report.accuracy.values())]
+    labels = [names[0], *(f"after {_escape.for_figure(name[:40])}" for name in names[1:])]
     left = [100 * share for share in shares]
     taken = [before - after for before, after in zip([left[0], *left], left, strict=False)]
     axes = new_figure(height=1.4 + 0.45 * len(labels))[1] if ax is None else ax
