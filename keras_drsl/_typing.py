@@ -9,5 +9,5 @@ Tensor: TypeAlias = Any
 Array: TypeAlias = npt.NDArray[Any]
 # One number, or one per channel or feature: an array, or nested lists or tuples.
 Numbers: TypeAlias = Any
-Norm: TypeAlias = Literal["inf", 2]
+Norm: TypeAlias = Literal["inf", 2, 1]
 Status: TypeAlias = Literal["skipped", "pass", "warn", "fail"]

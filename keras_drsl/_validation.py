@@ -26,7 +26,7 @@ def check_positive(name: str, value: Any) -> float:
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     """Return `value`, or raise `ValueError` unless it is one of `choices`."""
-    if value not in choices:
+    if value not in choices or isinstance(value, bool):  # True equals 1
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")
     return value

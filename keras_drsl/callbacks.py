@@ -49,7 +49,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         every: Evaluate after every so many epochs, >= 1, and after the first and the last. Epochs in
             between repeat the last values. Callbacks with `patience` count these epochs too.
         prefix: The beginning of the names in the logs.
-        norm: `"inf"` (the default) or 2.
+        norm: `"inf"` (the default), 2 or 1.
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.

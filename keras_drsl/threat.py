@@ -18,8 +18,10 @@ from keras import ops
 from keras_drsl import _validation
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 
-NORMS: tuple[Norm, ...] = ("inf", 2)
-NORM_NAMES: dict[str, Norm] = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2}
+NORMS: tuple[Norm, ...] = ("inf", 2, 1)
+NORM_NAMES: dict[str, Norm] = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2, "1": 1, "l1": 1}
+SPARSITY = 20  # a step in L1 moves one in so many features
+BISECTIONS = 25  # the rounding of float32
 
 
 class Bounds(NamedTuple):
@@ -62,7 +64,7 @@ class ThreatModel:
     Args:
         eps: The radius of the ball around each input, > 0, a number or a ratio as "8/255"; or one number >= 0 per
             channel or feature, of which 0 leaves the feature as it is. In L-inf no larger than `clip_max - clip_min`.
-        norm: `"inf"` or 2. Other names of them, such as `"Linf"` and `"L2"`, are read as these.
+        norm: `"inf"`, 2 or 1. Other names of them, such as `"Linf"` and `"L2"`, are read as these.
         clip_min: The smallest valid input value; or one per channel or feature.
         clip_max: The largest valid input value, above `clip_min`; or one per channel or feature.
         mask: True for each channel or feature that may not change; None to let all change.
@@ -239,9 +241,8 @@ class ThreatModel:
         scale, span = (np.broadcast_to(values, shape) for values in (self.scale, self.span))
         free = scale > 0
         needed = span[free] / scale[free]
-        return float(
-            needed.max() if self.norm == "inf" else needed.max() * math.sqrt(((needed / needed.max()) ** 2).sum())
-        )
+        # Of shares of the largest one, which lets no square overflow.
+        return float(needed.max() * lengths((needed / needed.max())[None], self.norm)[0])
 
     def validate(self, name: str, x: Array) -> None:
         """Check that inputs fit the threat model.
@@ -275,7 +276,7 @@ class ThreatModel:
         largest = self.largest_eps(shape)
         if self.radius > largest:
             raise ValueError(
-                f"`eps` must be no larger than the range * sqrt(features) = {largest:g} in L2. "
+                f"`eps` must be no larger than the distance of two valid inputs, {largest:g} in L{self.norm}. "
                 f"Received: eps={_format(self.eps)}"
             )
 
@@ -292,9 +293,7 @@ class ThreatModel:
         if self.scale.ndim:
             with np.errstate(divide="ignore", invalid="ignore"):
                 delta = np.where(delta > 0, delta / self.scale, 0.0)
-        delta = delta.reshape(len(delta), -1)
-        size: Array = delta.max(axis=1, initial=0) if self.norm == "inf" else np.sqrt((delta**2).sum(axis=1))
-        return size
+        return lengths(delta.reshape(len(delta), -1), self.norm)
 
     def contains(self, x_adv: Array, x: Array) -> Array:
         """Return which perturbed inputs are finite and allowed, up to float32 rounding, shape `(count,)`.
@@ -343,8 +342,9 @@ class ThreatModel:
         else:
             # Features that were rounded away from the clean input go back, those with the smallest fraction first,
             # until the input lies in the ball.
-            added = ((nearest**2 - shorter**2) / scale**2).reshape(len(x), -1)
-            excess = ((nearest / scale) ** 2).reshape(len(x), -1).sum(axis=1) - radius**2
+            powers = [(np.abs(values / scale) ** self.norm).reshape(len(x), -1) for values in (nearest, shorter)]
+            added = powers[0] - powers[1]
+            excess = powers[0].sum(axis=1) - radius**self.norm
             order = np.argsort(np.abs(shorter - delta).reshape(len(x), -1), axis=1)
             before = np.cumsum(np.take_along_axis(added, order, axis=1), axis=1)
             before -= np.take_along_axis(added, order, axis=1)
@@ -358,6 +358,12 @@ class ThreatModel:
         """Draw one point of the ball around 0 per generator, uniformly, float32, shape `(batch, *shape)`."""
         if self.norm == "inf":
             points = [generator.uniform(-self.radius, self.radius, shape) for generator in generators]
+        elif self.norm == 1:
+            points, free = [], np.broadcast_to(self.scale > 0, shape)
+            for generator in generators:
+                point = generator.standard_exponential(shape) * free
+                total = point.sum() + generator.standard_exponential()
+                points.append(self.radius * point * generator.choice((-1.0, 1.0), shape) / total)
         else:
             points, free = [], np.broadcast_to(self.scale > 0, shape)
             for generator in generators:
@@ -468,8 +474,7 @@ def _check_norm(norm: Any) -> Any:
     """Return a norm in the form of `NORMS`, also from the names that people write: `"Linf"`, `"L2"`, `numpy.inf`."""
     known = NORM_NAMES.get(norm.lower().replace("-", "").replace("_", "")) if isinstance(norm, str) else norm
     known = "inf" if isinstance(norm, float) and norm == math.inf else known
-    if known not in NORMS:
-        _validation.check_choice("norm", norm, NORMS)
+    _validation.check_choice("norm", known if known in NORMS else norm, NORMS)
     return NORMS[NORMS.index(known)]
 
 
@@ -481,22 +486,100 @@ def _read_ratio(eps: Any) -> Any:
         return eps
 
 
+def lengths(delta: Array, norm: Norm) -> Array:
+    """Return the norm of each row, shape `(count,)`.
+
+    Args:
+        delta: Values >= 0, shape `(count, features)`.
+        norm: `"inf"`, 2 or 1.
+    """
+    if norm == "inf":
+        return np.asarray(delta.max(axis=1, initial=0))
+    return np.asarray(delta.sum(axis=1) if norm == 1 else np.sqrt((delta**2).sum(axis=1)))
+
+
 def project(x_adv: Tensor, x: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
     """Return the nearest point of the ball around `x`, clipped to the valid range.
+
+    In L1 it is the nearest point that lies in both. There, the nearest point of the ball would leave the range with
+    most of its few features, and lose them (Croce and Hein, "Mind the box", arXiv:2103.01208).
 
     Args:
         x_adv: Shape `(batch, ...)`.
         x: The centre of the ball, of the same shape, within the range.
-        bounds: See `ThreatModel.bounds`.
-        norm: `"inf"` or 2.
+        bounds: See `ThreatModel.bounds`. A radius may also be one per row, shape `(batch, 1, ...)`.
+        norm: `"inf"`, 2 or 1.
     """
     if norm == "inf":
         eps = bounds.eps * bounds.scale
         x_adv = ops.clip(x_adv, x - eps, x + eps)
+    elif norm == 1:
+        delta = unscale(x_adv - x, bounds)
+        sizes = _shrink(ops.abs(delta), room_along(delta, x, bounds), bounds.eps)
+        x_adv = x + bounds.scale * ops.sign(delta) * sizes
     else:
         delta = unscale(x_adv - x, bounds)
         x_adv = x + bounds.scale * delta * ops.minimum(1.0, bounds.eps / ops.maximum(_length(delta), 1e-30))
     return ops.clip(x_adv, bounds.clip_min, bounds.clip_max)
+
+
+def _shrink(sizes: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """Return the nearest values in `[0, room]` whose sum over each row is at most `eps`.
+
+    They are `clip(sizes - level, 0, room)`, with the smallest level >= 0 that makes the sum small enough.
+
+    Args:
+        sizes: Values >= 0, shape `(batch, ...)`.
+        room: The largest value of each, >= 0.
+        eps: The largest sum, a scalar or one per row, shape `(batch, 1, ...)`.
+    """
+    axes = tuple(range(1, len(sizes.shape)))
+
+    def total(values: Tensor) -> Tensor:
+        return ops.sum(values, axis=axes, keepdims=True)
+
+    def halve(_: Tensor, limits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        low, high = limits
+        level = (low + high) / 2
+        is_large = total(ops.clip(sizes - level, 0.0, room)) > eps
+        return ops.where(is_large, level, low), ops.where(is_large, high, level)
+
+    highest = ops.max(sizes, axis=axes, keepdims=True, initial=0.0)  # also of no rows
+    low, high = ops.fori_loop(0, BISECTIONS, halve, (ops.zeros_like(highest), highest))
+    # Between two neighbouring levels, the same features change by more than 0 and less than their room.
+    left = sizes - (low + high) / 2
+    is_full, is_part = left >= room, ops.logical_and(left > 0, left < room)
+    number = total(ops.cast(is_part, "float32"))
+    exact = (total(ops.where(is_full, room, ops.where(is_part, sizes, 0.0))) - eps) / ops.maximum(number, 1.0)
+    level = ops.where(number > 0, ops.clip(exact, low, high), high)
+    is_inside = total(ops.minimum(sizes, room)) <= eps
+    return ops.where(is_inside, ops.minimum(sizes, room), ops.clip(sizes - level, 0.0, room))
+
+
+def room_along(direction: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
+    """Return how far each feature can go along a direction within the valid range, in units of its radius."""
+    return unscale(ops.where(direction > 0, bounds.clip_max - x, x - bounds.clip_min), bounds)
+
+
+def farthest(gradient: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
+    """Return the point of the L1 ball around `x` and of the valid range that is the farthest along a gradient.
+
+    The features of the largest gradients go to the end of the range, as long as the radius lasts.
+
+    Args:
+        gradient: Shape `(batch, ...)`.
+        x: The centre of the ball, of the same shape, within the range.
+        bounds: See `ThreatModel.bounds`.
+    """
+    gain, room = _flat(ops.abs(bounds.scale * gradient)), _flat(room_along(gradient, x, bounds))
+    order = ops.argsort(-gain, axis=1)
+    # A fixed feature has no limits: 0 of infinity.
+    room = ops.minimum(ops.take_along_axis(room, order, axis=1), ops.reshape(bounds.eps, (-1, 1)))
+    before = ops.cumsum(room, axis=1) - room
+    sizes = ops.clip(ops.reshape(bounds.eps, (-1, 1)) - before, 0.0, room)
+    sizes = ops.take_along_axis(sizes, ops.argsort(order, axis=1), axis=1)
+    point = x + bounds.scale * ops.sign(gradient) * ops.reshape(sizes, ops.shape(gradient))
+    return ops.clip(point, bounds.clip_min, bounds.clip_max)
 
 
 def unscale(delta: Tensor, bounds: Bounds) -> Tensor:
@@ -508,14 +591,20 @@ def unscale(delta: Tensor, bounds: Bounds) -> Tensor:
 def steepest_ascent(gradient: Tensor, norm: Norm, scale: Tensor = 1.0) -> Tensor:
     """Return the step of size 1 that gains the most: the sign of the gradient, or the gradient at length 1.
 
+    In L1, where that would be one feature, it is the sign for the twentieth of features with the largest gradients.
+
     Args:
         gradient: Shape `(batch, ...)`. Where it is 0, so is the step.
-        norm: `"inf"` or 2.
+        norm: `"inf"`, 2 or 1.
         scale: See `Bounds`.
     """
     if norm == "inf":
         return scale * ops.sign(gradient)
     gradient = scale * gradient
+    if norm == 1:
+        sizes = _flat(ops.abs(gradient))
+        count = -(-ops.shape(sizes)[1] // SPARSITY)
+        return scale * sparse_sign(gradient, ops.top_k(sizes, count)[0][:, -1])
     # The square of a small gradient would underflow.
     largest = ops.max(ops.abs(gradient), axis=tuple(range(1, len(gradient.shape))), keepdims=True)
     gradient = gradient / ops.maximum(largest, 1e-30)
@@ -528,12 +617,19 @@ def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras
     Args:
         shape: `(batch, ...)`.
         bounds: See `ThreatModel.bounds`.
-        norm: `"inf"` or 2.
+        norm: `"inf"`, 2 or 1.
         seed: Where the random numbers come from.
     """
     if norm == "inf":
         return bounds.eps * bounds.scale * keras.random.uniform(shape, -1.0, 1.0, "float32", seed)
     free = ops.cast(ops.broadcast_to(bounds.scale > 0, shape[1:]), "float32")
+    if norm == 1:
+        # Of exponential numbers, one more than features, each over the sum of all.
+        signed = free * keras.random.uniform(shape, -1.0, 1.0, "float32", seed)
+        sizes = -ops.log(ops.maximum(1.0 - ops.abs(signed), 1e-30))
+        one = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed)
+        total = ops.sum(sizes, axis=tuple(range(1, len(shape))), keepdims=True) - ops.log(ops.maximum(one, 1e-30))
+        return bounds.eps * bounds.scale * ops.sign(signed) * sizes / total
     radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed)
     direction = steepest_ascent(free * keras.random.normal(shape, dtype="float32", seed=seed), norm)
     return bounds.eps * bounds.scale * radius ** (1 / ops.sum(free)) * direction
@@ -541,3 +637,20 @@ def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras
 
 def _length(x: Tensor) -> Tensor:
     return ops.sqrt(ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))), keepdims=True))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return ops.reshape(x, (ops.shape(x)[0], -1))
+
+
+def sparse_sign(gradient: Tensor, least: Tensor) -> Tensor:
+    """Return the sign of a gradient where it is large, over the number of such features; 0 elsewhere.
+
+    Args:
+        gradient: Shape `(batch, ...)`.
+        least: The smallest size of a large element of each row, shape `(batch,)`.
+    """
+    least = ops.reshape(least, (-1,) + (1,) * (len(gradient.shape) - 1))
+    signs = ops.where(ops.abs(gradient) >= least, ops.sign(gradient), 0.0)
+    number = ops.sum(ops.abs(signs), axis=tuple(range(1, len(signs.shape))), keepdims=True)
+    return signs / ops.maximum(number, 1.0)

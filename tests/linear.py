@@ -25,7 +25,8 @@ def distance(x, y, norm, weights=WEIGHTS):
     for other in range(weights.shape[1]):
         gradient = weights[:, y] - weights[:, [other]]
         margin = (x.T * gradient).sum(0)
-        dual = np.abs(gradient).sum(0) if norm == "inf" else np.sqrt((gradient**2).sum(0))
+        # In L1 one feature moves, as long as it has room.
+        dual = {"inf": np.abs(gradient).sum(0), 2: np.sqrt((gradient**2).sum(0)), 1: np.abs(gradient).max(0)}[norm]
         smallest = np.where(y == other, smallest, np.minimum(smallest, margin / np.where(y == other, 1, dual)))
     return smallest
 

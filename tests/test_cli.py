@@ -140,7 +140,7 @@ def command(files):
         (["--eps", "1e400"], "must be a finite number"),
         (["--eps", "0"], "`eps` must be a positive number"),
         (["--eps=-1/255"], "`eps` must be a positive number"),
-        (["--eps", "0.1", "--norm", "1"], "`norm` must be one of"),
+        (["--eps", "0.1", "--norm", "3"], "`norm` must be one of"),
         (["--eps", "0.1", "--suite", "best"], "`suite` must be one of"),
         (["--eps", "0.1", "--shard", "3"], "must be I/N, as 0/4"),
         (["--eps", "0.1", "--shard", "4/4"], "must be I/N, as 0/4"),

@@ -116,7 +116,7 @@ def obeys(content):
         and set(statuses) <= {"pass", "warn", "fail", "skipped"}
         and content["trustworthy"] is ("fail" not in statuses)
         and content["num_examples"] == total
-        and content["settings"]["norm"] in ("inf", 2)
+        and content["settings"]["norm"] in ("inf", 2, 1)
         and 0 < content["settings"]["eps"] < math.inf
         and len({check["name"] for check in content["checks"]}) == len(statuses)
     )

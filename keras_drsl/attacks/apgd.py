@@ -1,5 +1,6 @@
 """Auto-PGD: projected gradient descent that adapts its step size."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
 from keras_drsl.attacks.loop import is_better, run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import Bounds, project, steepest_ascent
+from keras_drsl.threat import Bounds, farthest, project, room_along, sparse_sign, steepest_ascent
+
+# In L1, the search begins in larger balls: their radii over eps, and their shares of the steps.
+STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 
 class APGD(GradientAttack):
@@ -28,6 +32,12 @@ class APGD(GradientAttack):
 
     - the loss rose in at most three quarters of the steps since the last check;
     - `s` was not halved at the last check, and the best loss has not risen since.
+
+    Formula (L1): `x_{k+1} = project(x_k + s * d(g_k))`, with `d` the sign of the gradient on few features. They are as
+    many as the best point has changed, over 1.5; at first a fifth. At a check after 4 % of the steps, `s` goes back to
+    eps, and the search to the best point, where that point has become sparser; otherwise `s` shrinks to two thirds, at
+    least eps / 10. The first 60 % of the steps are taken in balls of 3 eps and 2 eps. The last point is the one of the
+    ball and the range that gains the most along the gradient at the best point.
 
     Args:
         eps: The radius of the ball, > 0, in units of the input.
@@ -51,7 +61,8 @@ class APGD(GradientAttack):
     (4, 8)
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-    parameter-free attacks", arXiv:2003.01690.
+    parameter-free attacks", arXiv:2003.01690; in L1: "Mind the box: l1-APGD for sparse adversarial attacks on image
+    classifiers", arXiv:2103.01208.
     """
 
     _family = "apgd"
@@ -73,6 +84,8 @@ class APGD(GradientAttack):
         """Search by adaptive gradient steps; see the base class for arguments and result."""
         count = len(batch.x)
         target, start = self._targets_and_starts(batch)
+        if self.norm == 1:
+            return self._run_sparse(classifier, batch, target, start)
         rows = {
             "x": batch.x,
             "y": batch.y,
@@ -101,6 +114,50 @@ class APGD(GradientAttack):
             return self.threat.bounds, params
 
         return run_steps(steps_fn, batch, rows, self.steps + 1, arguments, count=classifier.count_gradients)
+
+    def _run_sparse(self, classifier: Classifier, batch: Batch, target: Array, start: Array) -> Array:
+        """Search in L1, in balls that shrink to that of the threat model."""
+        count, num_features = len(batch.x), math.prod(batch.x.shape[1:])
+        span = max(int(0.04 * self.steps), 1)
+        best = start
+        for factor, share in STAGES:
+            is_last = factor == 1
+            stop = batch.stop_when_broken and is_last
+            steps, bounds = math.ceil(share * self.steps), self.threat.bounds
+            bounds = bounds._replace(eps=np.float32(factor * bounds.eps))
+            changed = (best != batch.x).reshape(count, -1).sum(axis=1).astype("float32")
+            is_first = factor == STAGES[0][0]
+            rows = {
+                "x": batch.x,
+                "y": batch.y,
+                "target": target,
+                "x_adv": best,
+                "gradient": np.zeros_like(best),
+                "best": batch.x,
+                "best_gradient": np.zeros_like(best),
+                "best_loss": np.full(count, -np.inf, "float32"),
+                "step_size": np.full(count, factor * self.threat.radius, "float32"),
+                "share": np.full(count, 0.2, "float32") if is_first else changed / num_features / np.float32(1.5),
+                "changed": np.full(count, num_features, "float32") if is_first else changed,
+                "wrong": np.zeros(count, "float32"),
+            }
+            steps_fn = classifier.compile_steps(_sparse_step, loss=self.loss, targeted=self.targeted, stop=stop)
+
+            def arguments(
+                step: int, left: Array, *, bounds: Bounds = bounds, last: int | None = steps if is_last else None
+            ) -> tuple[Any, ...]:
+                params = {"is_check": np.bool_(step > 0 and step % span == 0), "is_last": np.bool_(step == last)}
+                return bounds, params
+
+            best = run_steps(
+                steps_fn,
+                batch._replace(stop_when_broken=stop),
+                rows,
+                steps + 1,
+                arguments,
+                count=classifier.count_gradients,
+            )
+        return best
 
 
 def checkpoints(steps: int) -> dict[int, int]:
@@ -155,5 +212,49 @@ def _apgd_step(
         "step_size": ops.where(halve, rows["step_size"] / 2, rows["step_size"]),
         "rises": ops.where(is_check, 0.0, rises),
         "halved": ops.where(is_check, halve, rows["halved"]),
+        "wrong": ops.where(better, wrong, rows["wrong"]),
+    }
+
+
+def _sparse_step(
+    classifier: Classifier,
+    rows: dict[str, Tensor],
+    bounds: Bounds,
+    params: dict[str, Tensor],
+    *,
+    loss: str,
+    targeted: bool,
+    stop: bool,
+) -> dict[str, Tensor]:
+    """Take one step in L1, and check at some of them how many features the best point has changed."""
+    x, shape = rows["x"], (-1,) + (1,) * (len(rows["x"].shape) - 1)
+    num_features = math.prod(x.shape[1:])
+    # What has no room does not move.
+    gradient = bounds.scale * ops.where(room_along(rows["gradient"], rows["x_adv"], bounds) > 0, rows["gradient"], 0.0)
+    ordered = ops.sort(ops.reshape(ops.abs(gradient), (-1, num_features)), axis=1)
+    place = ops.cast(ops.round((1.0 - rows["share"]) * num_features), "int32")
+    least = ops.take_along_axis(ordered, ops.clip(place, 0, num_features - 1)[:, None], axis=1)[:, 0]
+    step = ops.reshape(rows["step_size"], shape) * sparse_sign(gradient, least)
+    moved = project(rows["x_adv"] + bounds.scale * step, x, bounds, 1)
+    x_adv = ops.where(params["is_last"], farthest(rows["best_gradient"], x, bounds), moved)
+    values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
+
+    better = is_better(rows, wrong, values, rows["best_loss"], stop=stop)
+    best = where_rows(better, x_adv, rows["best"])
+    best_gradient = where_rows(better, gradient, rows["best_gradient"])
+    is_check = params["is_check"]
+    changed = ops.sum(ops.cast(best != x, "float32"), axis=tuple(range(1, len(x.shape))))
+    is_sparser = ops.logical_and(is_check, changed < 0.95 * rows["changed"])
+    eps = ops.reshape(bounds.eps, (-1,))
+    smaller = ops.where(is_check, ops.maximum(rows["step_size"] / 1.5, eps / 10), rows["step_size"])
+    return rows | {
+        "x_adv": where_rows(is_sparser, best, x_adv),
+        "gradient": where_rows(is_sparser, best_gradient, gradient),
+        "best": best,
+        "best_gradient": best_gradient,
+        "best_loss": ops.where(better, values, rows["best_loss"]),
+        "step_size": ops.where(is_sparser, eps, smaller),
+        "share": ops.where(is_check, changed / num_features / 1.5, rows["share"]),
+        "changed": ops.where(is_check, changed, rows["changed"]),
         "wrong": ops.where(better, wrong, rows["wrong"]),
     }

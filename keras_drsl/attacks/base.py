@@ -77,7 +77,7 @@ class Attack:
 
     Args:
         eps: The radius of the ball around each input, > 0, in units of the input.
-        norm: `"inf"` (the default) or 2.
+        norm: `"inf"` (the default), 2 or 1.
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.

@@ -54,6 +54,11 @@ class FastGradientMethod(Attack):
                     f"`{name}` must be one number for attacks of cleverhans. For one per channel or feature, use suite "
                     f"'standard' or 'quick'. Received: {name}={getattr(self, name)!r:.60}"
                 )
+        if self.norm == 1:
+            raise ValueError(
+                "`norm` must be 'inf' or 2 for attacks of cleverhans, whose steps in L1 change one feature at a time. "
+                "Use suite 'standard' or 'quick'. Received: norm=1"
+            )
         self.loss = _validation.check_choice("loss", loss, self._losses)
         self._steps: dict[str, Any] = {}  # what only attacks of many steps pass to the library
         self.restarts = _validation.check_integer("restarts", restarts, at_least=1)

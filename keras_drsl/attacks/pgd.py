@@ -22,7 +22,8 @@ class PGD(GradientAttack):
     Formula: `v <- momentum * v + g / mean|g|`, `x <- project(x + step_size * d(v))`, with
 
     - `g`: the gradient of the attack's loss at `x`;
-    - `d(v)`: the sign of `v` (L-inf) or `v` at length 1 (L2);
+    - `d(v)`: the sign of `v` (L-inf), `v` at length 1 (L2), or the sign on the largest twentieth of `v` over their
+      number (L1);
     - `v = g` without momentum.
 
     The first misclassified iterate is returned, or else the iterate of the largest loss.
@@ -110,7 +111,7 @@ class PGD(GradientAttack):
 
 
 class FGSM(PGD):
-    """Take one step of size `eps` along the gradient's sign (L-inf) or direction (L2).
+    """Take one step of size `eps` along the gradient's sign (L-inf), direction (L2) or largest elements (L1).
 
     Use it for a first look only. A model that withstands it may fall to any attack of several steps.
 
@@ -119,7 +120,7 @@ class FGSM(PGD):
     Args:
         eps: The size of the perturbation, > 0, in units of the input.
         loss: `"ce"`, `"margin"` or `"dlr"`, as in `PGD`.
-        norm: `"inf"` (the default) or 2.
+        norm: `"inf"` (the default), 2 or 1.
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.

@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _validation
-from keras_drsl._typing import Array, Tensor
+from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks.base import Attack, Batch
 from keras_drsl.attacks.loop import run_steps
 from keras_drsl.attacks.noise import gradient_free_rows, keep_better
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import Bounds, unscale
+from keras_drsl.threat import Bounds, lengths, project, unscale
 
 # The side of the squares shrinks after these shares of the queries: their area is halved.
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -28,8 +28,8 @@ class Square(Attack):
     Formula (L-inf): the start is vertical stripes of +-eps. Each query sets a square at a random position to +-eps,
     with one sign per channel.
 
-    Formula (L2): the start is a tiling of smooth bumps of total length eps. Each query moves the perturbation of one
-    window, and the part of the ball that is not used, to another window, as a bump.
+    Formula (L2, L1): the start is a tiling of smooth bumps of total length eps. Each query moves the perturbation of
+    one window, and the part of the ball that is not used, to another window, as a bump.
 
     A change is kept if it raises the margin of the largest non-true logit over the true one. The squares cover a share
     `p_init` of the image at first, and less later.
@@ -58,7 +58,7 @@ class Square(Attack):
     (4, 4, 4, 1)
 
     Reference: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random
-    search", arXiv:1912.00049.
+    search", arXiv:1912.00049; in L1: Croce and Hein, arXiv:2103.01208.
     """
 
     needs_gradient = False
@@ -96,8 +96,8 @@ class Square(Attack):
                     drawn[row] = generators[row].random(drawn.shape[1:], "float32")
             return self.threat.bounds, self._params(query, shape), drawn[left, query % DRAW_AT_ONCE]
 
-        step = _square_step_inf if self.norm == "inf" else _square_step_2
-        steps_fn = classifier.compile_steps(step, shape=shape, stop=batch.stop_when_broken)
+        step, options = (_square_step_inf, {}) if self.norm == "inf" else (_bump_step, {"norm": self.norm})
+        steps_fn = classifier.compile_steps(step, shape=shape, stop=batch.stop_when_broken, **options)
         return run_steps(steps_fn, batch, rows, self.queries, arguments, count=classifier.count_queries, check_every=25)
 
     def _start(self, shape: tuple[int, ...], generators: list[np.random.Generator]) -> Array:
@@ -107,18 +107,18 @@ class Square(Attack):
             stripes = [generator.choice((-1.0, 1.0), (1, width, channels)) for generator in generators]
             delta = np.broadcast_to(stripes, (len(stripes), height, width, channels))
         else:
-            delta = np.array([tiling(height, width, channels, generator) for generator in generators])
+            delta = np.array([tiling(height, width, channels, generator, self.norm) for generator in generators])
         return (self.threat.radius * delta).astype("float32")
 
     def _params(self, query: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Return the size of the window of a query and, in L2, the bumps of that size."""
+        """Return the size of the window of a query and, in L2 and L1, the bumps of that size."""
         height, width, _ = image_shape(shape)
         area = self.p_init / 2 ** sum(query > share * self.queries for share in HALVINGS)
-        window = window_shape(area, height, width, at_least=1 if self.norm == "inf" else 3)
+        window = window_shape(area, height, width, at_least=3 if self.norm == 2 else 1, odd=self.norm != "inf")
         # The first query evaluates the start.
         numbers = {"height": window[0], "width": window[1], "moves": int(query > 0)}
         params: dict[str, Any] = {name: np.int32(value) for name, value in numbers.items()}
-        return params | bumps(*window, height * width) if self.norm == 2 else params
+        return params if self.norm == "inf" else params | bumps(*window, height * width, self.norm)
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -144,25 +144,25 @@ def _from_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ops.reshape(x, (-1, *shape))
 
 
-def window_shape(area: float, height: int, width: int, *, at_least: int) -> tuple[int, int]:
+def window_shape(area: float, height: int, width: int, *, at_least: int, odd: bool) -> tuple[int, int]:
     """Return the height and width of a square that covers a share of the image, cut to the image.
 
     Args:
         area: The share of the image, in (0, 1].
         height: The height of the image.
         width: The width of the image.
-        at_least: The smallest side. Above 1, the side is odd.
+        at_least: The smallest side.
+        odd: Whether the side is odd, where the image has room for it.
     """
     pixels = area * height * width
     side = round(pixels if min(height, width) == 1 else math.sqrt(pixels))
-    if at_least > 1:
-        side += side % 2 == 0
+    side += odd and side % 2 == 0
     side = max(side, at_least)
     return min(side, height), min(side, width)
 
 
-def bump(height: int, width: int) -> Array:
-    """Return a smooth bump next to its negative, of length 1."""
+def bump(height: int, width: int, norm: Norm = 2) -> Array:
+    """Return a smooth bump next to its negative, of length 1 in a norm."""
 
     def half(height: int, width: int) -> Array:
         rows, columns = np.arange(height) - height // 2, np.arange(width) - width // 2
@@ -175,26 +175,29 @@ def bump(height: int, width: int) -> Array:
     if height > 1:
         whole[: height // 2] = half(height // 2, width)
     whole[height // 2 :] = -half(height - height // 2, width)
-    scaled: Array = whole / np.sqrt((whole**2).sum())
+    return _scale_to_one(whole, norm)
+
+
+def _scale_to_one(values: Array, norm: Norm) -> Array:
+    scaled: Array = values / lengths(np.abs(values).reshape(1, -1), norm)
     return scaled
 
 
-def bumps(height: int, width: int, length: int) -> dict[str, Array]:
+def bumps(height: int, width: int, length: int, norm: Norm = 2) -> dict[str, Array]:
     """Return a bump and its transpose, flattened and padded. A bump that is not square stands for its transpose."""
-    upright = bump(height, width)
+    upright = bump(height, width, norm)
     tables = {"upright": upright, "lying": upright.T if height == width else upright}
     return {name: np.pad(table.ravel(), (0, length - table.size)).astype("float32") for name, table in tables.items()}
 
 
-def tiling(height: int, width: int, channels: int, generator: np.random.Generator) -> Array:
+def tiling(height: int, width: int, channels: int, generator: np.random.Generator, norm: Norm = 2) -> Array:
     """Return bumps of random signs, five along the shorter side of the image, of total length 1."""
     side = max((min(height, width) if width > 1 else height) // 5, 1)
     tile = bump(min(side, height), min(side, width))
     counts = -(-height // tile.shape[0]), -(-width // tile.shape[1])
     signs = generator.choice((-1.0, 1.0), (*counts, channels))
     tiles = np.kron(signs, tile[:, :, None])[:height, :width]
-    scaled: Array = tiles / np.sqrt((tiles**2).sum())
-    return scaled
+    return _scale_to_one(tiles, norm)
 
 
 def _window(params: dict[str, Tensor], position: Tensor, image: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -252,7 +255,7 @@ def _square_step_inf(
     return _accept(classifier, rows, bounds, delta, shape, stop)
 
 
-def _square_step_2(
+def _bump_step(
     classifier: Classifier,
     rows: dict[str, Tensor],
     bounds: Bounds,
@@ -261,12 +264,17 @@ def _square_step_2(
     *,
     shape: tuple[int, ...],
     stop: bool,
+    norm: Norm,
 ) -> dict[str, Tensor]:
     """Replace the perturbation of two windows, and the unused part of the ball, by a bump in the first window."""
     image = image_shape(shape)
 
+    def power(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Return the sum that the length is the square root of in L2, and that is the length in L1."""
+        return ops.sum(ops.square(values) if norm == 2 else ops.abs(values), axis=axes, keepdims=True)
+
     def length(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return ops.sqrt(ops.sum(ops.square(values), axis=axes, keepdims=True))
+        return ops.sqrt(power(values, axes)) if norm == 2 else power(values, axes)
 
     # The length that clipping takes away can be used elsewhere.
     x = rows["x"]
@@ -292,11 +300,16 @@ def _square_step_2(
     if len(bounds.scale.shape):
         # What is spent on features that may not change is lost.
         fresh = fresh * _to_images(ops.broadcast_to(ops.cast(bounds.scale > 0, "float32"), ops.shape(x)), shape)
-    unused = ops.maximum(ops.square(bounds.eps) - ops.square(length(held, (1, 2, 3))), 0.0) / image[2]
-    budget = ops.sqrt(unused + ops.square(length(in_both, (1, 2))))
+    whole = ops.square(bounds.eps) if norm == 2 else bounds.eps
+    unused = ops.maximum(whole - power(held, (1, 2, 3)), 0.0) / image[2]
+    budget = unused + power(in_both, (1, 2))
+    budget = ops.sqrt(budget) if norm == 2 else budget
     fresh = fresh / (length(fresh, (1, 2)) + 1e-12) * budget
     changed = ops.where(first, fresh, ops.where(second, 0.0, held))
     changed = ops.where(params["moves"] > 0, changed, rows["delta"])
+    if norm == 1:
+        nearest = project(x + bounds.scale * _from_images(changed, shape), x, bounds, norm)
+        return _accept(classifier, rows, bounds, _to_images(unscale(nearest - x, bounds), shape), shape, stop)
     # The perturbation is scaled to the surface of the ball; clipping can only shorten it.
     changed = changed / (length(changed, (1, 2, 3)) + 1e-12) * bounds.eps
     return _accept(classifier, rows, bounds, changed, shape, stop)

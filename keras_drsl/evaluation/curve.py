@@ -188,7 +188,7 @@ def robustness_curve(
         x_or_dataset: As in `evaluate_robustness`.
         y: As in `evaluate_robustness`.
         eps: The radii, each 0 or more and rising; at 0 the curve has the clean accuracy.
-        norm: `"inf"` (the default) or 2.
+        norm: `"inf"` (the default), 2 or 1.
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.

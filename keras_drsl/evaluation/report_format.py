@@ -43,7 +43,7 @@ SETTINGS = {
         "a positive number, or nested lists of numbers",
         lambda value: schema.NUMBERS.obeys(value) and (isinstance(value, list) or value > 0),
     ),
-    "norm": Rule('"inf" or 2', lambda value: value == "inf" or (type(value) is int and value == 2)),
+    "norm": Rule('"inf", 2 or 1', lambda value: value == "inf" or (type(value) is int and value in (1, 2))),
     "suite": schema.NAME,
     "clip_min": schema.NUMBERS,
     "clip_max": schema.NUMBERS,

@@ -99,7 +99,7 @@ class AdversarialTraining(keras.Model):
         attack_loss: The loss that the attack of `"pgd"`, `"fgsm"` and `"mart"` increases: `"cross_entropy"` (the
             default), `"margin"` (the largest non-true logit minus the true one) or `"loss"` (the loss given to
             `compile`). With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our study.
-        norm: `"inf"` (the default) or 2.
+        norm: `"inf"` (the default), 2 or 1.
         beta: The weight `beta` above, >= 0. By default 6 for `"trades"` and `"mart"`, and 0.3 for `"consistency"`.
             Ignored by the other methods.
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.

@@ -27,7 +27,7 @@ ATTACKS = {
     "noise": lambda eps, **options: Noise(eps, points=10, **options),
 }
 every_attack = pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS.keys())
-both_norms = pytest.mark.parametrize("norm", ["inf", 2])
+all_norms = pytest.mark.parametrize("norm", ["inf", 2, 1])
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,14 @@ def withstands(classifier, x_adv, y):
     return ops.convert_to_numpy(classifier(ops.convert_to_tensor(x_adv))).argmax(1) == y
 
 
-@both_norms
+@all_norms
 @every_attack
 def test_results_are_valid_and_no_better_than_exact(linear, make, norm):
     x, y = inputs()
     x_adv = make(0.15, norm=norm)(linear, x, y)
     delta = np.abs(x_adv.astype("float64") - x)
-    assert (delta.max(1) if norm == "inf" else np.sqrt((delta**2).sum(1))).max() <= 0.15 + 1e-6
+    sizes = {"inf": delta.max(1), 2: np.sqrt((delta**2).sum(1)), 1: delta.sum(1)}
+    assert sizes[norm].max() <= 0.15 + 1e-6
     withstood = withstands(linear, x_adv, y)
     assert np.all(withstood >= exact_robust(x, y, 0.15, norm))
     assert withstood.mean() < 1
@@ -55,7 +56,7 @@ def test_results_are_valid_and_no_better_than_exact(linear, make, norm):
     assert x_adv.max() <= 1
 
 
-@both_norms
+@all_norms
 @pytest.mark.parametrize("family", [PGD, APGD])
 @pytest.mark.short
 def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
@@ -69,7 +70,7 @@ def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
     np.testing.assert_array_equal(withstands(linear, attack(linear, x, y), y), expected)
 
 
-@pytest.mark.parametrize("norm", some_short(["inf", 2], "inf"))
+@pytest.mark.parametrize("norm", some_short(["inf", 2, 1], "inf"))
 def test_square_is_nearly_exact_on_a_linear_model(linear, norm):
     x, y = inputs(100)
     expected = exact_robust(x, y, 0.15, norm)
@@ -96,7 +97,7 @@ def test_equal_seeds_give_equal_results_in_any_order(linear, make):
 
 
 # B5
-@both_norms
+@all_norms
 @every_attack
 def test_an_attack_scales_with_the_input_range(linear, make, norm):
     x, y = inputs(30)
@@ -226,7 +227,7 @@ def test_weights_of_a_method_are_read_in_each_call():
 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (6, 6, 3), (2, 6, 6, 3)])
-@both_norms
+@all_norms
 def test_square_takes_any_number_of_axes(shape, norm):
     model = keras.Sequential([keras.Input(shape), keras.layers.Flatten(), keras.layers.Dense(3)])
     x = np.random.default_rng(0).random((4, *shape)).astype("float32")
@@ -247,9 +248,16 @@ def test_apgd_checkpoints_are_those_of_the_paper():
 
 
 def test_square_windows_are_those_of_the_paper():
-    assert window_shape(0.8, 28, 28, at_least=1) == (25, 25)
-    assert window_shape(0.8 / 512, 28, 28, at_least=1) == (1, 1)
-    assert window_shape(0.4, 64, 1, at_least=1) == (26, 1)
+    assert window_shape(0.8, 28, 28, at_least=1, odd=False) == (25, 25)
+    assert window_shape(0.8 / 512, 28, 28, at_least=1, odd=False) == (1, 1)
+    assert window_shape(0.4, 64, 1, at_least=1, odd=False) == (26, 1)
+    # Odd sides in L2 and L1.
+    assert window_shape(0.8, 28, 28, at_least=3, odd=True) == (25, 25)
+    assert window_shape(0.4, 28, 28, at_least=3, odd=True) == (19, 19)
+    assert window_shape(0.8 / 512, 28, 28, at_least=3, odd=True) == (3, 3)
+    assert window_shape(1.0, 8, 8, at_least=1, odd=True) == (8, 8)
+    np.testing.assert_allclose(np.abs(bump(5, 5, 1)).sum(), 1)
+    np.testing.assert_array_equal(np.abs(bump(1, 1, 1)), 1)
     pattern = bump(5, 5)
     np.testing.assert_allclose((pattern**2).sum(), 1)
     assert np.all(pattern[:2] > 0)
@@ -298,7 +306,7 @@ class TestBadInput:
         ("make", "rule"),
         [
             (lambda: APGD(0), "`eps` must be a positive number. Received: eps=0"),
-            (lambda: APGD(0.1, norm=1), "`norm` must be one of 'inf', 2. Received: norm=1"),
+            (lambda: APGD(0.1, norm=3), "`norm` must be one of 'inf', 2, 1. Received: norm=3"),
             (lambda: APGD(0.1, loss="x"), "`loss` must be one of 'ce', 'margin', 'dlr', 'js'. Received: loss='x'"),
             (lambda: APGD(0.1, steps=0), "`steps` must be an integer of 1 or more. Received: steps=0"),
             (lambda: APGD(0.1, targets=0), "`targets` must be an integer of 1 or more. Received: targets=0"),

@@ -222,7 +222,7 @@ class TestBadInput:
         ("option", "rule"),
         [
             ({"loss": "dlr"}, "`loss` must be one of 'ce', 'margin'. Received: loss='dlr'"),
-            ({"norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
+            ({"norm": 1}, "`norm` must be 'inf' or 2 for attacks of cleverhans, .* Received: norm=1"),
             ({"steps": 0}, "`steps` must be an integer of 1 or more. Received: steps=0"),
             ({"restarts": 0}, "`restarts` must be an integer of 1 or more. Received: restarts=0"),
             ({"step_size": 0.2}, r"`step_size` must be a number in \(0, eps\] = \(0, 0.1\]. Received: step_size=0.2"),

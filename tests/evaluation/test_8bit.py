@@ -87,7 +87,7 @@ def test_reports_that_contradict_themselves_are_refused(tmp_path, source):
         RobustnessReport.from_json(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", ["inf", 2, 1])
 @pytest.mark.parametrize("eps", [0.4, 1.6, [3.6, 0.7, 0, 9.2]])
 def test_rounding_stays_in_the_ball(norm, eps):
     rng = np.random.default_rng(0)

@@ -321,13 +321,13 @@ def test_an_undefended_model_is_checked():
     assert checks["undefended"].status == "warn"
 
 
-@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("norm", ["inf", 2, 1])
 def test_the_linear_model_breaks_at_90_percent(norm):
     threat = keras_drsl.ThreatModel(0.1, norm, clip_min=-1.0, clip_max=1.0)
     weights, x, y = breakable_model((3, 3), threat, seed=0)
     slopes = weights.T[y][:, None] - weights.T[None]
     margin = (x.reshape(len(x), 1, 9) * slopes).sum(-1)
-    dual = np.abs(slopes).sum(-1) if norm == "inf" else np.sqrt((slopes**2).sum(-1))
+    dual = {"inf": np.abs(slopes).sum(-1), 2: np.sqrt((slopes**2).sum(-1)), 1: np.abs(slopes).max(-1)}[norm]
     nearest = np.sort(np.where(dual > 0, margin / np.where(dual > 0, dual, 1), np.inf), axis=1)[:, 0]
     assert np.all(nearest <= 0.0901)
     assert np.mean(np.abs(nearest - 0.09) < 1e-4) > 0.4

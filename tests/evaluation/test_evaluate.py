@@ -39,7 +39,7 @@ def test_autoattack_is_another_name_of_the_standard_suite(name):  # D7
 
 
 class TestAccuracy:
-    @pytest.mark.parametrize("norm", some_short(["inf", 2], more=[2]))
+    @pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=[2]))
     def test_standard_is_exact_on_a_linear_model(self, linear, norm):
         x, y = inputs(60)
         clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
@@ -392,8 +392,8 @@ class TestBadInput:
         [
             ({"eps": 0}, "`eps` must be a positive number. Received: eps=0"),
             ({"eps": 1.5}, "`eps` must be no larger than the range, clip_max - clip_min = 1. Received: eps=1.5"),
-            ({"eps": 3, "norm": 2}, r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"),
-            ({"eps": 0.1, "norm": 1}, "`norm` must be one of 'inf', 2. Received: norm=1"),
+            ({"eps": 3, "norm": 2}, r"`eps` must be no larger than the distance of two valid inputs, 2 in L2"),
+            ({"eps": 0.1, "norm": 3}, "`norm` must be one of 'inf', 2, 1. Received: norm=3"),
             ({"eps": 0.1, "suite": "best"}, "`suite` must be one of 'quick', 'cleverhans', 'standard'. Received"),
             ({"eps": 0.1, "attacks": ["best"]}, "`attacks` must hold attacks or names of .*. Received: 'best'"),
             ({"eps": 0.1, "attacks": ["spsa"]}, "`attacks` cannot hold 'spsa' of cleverhans: it stops with an error"),

@@ -119,7 +119,7 @@ class TestStep:
         assert history["attack_strength"] == pytest.approx([increase.mean()], abs=1e-5)
 
     @pytest.mark.skipif(BACKEND == "jax", reason="a traced step shows no values")
-    @pytest.mark.parametrize("norm", ["inf", 2])
+    @pytest.mark.parametrize("norm", ["inf", 2, 1])
     def test_stays_in_ball_and_range(self, norm):
         x = np.random.default_rng(0).uniform(0, 255, (40, 4)).astype("float32")
         y = np.arange(40) % 3
@@ -184,7 +184,7 @@ class TestStep:
         assert min(history["attack_strength"]) > 0
 
     @on_tensorflow
-    @pytest.mark.parametrize("norm", ["inf", 2])
+    @pytest.mark.parametrize("norm", ["inf", 2, 1])
     def test_takes_batches_of_unknown_shape(self, norm):
         import tensorflow as tf
 

@@ -5,12 +5,14 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_drsl._typing import Array, Tensor
+from keras_drsl._typing import Array, Norm, Tensor
 from keras_drsl.attacks import APGD
 from keras_drsl.evaluation.checks.registry import Outcome, check
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.models.classifier import Classifier, is_misclassified
-from keras_drsl.threat import ThreatModel
+from keras_drsl.threat import ThreatModel, lengths
+
+DUAL: dict[Norm, Norm] = {"inf": 1, 2: 2, 1: "inf"}
 
 
 @check(suites=["quick", "cleverhans", "standard"])
@@ -63,7 +65,7 @@ def breakable_model(shape: tuple[int, ...], threat: ThreatModel, seed: int) -> t
     for other in range(3):
         # The distance to the boundary with another class is the margin over the dual norm of its gradient.
         gradient = (weights[:, y] - weights[:, [other]]).T
-        dual_norm = np.abs(gradient).sum(axis=1) if threat.norm == "inf" else np.sqrt((gradient**2).sum(axis=1))
+        dual_norm = lengths(np.abs(gradient), DUAL[threat.norm])
         with np.errstate(invalid="ignore"):
             distance = (offsets * gradient).sum(axis=1) / dual_norm
         needed = np.where(y == other, needed, np.minimum(needed, distance))
