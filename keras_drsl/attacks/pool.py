@@ -27,7 +27,7 @@ class Pool:
     - For a class without an image the search starts at a random point.
 
     Attributes:
-        digest: The SHA-256 of all images and labels, whatever their order.
+        digest: The SHA-256 of all images and given labels, whatever their order.
         num_images: How many images are classified as their labels say.
         empty_classes: The classes without such an image; of a model of several labels, for any label.
 
@@ -72,7 +72,9 @@ class Pool:
         of_label = self._labels(x)
         groups = [(label, class_id) for label in np.unique(of_label) for class_id in range(logits.shape[1])]
         by_group = {group: correct[(of_label[correct] == group[0]) & (labels[correct] == group[1])] for group in groups}
-        self.digest = digest(*(values[np.lexsort((labels, keys))] for values in (keys, labels.astype("int64"))))
+        # Labels that the model gave say nothing about the images.
+        given = np.zeros_like(labels) if y is None else labels
+        self.digest = digest(*(values[np.lexsort((given, keys))] for values in (keys, given.astype("int64"))))
         self.num_images = len(correct)
         # Of a model of several labels: for any of them.
         self.empty_classes = sorted({class_id for (_, class_id), images in by_group.items() if len(images) == 0})

@@ -265,6 +265,12 @@ def test_square_windows_are_those_of_the_paper():
     tiles = tiling(8, 8, 3, np.random.default_rng(0))
     assert tiles.shape == (8, 8, 3)
     np.testing.assert_allclose((tiles**2).sum(), 1)
+    # Five tiles along the shorter side of an image that is not square; those at its end are cut.
+    for height, width in ((10, 23), (23, 10)):
+        tiles = tiling(height, width, 1, np.random.default_rng(0))[..., 0]
+        pattern = np.tile(np.abs(bump(2, 2)), (-(-height // 2), -(-width // 2)))[:height, :width]
+        np.testing.assert_allclose(np.abs(tiles), pattern / np.sqrt((pattern**2).sum()))
+        assert len(np.unique(np.sign(tiles))) == 2
 
 
 def test_repr_constructs_an_equal_attack():  # B10

@@ -85,6 +85,9 @@ def test_the_digest_ignores_the_order_but_not_the_labels(linear, images):
     assert Pool(linear, x[order], y[order]).digest == Pool(linear, x, y).digest
     assert Pool(linear, x, (y + 1) % CLASSES).digest != Pool(linear, x, y).digest
     assert Pool(linear, x[1:], y[1:]).digest != Pool(linear, x, y).digest
+    # Images without labels are the same for every model.
+    opposite = Classifier(lambda x: -linear(x))
+    assert Pool(linear, x).digest == Pool(opposite, x).digest != Pool(linear, x, y).digest
 
 
 def test_a_class_without_an_image_starts_at_random(linear, images):
