@@ -49,10 +49,10 @@ test-backends: .venv/test .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(REAL_MODELS)
 
 # Tests of several minutes: other libraries, killed processes, studies. torchattacks asks for a version of requests that
-# is too old for others.
+# is too old for others, and adv-lib for another torch.
 test-slow: .venv/test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks adv-lib tqdm
 	$(BIN)/python -m pip install --quiet --editable '.[hub]'
 	REQUIRE_ALL=1 $(BIN)/python -m pytest -m "slow or more"
 

@@ -23,14 +23,14 @@ def small_cnn(shape, classes=10):
     )
 
 
-def train(kind, x, y, *, epochs, eps):
+def train(kind, x, y, *, epochs, eps, make=small_cnn):
     """Train a model with cross-entropy ("ce"), with DRSLoss ("drs"), or on the images of PGD ("adversarial")."""
     import keras
 
     import keras_drsl
 
     keras.utils.set_random_seed(0)
-    model = trained = small_cnn(x.shape[1:])
+    model = trained = make(x.shape[1:])
     if kind == "adversarial":
         # From nothing up to eps over the first half, or it never learns.
         trained = keras_drsl.AdversarialTraining(model, eps, method="pgd", steps=5, warmup_epochs=epochs // 2)
@@ -96,6 +96,27 @@ def torchattacks_autoattack(copy, x, y, eps, device="cpu"):
 
     attack = torchattacks.AutoAttack(copy.to(device), norm="Linf", eps=eps, version="standard", n_classes=10, seed=0)
     return from_torch(attack(to_torch(x, device), torch.tensor(y, device=device).long()))
+
+
+def adv_lib_fmn_distances(copy, x, y, norm, steps):
+    """Return the distances that adv-lib's FMN finds, infinity where it finds no misclassified point."""
+    import sys
+    import types
+
+    import torch
+
+    # It imports these for other attacks and for plots.
+    for name in ("torchvision", "torchvision.models", "visdom"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["torchvision"].models = sys.modules["torchvision.models"]
+    from adv_lib.attacks.fast_minimum_norm import fmn
+
+    images, labels = to_torch(x), torch.tensor(y).long()
+    points = fmn(copy, images, labels, float(norm), steps=steps)
+    with torch.no_grad():
+        wrong = (copy(points).argmax(1) != labels).numpy()
+    delta = (points - images).flatten(1).double()
+    return np.where(wrong, delta.norm(p=float(norm), dim=1).numpy(), np.inf)
 
 
 def art_classifier(model):

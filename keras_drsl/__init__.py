@@ -7,10 +7,12 @@ from keras_drsl import models as models
 from keras_drsl.callbacks import RobustnessMonitor
 from keras_drsl.evaluation import (
     Comparison,
+    MinimalDistances,
     RobustnessCurve,
     RobustnessReport,
     compare,
     evaluate_robustness,
+    minimal_distances,
     robustness_curve,
 )
 from keras_drsl.losses import (
@@ -39,6 +41,7 @@ __all__ = [
     "DRSLoss",
     "GuidedComplementEntropy",
     "LogitSqueezing",
+    "MinimalDistances",
     "PRSLoss",
     "ProbabilisticallyCompactLoss",
     "RobustnessCurve",
@@ -52,6 +55,7 @@ __all__ = [
     "drs_loss",
     "evaluate_robustness",
     "linear_drs_loss",
+    "minimal_distances",
     "prs_loss",
     "robustness_curve",
     "softmax_diversity",

@@ -20,6 +20,7 @@ from keras_drsl._typing import Array, Norm, Numbers, Tensor
 
 NORMS: tuple[Norm, ...] = ("inf", 2, 1)
 NORM_NAMES: dict[str, Norm] = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2, "1": 1, "l1": 1}
+DUAL: dict[Norm, Norm] = {"inf": 1, 2: 2, 1: "inf"}
 SPARSITY = 20  # a step in L1 moves one in so many features
 BISECTIONS = 25  # the rounding of float32
 
@@ -317,14 +318,19 @@ class ThreatModel:
             )
         return allowed
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def project(self, x_adv: Tensor, x: Tensor, radius: Array | None = None) -> Tensor:
         """Return the nearest point of the ball around `x`, clipped to the valid range.
 
         Args:
             x_adv: Tensors or arrays of shape `(batch, ...)`.
             x: The centres of the balls, of the same shape, within the range.
+            radius: The radius of each ball in units of the largest one, shape `(batch,)`; None for that of the threat
+                model.
         """
-        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), self.tensors, self.norm)
+        bounds = self.tensors
+        if radius is not None:
+            bounds = bounds._replace(eps=ops.convert_to_tensor(as_column(radius, x).astype("float32")))
+        return project(ops.convert_to_tensor(x_adv), ops.convert_to_tensor(x), bounds, self.norm)
 
     def round_to_integers(self, x_adv: Array, x: Array) -> Array:
         """Return perturbed inputs with integer values that lie within the threat model, float32.
@@ -486,6 +492,11 @@ def _read_ratio(eps: Any) -> Any:
         return eps
 
 
+def as_column(values: Array, x: Tensor) -> Array:
+    """Return one value per row in a shape that fits rows of the shape of `x`."""
+    return np.reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
+
+
 def lengths(delta: Array, norm: Norm) -> Array:
     """Return the norm of each row, shape `(count,)`.
 
@@ -633,6 +644,14 @@ def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras
     radius = keras.random.uniform((shape[0],) + (1,) * (len(shape) - 1), dtype="float32", seed=seed)
     direction = steepest_ascent(free * keras.random.normal(shape, dtype="float32", seed=seed), norm)
     return bounds.eps * bounds.scale * radius ** (1 / ops.sum(free)) * direction
+
+
+def measure(delta: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of each row of a tensor, shape `(batch,)`."""
+    axes = tuple(range(1, len(delta.shape)))
+    if norm == "inf":
+        return ops.max(ops.abs(delta), axis=axes)
+    return ops.sum(ops.abs(delta), axis=axes) if norm == 1 else ops.sqrt(ops.sum(ops.square(delta), axis=axes))
 
 
 def _length(x: Tensor) -> Tensor:

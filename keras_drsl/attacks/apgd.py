@@ -11,7 +11,7 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import GradientAttack, loss_and_gradient
 from keras_drsl.attacks.loop import is_better, run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import Bounds, farthest, project, room_along, sparse_sign, steepest_ascent
+from keras_drsl.threat import Bounds, as_column, farthest, project, room_along, sparse_sign, steepest_ascent
 
 # In L1, the search begins in larger balls: their radii over eps, and their shares of the steps.
 STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
@@ -98,11 +98,11 @@ class APGD(GradientAttack):
             "best_loss": np.full(count, -np.inf, "float32"),
             "checked_loss": np.full(count, -np.inf, "float32"),
             "last_loss": np.full(count, np.inf, "float32"),
-            "step_size": np.full(count, 2 * self.threat.radius, "float32"),
+            "step_size": 2 * self._radii(batch),
             "rises": np.zeros(count, "float32"),
             "halved": np.ones(count, bool),
             "wrong": np.zeros(count, "float32"),
-        }
+        } | ({} if batch.radius is None else {"radius": as_column(self._radii(batch), start)})
         steps_fn = classifier.compile_steps(
             _apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
         )
@@ -114,6 +114,11 @@ class APGD(GradientAttack):
             return self.threat.bounds, params
 
         return run_steps(steps_fn, batch, rows, self.steps + 1, arguments, count=classifier.count_gradients)
+
+    def _radii(self, batch: Batch) -> Array:
+        """Return the radius of each row, float32, shape `(batch,)`."""
+        radii = np.full(len(batch.x), self.threat.radius) if batch.radius is None else batch.radius
+        return radii.astype("float32")
 
     def _run_sparse(self, classifier: Classifier, batch: Batch, target: Array, start: Array) -> Array:
         """Search in L1, in balls that shrink to that of the threat model."""
@@ -136,11 +141,11 @@ class APGD(GradientAttack):
                 "best": batch.x,
                 "best_gradient": np.zeros_like(best),
                 "best_loss": np.full(count, -np.inf, "float32"),
-                "step_size": np.full(count, factor * self.threat.radius, "float32"),
+                "step_size": np.float32(factor) * self._radii(batch),
                 "share": np.full(count, 0.2, "float32") if is_first else changed / num_features / np.float32(1.5),
                 "changed": np.full(count, num_features, "float32") if is_first else changed,
                 "wrong": np.zeros(count, "float32"),
-            }
+            } | ({} if batch.radius is None else {"radius": as_column(np.float32(factor) * self._radii(batch), start)})
             steps_fn = classifier.compile_steps(_sparse_step, loss=self.loss, targeted=self.targeted, stop=stop)
 
             def arguments(
@@ -171,6 +176,11 @@ def checkpoints(steps: int) -> dict[int, int]:
     return spans
 
 
+def _bounds_of(rows: dict[str, Tensor], bounds: Bounds) -> Bounds:
+    """Return the bounds with the radius of each row, where rows have one."""
+    return bounds._replace(eps=rows["radius"]) if "radius" in rows else bounds
+
+
 def _apgd_step(
     classifier: Classifier,
     rows: dict[str, Tensor],
@@ -183,6 +193,7 @@ def _apgd_step(
     stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step, and check progress where `span`, the number of steps since the last check, is not 0."""
+    bounds = _bounds_of(rows, bounds)
     size = ops.reshape(rows["step_size"], (-1,) + (1,) * (len(rows["x"].shape) - 1))
     step = size * steepest_ascent(rows["gradient"], norm, bounds.scale)
     ahead = project(rows["x_adv"] + step, rows["x"], bounds, norm)
@@ -227,6 +238,7 @@ def _sparse_step(
     stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step in L1, and check at some of them how many features the best point has changed."""
+    bounds = _bounds_of(rows, bounds)
     x, shape = rows["x"], (-1,) + (1,) * (len(rows["x"].shape) - 1)
     num_features = math.prod(x.shape[1:])
     # What has no room does not move.

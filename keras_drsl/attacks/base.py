@@ -37,6 +37,8 @@ class Batch(NamedTuple):
         stop_when_broken: Whether a search may end for an example as soon as it is misclassified. An average of random
             answers may be wrong by chance, so that it may not.
         pool: Images of all classes that a search may start from, or None.
+        radius: The radius of each row, shape `(batch,)`, in place of that of the attack; or None.
+        start: Where the search of each row starts, projected into its ball, in place of a random point; or None.
     """
 
     x: Array
@@ -47,6 +49,15 @@ class Batch(NamedTuple):
     example_index: Array
     stop_when_broken: bool = True
     pool: Pool | None = None
+    radius: Array | None = None
+    start: Array | None = None
+
+    def take(self, rows: Array) -> "Batch":
+        """Return some rows."""
+        per_row = ("x", "y", "ids", "logits", "restart", "example_index", "radius", "start")
+        arrays = {name: getattr(self, name) for name in per_row}
+        chosen: Any = {name: array if array is None else array[rows] for name, array in arrays.items()}
+        return self._replace(**chosen)
 
     def generators(self, attack: "Attack") -> list[np.random.Generator]:
         """Return one source of random numbers per row.
@@ -283,7 +294,7 @@ class Attack:
         y = read_labels(y, logits)
         ids = content_keys(x) if ids is None else np.asarray(ids)
         rows = Batch(x, y, ids, logits, np.zeros(len(x), int), np.arange(len(x)), pool=pool)
-        return self._run_all(classifier, rows, max(batch_size or len(x), len(x)))
+        return self.run_all(classifier, rows, max(batch_size or len(x), len(x)))
 
     def _classifier_of(self, logits_fn: Callable[[Tensor], Tensor] | Classifier) -> Classifier:
         """Return the classifier of the last call if the function is the same, to reuse its programs."""
@@ -292,9 +303,19 @@ class Attack:
             last = self._classifier = Classifier.of(logits_fn)
         return last
 
-    def _run_all(self, classifier: Classifier, all_rows: Batch, batch_size: int) -> Array:
-        """Run every restart on the examples that no earlier one has broken."""
-        x, y, ids, logits = all_rows[:4]
+    @final
+    def run_all(self, classifier: Classifier, all_rows: Batch, batch_size: int) -> Array:
+        """Run every restart on the examples that no earlier one has broken.
+
+        Args:
+            classifier: The model.
+            all_rows: One row per example.
+            batch_size: How many rows to work on at once, at least their number.
+
+        Returns:
+            The worst point of each row.
+        """
+        x, y, logits = all_rows.x, all_rows.y, all_rows.logits
         x_adv: Array = x.copy()
         reached = severity(logits, y)
         num_classes = logits.shape[-1]
@@ -309,7 +330,7 @@ class Attack:
             count = min(batch_size // len(left), num_runs - run)
             rows = np.tile(left, count)
             restart = np.repeat(np.arange(run, run + count), len(left))
-            batch = Batch(x[rows], y[rows], ids[rows], logits[rows], restart, rows, not is_random, all_rows.pool)
+            batch = all_rows.take(rows)._replace(restart=restart, example_index=rows, stop_when_broken=not is_random)
             found = self.run(classifier, batch)
             outputs = classifier.logits(found)
             found_reached = severity(outputs, batch.y)

@@ -11,6 +11,7 @@ from keras_drsl._typing import Array, Tensor
 from keras_drsl.attacks.base import Attack, Batch
 from keras_drsl.attacks.objectives import ATTACK_LOSSES, objective, share_wrong
 from keras_drsl.models.classifier import Classifier
+from keras_drsl.threat import as_column
 
 
 class GradientAttack(Attack):
@@ -74,12 +75,16 @@ class GradientAttack(Attack):
         rank = np.where(from_pool, batch.restart - num_runs, batch.restart // self.restarts)
         target = target_class(batch, rank)
         start = batch.x.copy()
-        if random_start:
-            start += self.threat.sample(batch.generators(self), start.shape[1:])
+        if batch.start is not None:
+            start = ops.convert_to_numpy(self.threat.project(batch.start, batch.x, batch.radius))
+        elif random_start:
+            drawn = self.threat.sample(batch.generators(self), start.shape[1:])
+            start += drawn if batch.radius is None else drawn * as_column(batch.radius / self.threat.radius, drawn)
         if batch.pool is not None:
             images, found = batch.pool.nearest(batch.x[from_pool], target[from_pool])
             rows = np.flatnonzero(from_pool)[found]
-            start[rows] = ops.convert_to_numpy(self.threat.project(images[found], batch.x[rows]))
+            radius = None if batch.radius is None else batch.radius[rows]
+            start[rows] = ops.convert_to_numpy(self.threat.project(images[found], batch.x[rows], radius))
         return target, start
 
 

@@ -4,6 +4,7 @@ from keras_drsl.evaluation.checks import Outcome, check, grade
 from keras_drsl.evaluation.compare import Comparison, Difference, compare
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.evaluation.curve import RobustnessCurve, robustness_curve
+from keras_drsl.evaluation.distances import MinimalDistances, minimal_distances
 from keras_drsl.evaluation.evaluate import evaluate_robustness
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.results import Check
@@ -13,6 +14,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "EvaluationContext",
+    "MinimalDistances",
     "Outcome",
     "RobustnessCurve",
     "RobustnessReport",
@@ -20,5 +22,6 @@ __all__ = [
     "compare",
     "evaluate_robustness",
     "grade",
+    "minimal_distances",
     "robustness_curve",
 ]

@@ -12,9 +12,10 @@ import numpy as np
 
 from keras_drsl import _escape
 from keras_drsl._typing import Array
+from keras_drsl.evaluation import gallery
 from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.rendering import ADVICE, attack_label, by_severity, count_checks, waterfall
-from keras_drsl.evaluation.results import CLEAN, UPPER_BOUND, Check, EvaluationResults
+from keras_drsl.evaluation.results import UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import norm_label
 
 MAX_IMAGES = 12
@@ -46,6 +47,20 @@ class Curve(Protocol):
         """Their intervals."""
 
 
+class Distances(Protocol):
+    """What a page shows of `keras_drsl.MinimalDistances`."""
+
+    settings: dict[str, Any]
+
+    @property
+    def median(self) -> float:
+        """The median distance."""
+
+    @property
+    def median_interval(self) -> tuple[float, float]:
+        """Its interval."""
+
+
 def check_installed(*modules: str) -> None:
     """Raise `ImportError` unless `jinja2`, or `PIL.Image` for pages with images, can be imported."""
     for module in modules:
@@ -60,6 +75,7 @@ def render(
     *,
     title: str | None = None,
     curve: Curve | None = None,
+    distances: Distances | None = None,
     comparisons: Sequence[object] = (),
     page: bool = True,
 ) -> str:
@@ -69,6 +85,7 @@ def render(
         report: The report.
         title: The name of the model; None for the first characters of its fingerprint.
         curve: A curve to show, or None.
+        distances: The smallest perturbations of the examples, or None.
         comparisons: Comparisons with other models to show.
         page: Whether to return a whole page, or the part that a notebook shows.
 
@@ -100,6 +117,7 @@ def render(
         "confused": "" if counts is None else _most_confused(report, counts),
         "read_as": None if counts is None else _read_as(report, counts),
         "curve": None if curve is None else _chart(curve, report),
+        "distances": "" if distances is None else _distances(distances),
         "comparisons": [str(comparison) for comparison in comparisons],
         "methods": _methods(report),
         "settings": _settings(report),
@@ -216,54 +234,25 @@ def _read_as(report: EvaluationResults, counts: Array) -> dict[str, Any] | None:
 
 
 def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
-    """Return misleading images, one per class in turn, those classes first that are the least robust."""
-    if report.kept is None or not report.by_class:
-        return []
-    x, x_adv, prediction = report.x, report.x_adv, report.prediction
-    confidence, distance = report.confidence, report.distance
-    if _as_image(x[0]) is None:
-        return []
-    labels, by_class = np.array(report.per_example["label"]), report.by_class
-    broken = np.array([name not in (None, CLEAN) for name in report.per_example["broken_by"]])
-    broken &= prediction != labels  # a random model may answer rightly when it is asked again
-    order = sorted(by_class, key=lambda class_id: by_class[class_id].robust_accuracy)
-    of_class = [np.flatnonzero(broken & (labels == class_id)).tolist() for class_id in order]
-    rounds = max(map(len, of_class), default=0)
-    chosen = [rows[turn] for turn in range(rounds) for rows in of_class if turn < len(rows)][:MAX_IMAGES]
-    low, high = (np.asarray(report.settings.get(name, value)) for name, value in (("clip_min", 0.0), ("clip_max", 1.0)))
-    items = []
-    for row in chosen:
-        clean, changed = ((values[row] - low) / (high - low) for values in (x, x_adv))
-        change = 0.5 + 10 * (changed - clean)
-        items.append(
-            {
-                **{name: _png(values) for name, values in (("x", clean), ("change", change), ("x_adv", changed))},
-                "label": _name(report, int(labels[row])),
-                "prediction": _name(report, int(prediction[row])),
-                "confidence": float(confidence[row]),
-                "distance": f"{distance[row]:.3g} ({norm_label(report.settings['norm'])})",
-            }
-        )
-    return items
+    """Return misleading images as a page shows them."""
+    return [
+        {
+            **dict(zip(("x", "change", "x_adv"), map(_png, item.images), strict=True)),
+            "label": _name(report, item.label),
+            "prediction": _name(report, item.prediction),
+            "confidence": item.confidence,
+            "distance": f"{item.distance:.3g} ({norm_label(report.settings['norm'])})",
+        }
+        for item in gallery.choose(report, MAX_IMAGES)
+    ]
 
 
-def _as_image(values: Array) -> Array | None:
-    """Return an input as an image `(height, width, channels)`, or None if it is none."""
-    if values.ndim != 3:
-        return None
-    if values.shape[-1] in (1, 3):
-        return values
-    return np.moveaxis(values, 0, -1) if values.shape[0] in (1, 3) else None
-
-
-def _png(values: Array) -> str:
+def _png(image: Array) -> str:
     """Return an image of values in [0, 1] as a PNG file in base 64."""
     check_installed("PIL.Image")
     from PIL import Image
 
-    image = _as_image(values)
-    assert image is not None
-    pixels = np.rint(255 * np.clip(image, 0, 1)).astype("uint8")
+    pixels = np.rint(255 * image).astype("uint8")
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -289,6 +278,18 @@ def _chart(curve: Curve, report: EvaluationResults) -> dict[str, Any]:
         "band": " ".join(f"{x},{y}" for x, y in band),
         "marked": place(eps, 0)[0] if eps <= largest else None,
     }
+
+
+def _distances(distances: Distances) -> str:
+    """Return the median distance as a sentence."""
+    norm = norm_label(distances.settings["norm"])
+    if math.isinf(distances.median):
+        return "For more than half of the examples, no perturbation was found that misleads the model."
+    low, high = distances.median_interval
+    return (
+        f"Half of the examples are misread after a change of at most {distances.median:.3g} ({norm}; 95 % interval of "
+        f"this median {low:.3g} to {high:.3g})."
+    )
 
 
 def _methods(report: EvaluationResults) -> str:

@@ -127,3 +127,19 @@ def welch(first: Array, second: Array, *, step: float) -> tuple[float, float]:
     parts = (part**2 / (len(values) - 1) for part, values in zip(variances, (first, second), strict=True))
     half_width = float(t.ppf(0.975, sum(variances) ** 2 / sum(parts))) * math.sqrt(sum(variances))
     return max(difference - half_width, -1.0), min(difference + half_width, 1.0)
+
+
+def median_ranks(count: int) -> tuple[int, int]:
+    """Return the ranks, from 1 on, of the order statistics that enclose a median with at least 95 % confidence.
+
+    Of few values, the limits are the ranks 0 and `count + 1`, of no value.
+
+    Args:
+        count: How many values there are.
+    """
+    # How many of them lie below the median is binomial: the rank is the largest one with a tail of at most 2.5 %.
+    tail, term, rank = 0, 1, 0  # in units of 1 / 2^count
+    while 40 * (tail + term) <= 1 << count:
+        tail, rank = tail + term, rank + 1
+        term = term * (count - rank + 1) // rank
+    return rank, count + 1 - rank

@@ -198,6 +198,7 @@ class RobustnessReport(EvaluationResults):
         *,
         title: str | None = None,
         curve: html.Curve | None = None,
+        distances: html.Distances | None = None,
         comparison: object = None,
         overwrite: bool = True,
     ) -> None:
@@ -209,6 +210,7 @@ class RobustnessReport(EvaluationResults):
             path: The file.
             title: The name of the model; None for the first characters of its fingerprint.
             curve: A curve to show, or None.
+            distances: What `keras_drsl.minimal_distances` found, or None.
             comparison: A comparison with another model to show, several in a list, or None.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
@@ -219,7 +221,7 @@ class RobustnessReport(EvaluationResults):
         """
         path = _files.check_new("path", path, overwrite=overwrite)
         comparisons = comparison if isinstance(comparison, list | tuple) else [] if comparison is None else [comparison]
-        _files.write(path, html.render(self, title=title, curve=curve, comparisons=comparisons))
+        _files.write(path, html.render(self, title=title, curve=curve, distances=distances, comparisons=comparisons))
 
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows: the page without images and settings; None without Jinja, for the text."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_drsl import RobustnessReport, compare, evaluate_robustness, robustness_curve
+from keras_drsl import MinimalDistances, RobustnessReport, compare, evaluate_robustness, robustness_curve
 from keras_drsl.attacks import APGD
 from keras_drsl.evaluation import Check, html
 from tests.linear import inputs, linear_model
@@ -77,7 +77,9 @@ def path(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("html") / "report.html"
     curve = robustness_curve(*images(), eps=[0, 0.05, 0.1, 0.2], suite="quick", checks=[], verbose=0)
     report.checks.append(Check("units", "warn", 0.3, "eps is small"))
-    report.to_html(path, title="the model", curve=curve, comparison=compare(report, report))
+    distances = MinimalDistances([0.0, 0.125, 0.25, 0.5], np.zeros((4, 2)), range(4), {"norm": 2})
+    options = {"curve": curve, "distances": distances, "comparison": compare(report, report)}
+    report.to_html(path, title="the model", **options)
     report.checks.pop()
     return path
 
@@ -135,12 +137,23 @@ def test_all_sections_and_settings_are_there(report, page):
         "Images that mislead the model",
         "Class by class",
         "How the accuracy falls with the size of the change",
+        "How small a change misleads the model",
         "Compared with other models",
         "How this was measured",
     ]
     text = page["How this was measured"]
     for word in (report.provenance["model"], report.provenance["data"], keras.__version__, "We attacked 60 examples"):
         assert word in text
+
+
+def test_distances_are_a_sentence(report, page):
+    text = page["How small a change misleads the model"]
+    assert text.startswith(
+        "Half of the examples are misread after a change of at most 0.188 (L2; 95 % interval of this"
+    )
+    none = MinimalDistances([0.1, np.inf, np.inf], np.zeros((3, 2)), range(3), {"norm": "inf"})
+    text = Page(html.render(report, distances=none))["How small a change misleads the model"]
+    assert text == "For more than half of the examples, no perturbation was found that misleads the model."
 
 
 def test_foreign_names_are_escaped(report):

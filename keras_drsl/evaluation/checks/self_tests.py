@@ -5,14 +5,12 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_drsl._typing import Array, Norm, Tensor
+from keras_drsl._typing import Array, Tensor
 from keras_drsl.attacks import APGD
 from keras_drsl.evaluation.checks.registry import Outcome, check
 from keras_drsl.evaluation.context import EvaluationContext
 from keras_drsl.models.classifier import Classifier, is_misclassified
-from keras_drsl.threat import ThreatModel, lengths
-
-DUAL: dict[Norm, Norm] = {"inf": 1, 2: 2, 1: "inf"}
+from keras_drsl.threat import DUAL, ThreatModel, lengths
 
 
 @check(suites=["quick", "cleverhans", "standard"])
