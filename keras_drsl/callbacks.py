@@ -1,5 +1,7 @@
 """Callbacks that measure robustness while a model trains."""
 
+import os
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ from keras import ops
 
 from keras_drsl import _validation
 from keras_drsl._typing import Norm, Numbers, Tensor
+from keras_drsl.evaluation import gallery
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.metrics import softmax_diversity
@@ -17,6 +20,8 @@ from keras_drsl.models.heads import View
 from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import AdversarialTraining
+
+NUM_IMAGES = 9  # that TensorBoard gets in each epoch
 
 
 class RobustnessMonitor(keras.callbacks.Callback):
@@ -29,7 +34,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
     - `val_softmax_diversity`: the mean over the clean examples of `keras_drsl.softmax_diversity`, unless a compiled
       metric of that name has written it already;
     - `val_robustness_warning`: 1.0 if a check of the evaluation warns or fails, 0.0 if none does. `report` has the
-      checks.
+      checks;
+    - `val_robustness_seconds`: how long the evaluation of this epoch took, 0.0 in epochs without one.
 
     So `EarlyStopping(monitor="val_robust_accuracy", mode="max", restore_best_weights=True)` and
     `ModelCheckpoint(path, monitor="val_robust_accuracy", mode="max", save_best_only=True)` work as on any metric.
@@ -63,6 +69,10 @@ class RobustnessMonitor(keras.callbacks.Callback):
         ignore_class: As in `evaluate_robustness`.
         batch_size: How many examples are attacked together.
         seed: The seed of the attacks, >= 0, the same in each epoch.
+        log_images: Whether to write misleading images and the robust accuracy of each class for TensorBoard, which
+            needs TensorFlow with any backend.
+        log_dir: The folder that they are written to, in a sub-folder `robustness`: that of
+            `keras.callbacks.TensorBoard`, whose default is the same.
 
     Attributes:
         report: The `RobustnessReport` of the last evaluation; None before the first one, and where the outputs of the
@@ -71,6 +81,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is out of its range, or inputs lie outside the valid range; when training begins, if
             labels or the model do not fit.
+        ImportError: With `log_images`, without TensorFlow.
 
     Example:
 
@@ -80,7 +91,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
     >>> monitor = keras_drsl.RobustnessMonitor(x, y, eps=0.1)
     >>> history = model.fit(x, y, callbacks=[monitor], verbose=0)
     >>> sorted(history.history)
-    ['loss', 'val_robust_accuracy', 'val_robustness_warning', 'val_softmax_diversity']
+    ['loss', 'val_robust_accuracy', 'val_robustness_seconds', 'val_robustness_warning', 'val_softmax_diversity']
     """
 
     def __init__(
@@ -107,8 +118,13 @@ class RobustnessMonitor(keras.callbacks.Callback):
         ignore_class: int | None = None,
         batch_size: int = 256,
         seed: int = 0,
+        log_images: bool = False,
+        log_dir: str | os.PathLike[str] = "logs",
     ) -> None:
         super().__init__()
+        if log_images and task != "multiclass":
+            raise ValueError(f'`log_images` needs task="multiclass". Received: task={task!r}')
+        self._summaries = _Summaries(log_dir) if log_images else None
         threat = ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask)
         self.every = _validation.check_integer("every", every, at_least=1)
         if not isinstance(prefix, str):
@@ -142,11 +158,16 @@ class RobustnessMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the values of the last evaluation to the logs."""
         is_last = epoch + 1 == self.params.get("epochs")
+        seconds = 0.0
         if self._values is None or epoch % self.every == 0 or is_last:
+            began = time.perf_counter()
             with preserve_state(self._logits_model.model, self._evaluator.view.preprocessing):
                 self._values = self._evaluate()
+            if self._summaries is not None and self.report is not None:
+                self._summaries.write(self.report, epoch)
+            seconds = time.perf_counter() - began
         if logs is not None:
-            for name, value in self._values.items():
+            for name, value in (self._values | {"robustness_seconds": seconds}).items():
                 logs.setdefault(self.prefix + name, value)
 
     def _evaluate(self) -> dict[str, float]:
@@ -167,7 +188,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
             self.report = None
             return failed
         pool = self._evaluator.make_pool(self._logits_model, self._examples)
-        self.report = self._evaluator.evaluate(self._logits_model, self._examples, pool=pool)
+        keep = self._summaries is not None
+        self.report = self._evaluator.evaluate(self._logits_model, self._examples, pool=pool, keep_examples=keep)
         counts = self._labels >= 0  # positions
         diversity = softmax_diversity(self._labels[counts], logits[counts], from_logits=True)
         return {
@@ -175,3 +197,41 @@ class RobustnessMonitor(keras.callbacks.Callback):
             "softmax_diversity": float(ops.mean(diversity)),
             "robustness_warning": float(any(check.status in ("warn", "fail") for check in self.report.checks)),
         }
+
+
+class _Summaries:
+    """Write misleading images and the accuracy of each class for TensorBoard.
+
+    Args:
+        log_dir: The folder; the files are in its sub-folder `robustness`.
+
+    Raises:
+        ImportError: Without TensorFlow.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+        try:
+            import tensorflow as tf
+        except ImportError as error:
+            raise ImportError("`log_images` needs `pip install tensorflow`, with any backend.") from error
+        self._tf = tf
+        self._folder = os.path.join(os.fspath(log_dir), "robustness")
+        self._writer: Any = None
+
+    def write(self, report: RobustnessReport, epoch: int) -> None:
+        """Write what a report of an epoch says."""
+        summary = self._tf.summary
+        if self._writer is None:
+            self._writer = summary.create_file_writer(self._folder)
+        names = report.provenance.get("classes") or []
+        with self._writer.as_default(step=epoch):
+            for class_id, found in report.by_class.items():
+                name = names[class_id] if class_id < len(names) else class_id
+                summary.scalar(f"robust accuracy by class/{name}", found.robust_accuracy)
+            items = gallery.choose(report, NUM_IMAGES)
+            if items:
+                rows = np.stack([np.concatenate(item.images, axis=1) for item in items])
+                read = ", ".join(f"{item.label} as {item.prediction}" for item in items)
+                described = f"image, change x 10, changed image; true classes and what the model reads: {read}"
+                summary.image("misleading images", rows, max_outputs=NUM_IMAGES, description=described)
+        self._writer.flush()

@@ -15,7 +15,7 @@ from tests.layers import Random
 from tests.linear import WEIGHTS, exact_robust, inputs, linear_model
 
 EPS = 0.1
-NAMES = ("robust_accuracy", "robustness_warning", "softmax_diversity")
+NAMES = ("robust_accuracy", "robustness_seconds", "robustness_warning", "softmax_diversity")
 
 
 def data(count=60):
@@ -66,6 +66,7 @@ def test_values_are_carried_between_evaluations():
     assert len(found) == 5
     assert found[0] == found[1] == found[2] != found[3] != found[4]  # the last epoch is evaluated too
     assert {name for name in history if name != "loss"} == set(NAMES)
+    assert [seconds > 0 for seconds in history["robustness_seconds"]] == [True, False, False, True, True]
 
 
 def test_other_callbacks_find_the_values(tmp_path):
@@ -120,6 +121,37 @@ def test_nan_weights_log_a_robust_accuracy_of_0():
     assert monitor.report is None
 
 
+def test_images_and_classes_are_written_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorflow")
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorflow import make_ndarray
+    from tensorflow.io import decode_png
+
+    x, y = inputs(60)
+    model = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten(), linear_model()])
+    x = x.reshape(-1, 2, 2, 1)
+    monitor = keras_drsl.RobustnessMonitor(x, y, eps=EPS, log_images=True, log_dir=tmp_path)
+    model.compile("sgd", keras_drsl.DRSLoss(from_logits=True))
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor]).history
+    events = accumulators.EventAccumulator(str(tmp_path / "robustness"), {"tensors": 0})
+    events.Reload()
+    names = [f"robust accuracy by class/{number}" for number in np.unique(y)]
+    assert sorted(events.Tags()["tensors"]) == ["misleading images", *names]
+    shares = np.unique(y, return_counts=True)[1] / 60
+    for epoch in range(2):
+        scalars = [events.Tensors(name)[epoch] for name in names]
+        assert [event.step for event in scalars] == [epoch] * len(names)
+        values_of_classes = [float(make_ndarray(event.tensor_proto)) for event in scalars]
+        assert np.dot(values_of_classes, shares) == pytest.approx(history["val_robust_accuracy"][epoch])
+    width, height, *pngs = events.Tensors("misleading images")[-1].tensor_proto.string_val
+    assert (int(width), int(height), len(pngs)) == (6, 2, 9)
+    first = decode_png(pngs[0]).numpy()[..., 0] / 255
+    clean, change, changed = first[:, :2], first[:, 2:4], first[:, 4:]
+    assert np.abs(clean[None] - x[..., 0]).max((1, 2)).min() < 1 / 255
+    np.testing.assert_allclose(np.abs(changed - clean), EPS, atol=2 / 255)
+    np.testing.assert_array_equal(change, changed > clean)
+
+
 def test_a_metric_of_the_same_name_stays():
     x, y = inputs()
     model = linear_model()
@@ -141,6 +173,10 @@ def test_a_metric_of_the_same_name_stays():
         ({"max_samples": 0}, "`max_samples` must be"),
         ({"clip_max": 0.5}, r"must lie in \[clip_min, clip_max\] = \[0, 0.5\]"),
         ({"seed": -1}, "`seed` must be"),
+        (
+            {"log_images": True, "task": "positions"},
+            "`log_images` needs task=\"multiclass\". Received: task='positions'",
+        ),
     ],
 )
 def test_bad_arguments_are_named_at_once(options, message):
