@@ -30,12 +30,26 @@ def load(name):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_stands_alone(path):
-    allowed = {*sys.stdlib_module_names, "keras", "keras_drsl", "keras_hub", "numpy", "tensorflow"}
+    allowed = {*sys.stdlib_module_names, "keras", "keras_drsl", "keras_hub", "keras_tuner", "numpy", "tensorflow"}
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert {name.split(".")[0] for name in names} <= allowed
         assert not any(part.startswith("_") for name in names for part in name.split("."))
+
+
+def test_a_tuner_chooses_by_robust_accuracy(tmp_path):
+    pytest.importorskip("keras_tuner")
+    small = ["--trials", "2", "--epochs", "2", "--held-out", "1100", "--suite", "quick", "--max-samples", "20"]
+    tuner, report = load("tune").main([*small, "--out", str(tmp_path)])
+    best, second = tuner.oracle.get_best_trials(2)
+    assert best.score >= second.score
+    # The score is what the monitor wrote: a share of at most 500 images.
+    assert best.score * 500 == pytest.approx(round(best.score * 500))
+    for trial in (best, second):
+        assert 0 <= trial.hyperparameters.values["noise"] <= 0.3
+        assert 0.03 <= trial.hyperparameters.values["lam"] <= 3
+    assert report.num_examples == 20
 
 
 @pytest.mark.slow
