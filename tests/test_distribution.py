@@ -11,6 +11,7 @@ from tests.helpers import run_python
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fit_distributed.py"
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_two_workers_train_the_same_weights_as_one(tmp_path):
     weights = []

@@ -9,7 +9,15 @@ GUIDES = sorted((Path(__file__).parents[1] / "docs" / "guides").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+CASES = [
+    pytest.param(
+        path, marks=pytest.mark.slow if path.stem in ("binary-and-multilabel", "language") else (), id=path.stem
+    )
+    for path in GUIDES
+]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_the_code_of_a_guide_runs(path):
     blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
     assert blocks

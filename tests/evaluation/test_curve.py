@@ -67,7 +67,7 @@ def test_bad_radii_are_refused(eps):
 
 def test_all_radii_are_checked_first(capsys):
     x, y = inputs(5)
-    with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2 in L2"):
+    with pytest.raises(ValueError, match=r"`eps` must be no larger than the distance of two valid inputs, 2 in L2"):
         robustness_curve(linear_model(), x, y, eps=[0.1, 100], norm=2)
     assert capsys.readouterr().out == ""
 

@@ -39,7 +39,7 @@ def test_autoattack_is_another_name_of_the_standard_suite(name):  # D7
 
 
 class TestAccuracy:
-    @pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=[2]))
+    @pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=[2, 1]))
     def test_standard_is_exact_on_a_linear_model(self, linear, norm):
         x, y = inputs(60)
         clear = np.abs(distance(x, y, norm) - 0.15) > 1e-3
@@ -56,6 +56,7 @@ class TestAccuracy:
         assert report.robust_accuracy == pytest.approx(expected.mean())
         assert report.trustworthy
 
+    @pytest.mark.more
     @on_tensorflow
     def test_logit_squeezing_falls_to_standard(self):
         pytest.importorskip("sklearn")

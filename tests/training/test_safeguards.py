@@ -153,7 +153,7 @@ class TestData:
             train(linear(), np.where(x == x[3, 3], 255.0, x), y)
 
     def test_must_allow_for_eps_in_l2(self):
-        with pytest.raises(ValueError, match=r"`eps` must be no larger than the range \* sqrt\(features\) = 2"):
+        with pytest.raises(ValueError, match=r"`eps` must be no larger than the distance of two valid inputs, 2 in L2"):
             train(linear(), *data(), eps=2.1, norm=2)
 
     def test_all_of_an_array_is_checked(self):

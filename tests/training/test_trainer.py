@@ -290,7 +290,8 @@ class TestSaving:
         run_python(code, *[tmp_path / name for name in ("robust.keras", "z.npy", "x.npy")])
         np.testing.assert_allclose(np.load(tmp_path / "z.npy"), model.predict(x, verbose=0), atol=1e-6)
 
-    @pytest.mark.parametrize("end", ["exception", pytest.param("kill", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("end", ["exception", "kill"])
     def test_resumes_exactly(self, end, tmp_path):
         if end == "exception":
             with pytest.raises(resume.StoppedError):
@@ -307,6 +308,7 @@ class TestSaving:
             np.testing.assert_allclose(weight, expected_weight, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.more
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no replicas on torch")
 def test_two_devices_end_with_the_weights_of_one():
     code = """
