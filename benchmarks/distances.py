@@ -54,12 +54,14 @@ def compare_curves(model, x, y):
 
 
 def compare_medians(model, x, y):
-    """Return the median distances of a model by norm, beside those of adv-lib."""
+    """Return the median distances of a model by norm, beside those of adv-lib, on the images where that finds any."""
     copy, medians = rivals.torch_copy(model), {}
     for norm in ("inf", 2, 1):
         found = keras_drsl.minimal_distances(model, x, y, norm=norm, steps=STEPS, verbose=0)
         theirs = rivals.adv_lib_fmn_distances(copy, x, y, norm, STEPS)
-        medians[str(norm)] = {"ours": found.median, "adv_lib": float(np.median(theirs))}
+        some = np.isfinite(theirs)
+        ours, other = (float(np.median(distances[some])) for distances in (found.distances, theirs))
+        medians[str(norm)] = {"images": int(some.sum()), "ours": ours, "adv_lib": other}
     return medians
 
 

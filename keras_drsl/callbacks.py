@@ -1,5 +1,6 @@
 """Callbacks that measure robustness while a model trains."""
 
+import contextlib
 import os
 import time
 import warnings
@@ -214,6 +215,9 @@ class _Summaries:
             import tensorflow as tf
         except ImportError as error:
             raise ImportError("`log_images` needs `pip install tensorflow`, with any backend.") from error
+        if keras.config.backend() != "tensorflow":
+            with contextlib.suppress(RuntimeError):  # it has begun already
+                tf.config.set_visible_devices([], "GPU")  # leave the memory to the backend
         self._tf = tf
         self._folder = os.path.join(os.fspath(log_dir), "robustness")
         self._writer: Any = None

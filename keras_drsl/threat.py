@@ -309,6 +309,10 @@ class ThreatModel:
         scale = self.scale
         rounding = (slack / np.where(scale > 0, scale, np.inf)).max()
         axes = tuple(range(1, x.ndim))
+        if self.norm == 1:
+            # Here the rounding of each feature that has changed adds up.
+            changed = np.where(x_adv != x, np.abs(x_adv), 0) / np.where(scale > 0, scale, np.inf)
+            rounding = rounding + 2.0**-24 * np.asarray(changed.sum(axis=axes, dtype="float64"))
         with np.errstate(invalid="ignore"):
             allowed: Array = (
                 np.isfinite(x_adv).all(axis=axes)
@@ -564,7 +568,9 @@ def _shrink(sizes: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     exact = (total(ops.where(is_full, room, ops.where(is_part, sizes, 0.0))) - eps) / ops.maximum(number, 1.0)
     level = ops.where(number > 0, ops.clip(exact, low, high), high)
     is_inside = total(ops.minimum(sizes, room)) <= eps
-    return ops.where(is_inside, ops.minimum(sizes, room), ops.clip(sizes - level, 0.0, room))
+    values = ops.where(is_inside, ops.minimum(sizes, room), ops.clip(sizes - level, 0.0, room))
+    # Differences of nearly equal sizes and level are rounded, and of many features the errors add up.
+    return values * ops.minimum(1.0, eps / ops.maximum(total(values), 1e-30))
 
 
 def room_along(direction: Tensor, x: Tensor, bounds: Bounds) -> Tensor:

@@ -76,6 +76,21 @@ def test_the_projection_in_l1_fits_ball_and_range(eps):
     )
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_points_of_many_equal_features_lie_in_the_ball(value):
+    threat = ThreatModel(12, 1)
+    x = np.full((2, 224, 224, 3), value, "float32")
+    x_adv = np.where(np.arange(3) < 2, 1 - x, x + 0.2).clip(0, 1).astype("float32")
+    assert threat.size(x_adv.astype("float64") - x).min() > 1000
+    found = values(threat.project(x_adv, x))
+    np.testing.assert_allclose(threat.size(found.astype("float64") - x), 12, rtol=2e-3)
+    assert threat.contains(found, x).all()
+    step = values(steepest_ascent(ops.convert_to_tensor(x_adv - 0.5), 1))
+    stepped = np.clip(x + 12 * step, 0, 1).astype("float32")
+    assert threat.contains(stepped, x).all()
+    assert not threat.contains((x + 1.01 * (found - x)).astype("float32"), x).any()
+
+
 def test_the_projection_in_l1_keeps_radii_and_fixed_features():
     eps = np.array([0.2, 0.0, 0.1])
     threat = ThreatModel(eps, 1, mask=[False, False, False])

@@ -66,6 +66,7 @@ class APGD(GradientAttack):
     """
 
     _family = "apgd"
+    _takes_radii = True
 
     def __init__(
         self,
@@ -247,8 +248,11 @@ def _sparse_step(
     place = ops.cast(ops.round((1.0 - rows["share"]) * num_features), "int32")
     least = ops.take_along_axis(ordered, ops.clip(place, 0, num_features - 1)[:, None], axis=1)[:, 0]
     step = ops.reshape(rows["step_size"], shape) * sparse_sign(gradient, least)
-    moved = project(rows["x_adv"] + bounds.scale * step, x, bounds, 1)
-    x_adv = ops.where(params["is_last"], farthest(rows["best_gradient"], x, bounds), moved)
+    x_adv = ops.cond(
+        params["is_last"],
+        lambda: farthest(rows["best_gradient"], x, bounds),
+        lambda: project(rows["x_adv"] + bounds.scale * step, x, bounds, 1),
+    )
     values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss=loss, targeted=targeted)
 
     better = is_better(rows, wrong, values, rows["best_loss"], stop=stop)

@@ -37,8 +37,9 @@ class Batch(NamedTuple):
         stop_when_broken: Whether a search may end for an example as soon as it is misclassified. An average of random
             answers may be wrong by chance, so that it may not.
         pool: Images of all classes that a search may start from, or None.
-        radius: The radius of each row, shape `(batch,)`, in place of that of the attack; or None.
-        start: Where the search of each row starts, projected into its ball, in place of a random point; or None.
+        radius: For APGD, the radius of each row, shape `(batch,)`, in place of that of the attack; or None.
+        start: For PGD and APGD, where the search of each row starts, projected into its ball, in place of a random
+            point; or None.
     """
 
     x: Array
@@ -116,6 +117,7 @@ class Attack:
     needs_gradient = True
     restarts = 1
     _takes_fixed = True  # works on inputs with features that are fixed
+    _takes_radii = False  # works on rows with radii of their own
 
     def __init__(
         self,
@@ -315,6 +317,8 @@ class Attack:
         Returns:
             The worst point of each row.
         """
+        if all_rows.radius is not None and not self._takes_radii:
+            raise ValueError(f"`all_rows` must have no radii for {self.name}, which has one. Received: radii")
         x, y, logits = all_rows.x, all_rows.y, all_rows.logits
         x_adv: Array = x.copy()
         reached = severity(logits, y)

@@ -11,7 +11,7 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import loss_and_gradient
 from keras_drsl.attacks.loop import run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import DUAL, Bounds, ThreatModel, measure, project, unscale
+from keras_drsl.threat import DUAL, Bounds, ThreatModel, measure, project, steepest_ascent, unscale
 
 STEP_SIZE, LAST_STEP_SIZE = 1.0, 0.01  # in units of the valid range
 SHRINKAGE, LAST_SHRINKAGE = 0.05, 0.001  # the share by which the radius changes in a step
@@ -81,8 +81,8 @@ def _fmn_step(
     smaller = ops.minimum(rows["radius"] * (1 - params["shrinkage"]), best_size)
     larger = ops.where(best_size < float("inf"), rows["radius"] * (1 + params["shrinkage"]), to_boundary)
     radius = ops.where(is_wrong, smaller, larger)
-    length = ops.maximum(ops.sqrt(ops.sum(ops.square(gradient), axis=axes, keepdims=True)), 1e-12)
-    moved = x + bounds.scale * (delta + params["step_size"] * gradient / length)
+    direction = unscale(steepest_ascent(gradient, 2), bounds)
+    moved = x + bounds.scale * (delta + params["step_size"] * direction)
     of_rows = bounds._replace(eps=ops.reshape(radius, (-1,) + (1,) * len(axes)))
     return rows | {
         "x_adv": project(moved, x, of_rows, norm),

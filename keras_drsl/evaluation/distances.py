@@ -17,18 +17,21 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.fmn import find_small_perturbations
 from keras_drsl.attacks.gradients import target_class
 from keras_drsl.evaluation.curve import RobustnessCurve
-from keras_drsl.evaluation.evaluator import Evaluator
+from keras_drsl.evaluation.evaluator import NUM_TRIED, Evaluator
 from keras_drsl.evaluation.intervals import median_ranks
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.report_format import to_json_values
+from keras_drsl.evaluation.results import DISTANCES
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import LogitsModel
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
 
 EXPLORED = (0.1, 0.01)  # the shares by which searches from new points try to come nearer
-PRECISION = 0.001  # the share at which it ends
+PRECISION = 0.001  # the share at which searches from the nearest point so far end
+LAST = 0.001  # the share by which a last search to all classes tries to come nearer
 HALVINGS = 10  # on the way from a point back to its input
+ANYWHERE = 1e30  # a radius that leaves the range as the only limit
 CURVE_POINTS = 50
 
 
@@ -39,8 +42,7 @@ class MinimalDistances:
 
     Args:
         distances: The size of the smallest perturbation that was found for each example; 0 where it is misclassified
-            without one, infinity where none was found. In the norm and the units of the inputs; with one `eps` per
-            feature in units of the largest one.
+            without one, infinity where none was found. In the norm and the units of the inputs.
         x_adv: The perturbed inputs, shape `(count, ...)`; the input itself where the distance is 0 or infinite.
         index: The position of each example in the data set.
         settings: The arguments of the search.
@@ -85,7 +87,7 @@ class MinimalDistances:
         radii = [_validation.check_non_negative("eps", radius) for radius in eps]
         if not radii or sorted(set(radii)) != radii:
             raise ValueError(f"`eps` must hold radii, each larger than the one before. Received: eps={eps}")
-        settings = self.settings | {"suite": "minimal distances", "examples": len(self.distances)}
+        settings = self.settings | {"suite": DISTANCES, "examples": len(self.distances)}
         return RobustnessCurve(radii, self.distances, settings, {})
 
     def __str__(self) -> str:
@@ -102,7 +104,7 @@ class MinimalDistances:
         return "\n".join(line for line in lines if line)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the perturbed inputs, as JSON takes it."""
+        """Return everything but the perturbed inputs, as JSON takes it, with None in place of infinity."""
         content = {
             "settings": self.settings,
             "median": self.median,
@@ -157,8 +159,8 @@ def minimal_distances(
     FMN finds a near misclassified point; where it finds none, the way to the nearest image of another class crosses a
     boundary. Then targeted APGD on the margin searches balls that are 10 % smaller than the distance, from random
     points and from the nearest image of each target class, until it fails. Untargeted APGD goes on from the nearest
-    point so far, in balls that are smaller by 5 % to 0.2 %. The same two searches follow once more from 1 % on, with
-    more steps.
+    point so far, in balls that are smaller by 5 % to 0.2 %. The same two searches follow once more from 1 % on, and
+    last a targeted one from the nearest point, by 0.1 %.
 
     Note:
 
@@ -173,7 +175,7 @@ def minimal_distances(
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
-        steps: How many steps FMN and the last searches take, >= 1. The others take half as many.
+        steps: How many steps FMN takes, >= 1. Each search by APGD takes half as many.
         from_logits: As in `evaluate_robustness`.
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
@@ -191,7 +193,7 @@ def minimal_distances(
 
     Raises:
         ValueError: If an argument is out of its range, inputs lie outside the valid range, labels do not match, or the
-            outputs of the model are neither logits nor probabilities.
+            outputs of the model are neither logits nor probabilities, not finite, or random.
 
     Example:
 
@@ -212,36 +214,107 @@ def minimal_distances(
     view = View(output, preprocessing, 1, attack_input, task, which, None)
     evaluator = Evaluator(unit, suite="standard", seed=seed, batch_size=batch_size, max_samples=max_samples, view=view)
     examples = evaluator.read_examples(model, x_or_dataset, y)
-    settings = {name: value for name, value in evaluator.settings.items() if name not in ("eps", "checks", "shard")}
+    left_out = ("eps", "suite", "checks", "shard")  # of no meaning here
+    settings = {name: value for name, value in evaluator.settings.items() if name not in left_out}
     with preserve_state(model, preprocessing, inputs=examples.x):
         found = evaluator.find_logits(model, examples, from_logits)
         pool = evaluator.make_pool(found, examples, x_pool)
         logits = found.classifier.logits_in_batches(examples.x, batch_size)
         if not np.isfinite(logits).all():
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
+        if not np.allclose(found.classifier.logits(examples.x[:NUM_TRIED]), logits[:NUM_TRIED], rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                "`model` must give the same answer twice: by chance, a random model misreads any input. Use "
+                "`evaluate_robustness(..., expectation_draws=)`. Received: a model that is random at inference"
+            )
         labels = evaluator.read_labels(examples, logits)
         threat = unit if examples.layout is None else examples.layout.extend(unit)
         search = _Search(found, threat, steps=steps, batch_size=batch_size, seed=seed)
+        zeros = np.zeros(len(labels), int)
+        whole = Batch(examples.x, labels, examples.ids, logits, zeros, np.arange(len(labels)), pool=pool)
         nearest, distances = examples.x.copy(), np.zeros(len(examples.x))
         with Progress(enabled=bool(verbose)) as progress:
             for start in range(0, len(labels), batch_size):
-                part = slice(start, start + batch_size)
-                progress.update(f"distances: {start} of {len(labels)} rows", done=start, total=len(labels))
-                batch = Batch(
-                    examples.x[part],
-                    labels[part],
-                    examples.ids[part],
-                    logits[part],
-                    np.zeros(len(labels[part]), int),
-                    np.arange(len(labels[part])),
-                    pool=pool,
-                )
-                nearest[part], distances[part] = search.run(batch)
+                part = np.arange(start, min(start + batch_size, len(labels)))
+
+                def show(what: str, done: int = start) -> None:
+                    progress.update(f"distances, {done} of {len(labels)} done: {what}", done=done, total=len(labels))
+
+                nearest[part], distances[part] = search.run(whole.take(part), show)
     rows = distances.reshape(-1, examples.num_labels).argmin(axis=1) + np.arange(0, len(distances), examples.num_labels)
     x_adv = nearest[rows] if examples.layout is None else examples.layout.attacked_part(nearest[rows])
     return MinimalDistances(
         distances[rows], x_adv, (examples.ids[rows] // examples.num_labels).tolist(), settings | {"steps": steps}
     )
+
+
+class _Nearest:
+    """The nearest misclassified point of each row of a batch so far.
+
+    Args:
+        model: The model.
+        threat: The norm, the range and the radii of features.
+        batch: The rows.
+        batch_size: How many points are classified together.
+
+    Attributes:
+        x_adv: The points; the input where there is none.
+        distances: Their distances, infinity where there is none.
+    """
+
+    def __init__(self, model: LogitsModel, threat: ThreatModel, batch: Batch, batch_size: int) -> None:
+        self._model = model
+        self._threat = threat
+        self._batch = batch
+        self._batch_size = batch_size
+        self.x_adv, self.distances = batch.x.copy(), np.full(len(batch.x), np.inf)
+
+    def offer(self, rows: Array, points: Array) -> Array:
+        """Take points that are misclassified and nearer than those so far, and return where they are misclassified."""
+        if not len(rows):
+            return np.zeros(0, bool)
+        wrong = self._model.misclassifies(points, self._batch.y[rows], self._batch_size)
+        reached = np.where(wrong, self._threat.size(points.astype("float64") - self._batch.x[rows]), np.inf)
+        nearer = reached < self.distances[rows]
+        self.x_adv[rows[nearer]], self.distances[rows[nearer]] = points[nearer], reached[nearer]
+        return wrong
+
+    def come_back(self, rows: Array) -> None:
+        """Move points back to their inputs as long as they are misclassified, by halving the way."""
+        rows = rows[np.isfinite(self.distances[rows])]
+        points, low, high = self.x_adv[rows], np.zeros(len(rows)), self.distances[rows].copy()
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            wrong = self.offer(rows, self._project(points, rows, middle))
+            low, high = np.where(wrong, low, middle), np.where(wrong, middle, high)
+
+    def offer_images(self, num_targets: int) -> None:
+        """Offer the nearest image of each class in the pool to rows without a point.
+
+        Args:
+            num_targets: How many classes each row tries, and more if it has no point then.
+        """
+        rows, pool = np.flatnonzero(np.isinf(self.distances)), self._batch.pool
+        for rank in range(self._batch.logits.shape[-1] - 1):
+            rows = rows if rank < num_targets else rows[np.isinf(self.distances[rows])]
+            if pool is not None and len(rows):
+                some = self._batch.take(rows)
+                images, _ = pool.nearest(some.x, target_class(some, np.full(len(rows), rank)))
+                self.offer(rows, self._project(images, rows, np.full(len(rows), ANYWHERE)))
+
+    def confirm(self) -> None:
+        """Ask once more for all points together, and move those a little further that rounding had made wrong."""
+        rows, points, distances = np.flatnonzero(np.isfinite(self.distances)), self.x_adv.copy(), self.distances.copy()
+        self.distances[rows] = np.inf
+        rows = rows[~self.offer(rows, points[rows])]
+        for factor in (1e-5, 1e-4, 1e-3, 1e-2):
+            further = points[rows] + np.float32(factor) * (points[rows] - self._batch.x[rows])
+            rows = rows[~self.offer(rows, self._project(further, rows, np.full(len(rows), ANYWHERE)))]
+        # They were misclassified in another batch.
+        self.x_adv[rows], self.distances[rows] = points[rows], distances[rows]
+
+    def _project(self, points: Array, rows: Array, radius: Array) -> Array:
+        return np.asarray(ops.convert_to_numpy(self._threat.project(points, self._batch.x[rows], radius)))
 
 
 class _Search:
@@ -250,7 +323,7 @@ class _Search:
     Args:
         model: The model.
         threat: The norm, the range and the radii of features; of the largest radius only its unit counts.
-        steps: The steps of FMN and of the last searches; the others take half as many.
+        steps: The steps of FMN; APGD takes half as many.
         batch_size: How many rows are attacked together.
         seed: The seed of all randomness.
     """
@@ -260,110 +333,55 @@ class _Search:
         self._threat = threat
         self._steps = steps
         self._batch_size = batch_size
-        options: dict[str, Any] = {"threat": threat, "loss": "margin"}
-        half = -(-steps // 2)
-        self._explorers = [
-            APGD(**options, targeted=True, steps=half, seed=seed),
-            APGD(**options, targeted=True, steps=half, seed=seed + 1),
-        ]
-        self._local = APGD(**options, steps=half, seed=seed)
+        options: dict[str, Any] = {"threat": threat, "loss": "margin", "steps": -(-steps // 2)}
+        self._explorers = [APGD(**options, targeted=True, seed=seed + number) for number in range(len(EXPLORED))]
+        self._local = APGD(**options, seed=seed)
 
-    def run(self, batch: Batch) -> tuple[Array, Array]:
-        """Return the nearest misclassified point of each row, and its distance: 0 without one, infinity for none."""
+    def run(self, batch: Batch, show: Callable[[str], None]) -> tuple[Array, Array]:
+        """Return the nearest misclassified point of each row, and its distance: 0 without one, infinity for none.
+
+        Args:
+            batch: The rows.
+            show: Takes what is done, for progress.
+        """
         nearest, distances = batch.x.copy(), np.zeros(len(batch.x))
-        rows = np.flatnonzero(~self._misclassifies(batch.x, batch.y))
+        rows = np.flatnonzero(~self._model.misclassifies(batch.x, batch.y, self._batch_size))
         if len(rows):
-            nearest[rows], distances[rows] = self._search(batch.take(rows))
+            found = self._search(batch.take(rows), show)
+            nearest[rows], distances[rows] = found.x_adv, found.distances
         return nearest, distances
 
-    def _search(self, batch: Batch) -> tuple[Array, Array]:
-        nearest = find_small_perturbations(self._model.classifier, batch, self._threat, self._steps)
-        distances = self._distances(nearest, batch)
-        self._start_from_pool(batch, nearest, distances)
-        self._come_back(batch, nearest, distances, np.arange(len(nearest)))
-        shares, left = np.full(len(nearest), EXPLORED[0]), np.flatnonzero(np.isfinite(distances))
+    def _search(self, batch: Batch, show: Callable[[str], None]) -> _Nearest:
+        show("FMN")
+        found, all_rows = _Nearest(self._model, self._threat, batch, self._batch_size), np.arange(len(batch.x))
+        found.offer(all_rows, find_small_perturbations(self._model.classifier, batch, self._threat, self._steps))
+        found.offer_images(self._explorers[0].num_runs(batch.logits.shape[-1]))
+        found.come_back(all_rows)
+        left = np.flatnonzero(np.isfinite(found.distances))
         for attack, share in zip(self._explorers, EXPLORED, strict=True):
-            # From new points, to all classes.
-            shares[left] = np.minimum(shares[left], share)
-            rows = left
+            rows = left  # from new points, to all classes
             while len(rows):
-                rows = self._search_nearer(attack, batch, nearest, distances, rows, shares[rows], from_new=True)
-            # From the nearest point so far.
-            shares[left] = share / 2
+                show(f"{share:.0%} nearer, {len(rows)} rows")
+                rows = self._come_nearer(attack, batch.take(rows), found, rows, np.full(len(rows), share))
+            shares = np.full(len(batch.x), share / 2)  # from the nearest point so far
             while len(rows := left[shares[left] >= PRECISION]):
-                nearer = self._search_nearer(self._local, batch, nearest, distances, rows, shares[rows], from_new=False)
+                show(f"{shares[rows].max():.1%} nearer, {len(rows)} rows")
+                some = batch.take(rows)._replace(start=found.x_adv[rows], pool=None)
+                nearer = self._come_nearer(self._local, some, found, rows, shares[rows])
                 shares[np.setdiff1d(rows, nearer)] /= 2
-        self._confirm(batch, nearest, distances)
-        return nearest, distances
+        rows = left  # from the nearest point so far, to all classes
+        while len(rows):
+            show(f"{LAST:.1%} nearer, {len(rows)} rows")
+            some = batch.take(rows)._replace(start=found.x_adv[rows], pool=None)
+            rows = self._come_nearer(self._explorers[0], some, found, rows, np.full(len(rows), LAST))
+        found.confirm()
+        return found
 
-    def _search_nearer(
-        self,
-        attack: APGD,
-        batch: Batch,
-        nearest: Array,
-        distances: Array,
-        rows: Array,
-        shares: Array,
-        *,
-        from_new: bool,
-    ) -> Array:
+    def _come_nearer(self, attack: APGD, some: Batch, found: _Nearest, rows: Array, shares: Array) -> Array:
         """Attack some rows in balls that are smaller than their distances by a share. Return where that succeeded."""
-        some = batch.take(rows)._replace(radius=distances[rows] * (1 - shares))
-        if not from_new:
-            some = some._replace(start=nearest[rows], pool=None)
-        found = attack.run_all(self._model.classifier, some, self._batch_size)
-        reached = self._distances(found, some)
-        nearer = reached < distances[rows]
-        nearest[rows[nearer]], distances[rows[nearer]] = found[nearer], reached[nearer]
-        self._come_back(batch, nearest, distances, rows[nearer])
-        return np.asarray(rows[nearer])
-
-    def _misclassifies(self, x: Array, y: Array) -> Array:
-        return self._model.misclassifies(x, y, self._batch_size)
-
-    def _distances(self, points: Array, batch: Batch) -> Array:
-        """Return the distance of each point that is misclassified, infinity for the others."""
-        wrong = self._misclassifies(points, batch.y)
-        return np.where(wrong, self._threat.size(points.astype("float64") - batch.x), np.inf)
-
-    def _start_from_pool(self, batch: Batch, nearest: Array, distances: Array) -> None:
-        """Take the nearest image of another class where there is no point yet."""
-        rows = np.flatnonzero(np.isinf(distances))
-        if batch.pool is None or not len(rows):
-            return
-        some = batch.take(rows)
-        for rank in range(min(self._explorers[0].targets, batch.logits.shape[-1] - 1)):
-            images, _ = batch.pool.nearest(some.x, target_class(some, np.full(len(rows), rank)))
-            # Only what may change moves.
-            points = ops.convert_to_numpy(self._threat.project(images, some.x, np.full(len(rows), 1e30)))
-            reached = self._distances(points, some)
-            nearer = reached < distances[rows]
-            nearest[rows[nearer]], distances[rows[nearer]] = points[nearer], reached[nearer]
-
-    def _come_back(self, batch: Batch, nearest: Array, distances: Array, rows: Array) -> None:
-        """Move points back to their inputs as long as they are misclassified, by halving the way."""
-        rows = rows[np.isfinite(distances[rows])]
-        if not len(rows):
-            return
-        some, points = batch.take(rows), nearest[rows]
-        low, high = np.zeros(len(rows)), distances[rows].copy()
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            tried = ops.convert_to_numpy(self._threat.project(points, some.x, middle))
-            reached = self._distances(tried, some)
-            is_wrong = np.isfinite(reached)
-            low, high = np.where(is_wrong, low, middle), np.where(is_wrong, middle, high)
-            nearer = reached < distances[rows]
-            nearest[rows[nearer]], distances[rows[nearer]] = tried[nearer], reached[nearer]
-
-    def _confirm(self, batch: Batch, nearest: Array, distances: Array) -> None:
-        """Ask once more for all points together, and move those a little further that rounding had made wrong."""
-        found = np.isfinite(distances)
-        for factor in (1.0, 1 + 1e-5, 1 + 1e-4, 1 + 1e-3, 1 + 1e-2):
-            rows = np.flatnonzero(found & np.isinf(distances)) if factor > 1 else np.flatnonzero(found)
-            if len(rows):
-                some = batch.take(rows)
-                further = some.x + np.float32(factor) * (nearest[rows] - some.x)
-                tried = ops.convert_to_numpy(self._threat.project(further, some.x, np.full(len(rows), 1e30)))
-                nearest[rows], distances[rows] = tried, self._distances(tried, some)
-        nearest[np.isinf(distances)] = batch.x[np.isinf(distances)]
+        before = found.distances[rows]
+        points = attack.run_all(self._model.classifier, some._replace(radius=before * (1 - shares)), self._batch_size)
+        found.offer(rows, points)
+        nearer = np.asarray(rows[found.distances[rows] < before])
+        found.come_back(nearer)
+        return nearer

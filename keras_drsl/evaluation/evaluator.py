@@ -22,7 +22,7 @@ from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
-from keras_drsl.evaluation.kept import KeptFile, Store, finish, is_unfinished, score, try_again
+from keras_drsl.evaluation.kept import HeldArrays, KeptFile, Store, finish, is_unfinished, score, try_again
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
@@ -260,7 +260,7 @@ class Evaluator:
             report.kept = KeptFile(store.path)
             store.close(delete=True)
         except (OSError, ValueError) as error:
-            store.close(delete=False)
+            report.kept = HeldArrays(kept, store)  # no other evaluation may take the file
             warnings.warn(
                 f"The examples could not be written, and stay in {str(store.partial)!r} until the report, which has "
                 f"them too, is written by `report.to_npz`: {error}",

@@ -122,14 +122,16 @@ class Store:
     def close(self, *, delete: bool) -> None:
         """Release the file of the points, and delete it or not."""
         if self.partial is not None:
-            self._open.close()
-            if delete:
+            if delete:  # before another evaluation can lock it
                 self.partial.unlink(missing_ok=True)
+            self._open.close()
 
 
 def _lock(file: IO[bytes], path: Path | None) -> None:
     try:
         _files.lock(file)
+        if not os.path.exists(file.name) or os.fstat(file.fileno()).st_ino != os.stat(file.name).st_ino:
+            raise BlockingIOError("it was deleted meanwhile")
     except BlockingIOError as error:
         raise ValueError(
             "`keep_examples` must be a file of this evaluation only, and another one that runs now has it. "
@@ -292,13 +294,16 @@ class KeptFile(Mapping[str, Array]):
         path: The file.
 
     Raises:
-        ValueError: If it is damaged, or its arrays do not fit the report.
+        ValueError: Where an array is asked for, if another file has taken its place.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._identity = _identity_of(path)
 
     def __getitem__(self, name: str) -> Array:
+        if not self._path.exists() or _identity_of(self._path) != self._identity:
+            raise ValueError(f"The kept examples are gone: {str(self._path)!r} was replaced since the report was read")
         with np.load(self._path, allow_pickle=False) as file:
             return np.asarray(file[name])
 
@@ -307,6 +312,25 @@ class KeptFile(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(ARRAYS)
+
+
+def _identity_of(path: Path) -> tuple[int, ...]:
+    """Return numbers that change where another file takes the place of one."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class HeldArrays(dict[str, Array]):
+    """The arrays of a file that could not be written, which keep the file of the points to themselves.
+
+    Args:
+        arrays: The arrays by name.
+        store: The store that holds the points.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], store: Store) -> None:
+        super().__init__(arrays)
+        self.store = store
 
 
 def read(path: Path) -> tuple[str, KeptFile]:

@@ -116,6 +116,8 @@ class RobustnessReport(EvaluationResults):
         arrays = self._kept_arrays("to_npz")
         with _files.replace(_files.check_new("path", path, overwrite=overwrite)) as file:
             kept.write(file, self._to_text(), arrays)
+        if not isinstance(arrays, dict):
+            self.kept = kept.KeptFile(Path(path))  # those that it was read from may change
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> "RobustnessReport":

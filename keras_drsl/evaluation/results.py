@@ -14,7 +14,9 @@ from keras_drsl.evaluation.intervals import of_ratio, wilson
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
 BY_SEVERITY: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")  # the outcomes of checks, the worst first
 
-UPPER_BOUND = ("quick", "cleverhans")  # suites of few or weak attacks: stronger ones may break more
+DISTANCES = "minimal distances"  # what a curve of `minimal_distances` has for a suite
+# Suites of few or weak attacks, or without checks: stronger ones may break more.
+UPPER_BOUND = ("quick", "cleverhans", DISTANCES)
 
 
 @dataclass(frozen=True)

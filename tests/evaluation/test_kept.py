@@ -132,6 +132,23 @@ def test_a_file_holds_what_memory_does(whole, tmp_path):
         whole.to_npz(path, overwrite=False)
 
 
+def test_a_file_that_another_one_replaced_is_not_read(whole, tmp_path):
+    parts = []
+    for i in (0, 1):
+        path = tmp_path / f"{i}.npz"
+        options = OPTIONS | {"shard": (i, 2), "keep_examples": path}
+        parts.append(evaluate_robustness(linear_model(), *data(), **options))
+    merged, again = RobustnessReport.merge(parts), RobustnessReport.merge(parts)
+    merged.to_npz(tmp_path / "0.npz")
+    np.testing.assert_allclose(merged.x_adv, whole.x_adv, atol=1e-6)
+    for report in (parts[0], again):
+        with pytest.raises(ValueError, match="The kept examples are gone: .*0.npz' was replaced"):
+            _ = report.x_adv
+    os.unlink(tmp_path / "1.npz")
+    with pytest.raises(ValueError, match="The kept examples are gone: .*1.npz' was replaced"):
+        _ = parts[1].x_adv
+
+
 def test_shards_are_merged_with_their_examples(whole, tmp_path):
     parts = [evaluate_robustness(linear_model(), *data(), **OPTIONS, shard=(i, 2), keep_examples=True) for i in (1, 0)]
     merged = RobustnessReport.merge(parts)
@@ -358,6 +375,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         with pytest.warns(RuntimeWarning, match="The examples could not be written, and stay in .*kept.npz.partial"):
             report = evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
     assert path.read_bytes() == b"an earlier one"
+    # The points are in the file that another evaluation would need.
+    with pytest.raises(ValueError, match="must be a file of this evaluation only"):
+        evaluate_robustness(linear_model(), *data(), **OPTIONS, keep_examples=path)
     report.to_npz(tmp_path / "elsewhere.npz")
     again = RobustnessReport.from_npz(tmp_path / "elsewhere.npz")
     np.testing.assert_array_equal(again.x_adv, report.x_adv)
