@@ -1,6 +1,7 @@
 """Files that are either complete or absent."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -67,6 +68,16 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole file. If that fails, the file that was there stays."""
     with replace(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool) -> None:
+    """Write content as JSON to the file of the argument `path`. If that fails, the file that was there stays.
+
+    Raises:
+        ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+        OSError: If the file cannot be written, as on a full disk.
+    """
+    write(check_new("path", path, overwrite=overwrite), json.dumps(content, indent=1) + "\n")
 
 
 def _real(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """Callbacks that measure robustness while a model trains."""
 
-import contextlib
 import os
 import time
 import warnings
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_drsl import _validation
+from keras_drsl import _backend, _validation
 from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation import gallery
 from keras_drsl.evaluation.evaluator import Evaluator
@@ -215,9 +214,7 @@ class _Summaries:
             import tensorflow as tf
         except ImportError as error:
             raise ImportError("`log_images` needs `pip install tensorflow`, with any backend.") from error
-        if keras.config.backend() != "tensorflow":
-            with contextlib.suppress(RuntimeError):  # it has begun already
-                tf.config.set_visible_devices([], "GPU")  # leave the memory to the backend
+        _backend.leave_gpus_alone(tf)
         self._tf = tf
         self._folder = os.path.join(os.fspath(log_dir), "robustness")
         self._writer: Any = None

@@ -33,7 +33,17 @@ MAY_IMPORT = {
         *("_backend", "_data", "_escape", "_files", "_renamed", "_typing", "_validation", "attacks", "models"),
         *("datasets", "plotting", "threat"),
     },
-    "callbacks": {"_data", "_typing", "_validation", "evaluation", "metrics", "models", "threat", "training"},
+    "callbacks": {
+        "_backend",
+        "_data",
+        "_typing",
+        "_validation",
+        "evaluation",
+        "metrics",
+        "models",
+        "threat",
+        "training",
+    },
     "cli": {"_escape", "_files", "_typing", "datasets", "evaluation", "plotting", "threat"},
 }
 

@@ -4,8 +4,9 @@
 other module of the package asks which backend runs.
 """
 
+import contextlib
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -51,6 +52,13 @@ stop_program = _running.stop_program
 sync_state = _running.sync_state
 value_and_gradient = _running.value_and_gradient
 warn_if_constant = _running.warn_if_constant
+
+
+def leave_gpus_alone(tensorflow: Any) -> None:
+    """Keep TensorFlow from taking the memory of the GPUs where another backend runs, if it has not begun yet."""
+    if NAME != "tensorflow":
+        with contextlib.suppress(RuntimeError):
+            tensorflow.config.set_visible_devices([], "GPU")
 
 
 def require_tensorflow(feature: str) -> None:

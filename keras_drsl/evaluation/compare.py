@@ -1,6 +1,5 @@
 """Two models, or several of each kind, compared on the same examples."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -146,7 +145,7 @@ class Comparison:
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write_json(path, self.to_dict(), overwrite=overwrite)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, overwrite: bool = True) -> Any:
         """Draw the differences with their intervals.

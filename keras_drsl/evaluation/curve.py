@@ -1,6 +1,5 @@
 """Robust accuracy against the radius of the attack."""
 
-import json
 import math
 import numbers
 import os
@@ -107,7 +106,7 @@ class RobustnessCurve:
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write_json(path, self.to_dict(), overwrite=overwrite)
 
     def plot(
         self,

@@ -1,6 +1,5 @@
 """The smallest perturbation that misleads a model, for each example: the robustness curve from one run."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -126,7 +125,7 @@ class MinimalDistances:
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        _files.write(_files.check_new("path", path, overwrite=overwrite), json.dumps(self.to_dict(), indent=1) + "\n")
+        _files.write_json(path, self.to_dict(), overwrite=overwrite)
 
 
 def minimal_distances(

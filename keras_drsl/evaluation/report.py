@@ -75,7 +75,7 @@ class RobustnessReport(EvaluationResults):
             ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
             OSError: If the file cannot be written, as on a full disk.
         """
-        _files.write(_files.check_new("path", path, overwrite=overwrite), self._to_text())
+        _files.write_json(path, self.to_dict(), overwrite=overwrite)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "RobustnessReport":

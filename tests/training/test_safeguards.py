@@ -64,7 +64,7 @@ class TestArguments:
         [
             {"eps": 0}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 1.5}, {"method": "no"}, {"method": 1}, {"steps": 0},
             {"attack_loss": "ce"},
-            {"step_size": 0}, {"norm": 1}, {"beta": -1}, {"clip_min": 1.0}, {"warmup_epochs": -1}, {"seed": -1},
+            {"step_size": 0}, {"norm": 3}, {"beta": -1}, {"clip_min": 1.0}, {"warmup_epochs": -1}, {"seed": -1},
         ],
     )  # fmt: skip
     def test_out_of_range_is_named(self, options):
