@@ -37,6 +37,7 @@ class Curve(Protocol):
     """What a page shows of a `keras_drsl.RobustnessCurve`."""
 
     eps: list[float]
+    settings: dict[str, Any]
 
     @property
     def accuracy(self) -> list[float]:
@@ -165,7 +166,7 @@ def _trust(report: EvaluationResults) -> str:
     if not report.checks:
         return "No check ran, so nothing speaks for or against these numbers."
     others = any(check.status in ("fail", "warn") for check in report.checks)
-    return count_checks(report) + (". The others, and what to do:" if others else ".")
+    return count_checks(report) + (". The others, and what to do:" if others else ". What they test is listed below.")
 
 
 def _describe(check: Check) -> dict[str, str]:
@@ -277,6 +278,7 @@ def _chart(curve: Curve, report: EvaluationResults) -> dict[str, Any]:
         "line": " ".join(f"{x},{y}" for x, y in points),
         "band": " ".join(f"{x},{y}" for x, y in band),
         "marked": place(eps, 0)[0] if eps <= largest else None,
+        "suite": "" if curve.settings["suite"] == report.settings["suite"] else _suite_of(curve),
     }
 
 
@@ -290,6 +292,13 @@ def _distances(distances: Distances) -> str:
         f"Half of the examples are misread after a change of at most {distances.median:.3g} ({norm}; 95 % interval of "
         f"this median {low:.3g} to {high:.3g})."
     )
+
+
+def _suite_of(curve: Curve) -> str:
+    """Return as a sentence how a curve was measured that need not meet its report at the same radius."""
+    name = _escape.for_terminal(str(curve.settings["suite"]))
+    above = "Its accuracies are upper bounds: at the evaluated eps" if name in UPPER_BOUND else "At the evaluated eps"
+    return f"The curve was measured with the suite {name}. {above} it may lie above the accuracy of this report."
 
 
 def _methods(report: EvaluationResults) -> str:

@@ -146,6 +146,14 @@ def test_all_sections_and_settings_are_there(report, page):
         assert word in text
 
 
+def test_a_curve_of_another_suite_says_so(report, page):
+    text = page["How the accuracy falls with the size of the change"]
+    assert "The curve was measured with the suite quick. Its accuracies are upper bounds: at the evaluated eps" in text
+    options = {"eps": [0, 0.1], "attacks": ["fgsm_ce"], "checks": [], "verbose": 0}
+    same = Page(html.render(report, curve=robustness_curve(*images(), **options)))
+    assert "measured with the suite" not in same["How the accuracy falls with the size of the change"]
+
+
 def test_distances_are_a_sentence(report, page):
     text = page["How small a change misleads the model"]
     assert text.startswith(
