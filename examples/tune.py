@@ -4,10 +4,10 @@
 metric. It is measured on images that are held out of training, under the quick suite. The best model is evaluated once,
 on the test images, under the suite "standard".
 
-Expected: the best trials have noise, and their robust accuracy on the held-out images is a little above that of the
-test images: the suite is weaker, and the best of several trials was chosen.
+Expect a lower robust accuracy on the test images than on the held-out ones: its suite is stronger, and the best of
+several trials was chosen.
 
-About ten minutes on two cores for scikit-learn's digits. Needs `pip install keras-tuner`.
+It takes scikit-learn's digits, without a download. Needs `pip install keras-tuner`.
 
     python examples/tune.py
     python examples/tune.py --trials 20 --epochs 30

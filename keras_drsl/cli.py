@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import sys
@@ -86,9 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     problems = _deliver(report, args)
     if args.state is not None:
         with _collect(problems, f"The state in {args.state!r} does not hold the result"):
-            # A state has one row per label.
-            by_label = report.per_example.get("broken_by_label", [report.per_example["broken_by"]])
-            if read_state(args.state)["broken_by"] != list(itertools.chain(*by_label)):
+            if read_state(args.state)["broken_by"] != report.broken_by_row:
                 raise ValueError("it could not be written to the end")
     _write_html(report, args, Path(args.model).name, problems)
     if args.plot is not None:

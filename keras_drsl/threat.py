@@ -496,9 +496,10 @@ def _read_ratio(eps: Any) -> Any:
         return eps
 
 
-def as_column(values: Array, x: Tensor) -> Array:
-    """Return one value per row in a shape that fits rows of the shape of `x`."""
-    return np.reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
+def as_column(values: Any, x: Tensor) -> Any:
+    """Return an array or a tensor of one value per row in a shape that fits rows of the shape of `x`."""
+    reshape = np.reshape if isinstance(values, np.ndarray) else ops.reshape
+    return reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
 
 
 def lengths(delta: Array, norm: Norm) -> Array:
@@ -534,7 +535,7 @@ def project(x_adv: Tensor, x: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
         x_adv = x + bounds.scale * ops.sign(delta) * sizes
     else:
         delta = unscale(x_adv - x, bounds)
-        x_adv = x + bounds.scale * delta * ops.minimum(1.0, bounds.eps / ops.maximum(_length(delta), 1e-30))
+        x_adv = x + bounds.scale * delta * ops.minimum(1.0, bounds.eps / ops.maximum(measure(delta, 2), 1e-30))
     return ops.clip(x_adv, bounds.clip_min, bounds.clip_max)
 
 
@@ -625,7 +626,7 @@ def steepest_ascent(gradient: Tensor, norm: Norm, scale: Tensor = 1.0) -> Tensor
     # The square of a small gradient would underflow.
     largest = ops.max(ops.abs(gradient), axis=tuple(range(1, len(gradient.shape))), keepdims=True)
     gradient = gradient / ops.maximum(largest, 1e-30)
-    return scale * gradient / ops.maximum(_length(gradient), 1e-30)
+    return scale * gradient / ops.maximum(measure(gradient, 2), 1e-30)
 
 
 def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras.random.SeedGenerator) -> Tensor:
@@ -653,15 +654,11 @@ def random_delta(shape: tuple[Any, ...], bounds: Bounds, norm: Norm, seed: keras
 
 
 def measure(delta: Tensor, norm: Norm) -> Tensor:
-    """Return the norm of each row of a tensor, shape `(batch,)`."""
-    axes = tuple(range(1, len(delta.shape)))
+    """Return the norm of each row of a tensor, shape `(batch, 1, ...)`."""
+    over = {"axis": tuple(range(1, len(delta.shape))), "keepdims": True}
     if norm == "inf":
-        return ops.max(ops.abs(delta), axis=axes)
-    return ops.sum(ops.abs(delta), axis=axes) if norm == 1 else ops.sqrt(ops.sum(ops.square(delta), axis=axes))
-
-
-def _length(x: Tensor) -> Tensor:
-    return ops.sqrt(ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))), keepdims=True))
+        return ops.max(ops.abs(delta), **over)
+    return ops.sum(ops.abs(delta), **over) if norm == 1 else ops.sqrt(ops.sum(ops.square(delta), **over))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -675,7 +672,5 @@ def sparse_sign(gradient: Tensor, least: Tensor) -> Tensor:
         gradient: Shape `(batch, ...)`.
         least: The smallest size of a large element of each row, shape `(batch,)`.
     """
-    least = ops.reshape(least, (-1,) + (1,) * (len(gradient.shape) - 1))
-    signs = ops.where(ops.abs(gradient) >= least, ops.sign(gradient), 0.0)
-    number = ops.sum(ops.abs(signs), axis=tuple(range(1, len(signs.shape))), keepdims=True)
-    return signs / ops.maximum(number, 1.0)
+    signs = ops.where(ops.abs(gradient) >= as_column(least, gradient), ops.sign(gradient), 0.0)
+    return signs / ops.maximum(measure(signs, 1), 1.0)

@@ -99,11 +99,12 @@ class APGD(GradientAttack):
             "best_loss": np.full(count, -np.inf, "float32"),
             "checked_loss": np.full(count, -np.inf, "float32"),
             "last_loss": np.full(count, np.inf, "float32"),
+            "radius": as_column(self._radii(batch), start),
             "step_size": 2 * self._radii(batch),
             "rises": np.zeros(count, "float32"),
             "halved": np.ones(count, bool),
             "wrong": np.zeros(count, "float32"),
-        } | ({} if batch.radius is None else {"radius": as_column(self._radii(batch), start)})
+        }
         steps_fn = classifier.compile_steps(
             _apgd_step, loss=self.loss, targeted=self.targeted, norm=self.norm, stop=batch.stop_when_broken
         )
@@ -129,8 +130,7 @@ class APGD(GradientAttack):
         for factor, share in STAGES:
             is_last = factor == 1
             stop = batch.stop_when_broken and is_last
-            steps, bounds = math.ceil(share * self.steps), self.threat.bounds
-            bounds = bounds._replace(eps=np.float32(factor * bounds.eps))
+            steps, radii = math.ceil(share * self.steps), np.float32(factor) * self._radii(batch)
             changed = (best != batch.x).reshape(count, -1).sum(axis=1).astype("float32")
             is_first = factor == STAGES[0][0]
             rows = {
@@ -142,18 +142,17 @@ class APGD(GradientAttack):
                 "best": batch.x,
                 "best_gradient": np.zeros_like(best),
                 "best_loss": np.full(count, -np.inf, "float32"),
-                "step_size": np.float32(factor) * self._radii(batch),
+                "radius": as_column(radii, start),
+                "step_size": radii,
                 "share": np.full(count, 0.2, "float32") if is_first else changed / num_features / np.float32(1.5),
                 "changed": np.full(count, num_features, "float32") if is_first else changed,
                 "wrong": np.zeros(count, "float32"),
-            } | ({} if batch.radius is None else {"radius": as_column(np.float32(factor) * self._radii(batch), start)})
+            }
             steps_fn = classifier.compile_steps(_sparse_step, loss=self.loss, targeted=self.targeted, stop=stop)
 
-            def arguments(
-                step: int, left: Array, *, bounds: Bounds = bounds, last: int | None = steps if is_last else None
-            ) -> tuple[Any, ...]:
+            def arguments(step: int, left: Array, *, last: int | None = steps if is_last else None) -> tuple[Any, ...]:
                 params = {"is_check": np.bool_(step > 0 and step % span == 0), "is_last": np.bool_(step == last)}
-                return bounds, params
+                return self.threat.bounds, params
 
             best = run_steps(
                 steps_fn,
@@ -177,11 +176,6 @@ def checkpoints(steps: int) -> dict[int, int]:
     return spans
 
 
-def _bounds_of(rows: dict[str, Tensor], bounds: Bounds) -> Bounds:
-    """Return the bounds with the radius of each row, where rows have one."""
-    return bounds._replace(eps=rows["radius"]) if "radius" in rows else bounds
-
-
 def _apgd_step(
     classifier: Classifier,
     rows: dict[str, Tensor],
@@ -194,9 +188,8 @@ def _apgd_step(
     stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step, and check progress where `span`, the number of steps since the last check, is not 0."""
-    bounds = _bounds_of(rows, bounds)
-    size = ops.reshape(rows["step_size"], (-1,) + (1,) * (len(rows["x"].shape) - 1))
-    step = size * steepest_ascent(rows["gradient"], norm, bounds.scale)
+    bounds = bounds._replace(eps=rows["radius"])
+    step = as_column(rows["step_size"], rows["x"]) * steepest_ascent(rows["gradient"], norm, bounds.scale)
     ahead = project(rows["x_adv"] + step, rows["x"], bounds, norm)
     inertia = params["inertia"]
     moved = rows["x_adv"] + (1 - inertia) * (ahead - rows["x_adv"]) + inertia * (rows["x_adv"] - rows["x_old"])
@@ -239,15 +232,14 @@ def _sparse_step(
     stop: bool,
 ) -> dict[str, Tensor]:
     """Take one step in L1, and check at some of them how many features the best point has changed."""
-    bounds = _bounds_of(rows, bounds)
-    x, shape = rows["x"], (-1,) + (1,) * (len(rows["x"].shape) - 1)
+    bounds, x = bounds._replace(eps=rows["radius"]), rows["x"]
     num_features = math.prod(x.shape[1:])
     # What has no room does not move.
     gradient = bounds.scale * ops.where(room_along(rows["gradient"], rows["x_adv"], bounds) > 0, rows["gradient"], 0.0)
     ordered = ops.sort(ops.reshape(ops.abs(gradient), (-1, num_features)), axis=1)
     place = ops.cast(ops.round((1.0 - rows["share"]) * num_features), "int32")
     least = ops.take_along_axis(ordered, ops.clip(place, 0, num_features - 1)[:, None], axis=1)[:, 0]
-    step = ops.reshape(rows["step_size"], shape) * sparse_sign(gradient, least)
+    step = as_column(rows["step_size"], x) * sparse_sign(gradient, least)
     x_adv = ops.cond(
         params["is_last"],
         lambda: farthest(rows["best_gradient"], x, bounds),

@@ -11,7 +11,7 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.gradients import loss_and_gradient
 from keras_drsl.attacks.loop import run_steps, where_rows
 from keras_drsl.models.classifier import Classifier
-from keras_drsl.threat import DUAL, Bounds, ThreatModel, measure, project, steepest_ascent, unscale
+from keras_drsl.threat import DUAL, Bounds, ThreatModel, as_column, measure, project, steepest_ascent, unscale
 
 STEP_SIZE, LAST_STEP_SIZE = 1.0, 0.01  # in units of the valid range
 SHRINKAGE, LAST_SHRINKAGE = 0.05, 0.001  # the share by which the radius changes in a step
@@ -69,11 +69,10 @@ def _fmn_step(
 ) -> dict[str, Tensor]:
     """Evaluate a point, change the radius, and take a step."""
     x, x_adv = rows["x"], rows["x_adv"]
-    axes = tuple(range(1, len(x.shape)))
     values, gradient, wrong = loss_and_gradient(classifier, x_adv, rows, loss="margin", targeted=False)
     gradient = bounds.scale * gradient
     delta = unscale(x_adv - x, bounds)
-    size, dual_size = measure(delta, norm), measure(gradient, DUAL[norm])
+    size, dual_size = (ops.reshape(measure(*pair), (-1,)) for pair in ((delta, norm), (gradient, DUAL[norm])))
     is_wrong = wrong >= 1
     better = ops.logical_and(is_wrong, size < rows["best_size"])
     best_size = ops.where(better, size, rows["best_size"])
@@ -83,7 +82,7 @@ def _fmn_step(
     radius = ops.where(is_wrong, smaller, larger)
     direction = unscale(steepest_ascent(gradient, 2), bounds)
     moved = x + bounds.scale * (delta + params["step_size"] * direction)
-    of_rows = bounds._replace(eps=ops.reshape(radius, (-1,) + (1,) * len(axes)))
+    of_rows = bounds._replace(eps=as_column(radius, x))
     return rows | {
         "x_adv": project(moved, x, of_rows, norm),
         "radius": radius,

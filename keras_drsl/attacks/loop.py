@@ -10,6 +10,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Array, Tensor
 from keras_drsl.attacks.base import Batch
+from keras_drsl.threat import as_column
 
 
 def run_steps(
@@ -102,4 +103,4 @@ def _take_rows(values: Array, kept: Array, count: int) -> Array:
 
 def where_rows(condition: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """Return `ops.where` with one condition per row."""
-    return ops.where(ops.reshape(condition, (-1,) + (1,) * (len(x.shape) - 1)), x, other)
+    return ops.where(as_column(condition, x), x, other)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -504,9 +503,8 @@ def _read_again(
     facts = ("model", "undefended", "data", "pool", "backend")
     expected = settings, {name: provenance[name] for name in facts}
     found = report.settings, {name: report.provenance.get(name) for name in facts}
-    by_label = report.per_example.get("broken_by_label", [report.per_example["broken_by"]])
     is_same = json.loads(json.dumps(expected)) == json.loads(json.dumps(found))
-    return report if is_same and list(itertools.chain(*by_label)) == state.broken_by else None
+    return report if is_same and report.broken_by_row == state.broken_by else None
 
 
 def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str]) -> dict[str, list[Any]]:

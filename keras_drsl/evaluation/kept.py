@@ -287,7 +287,17 @@ def write(file: IO[bytes], report: str, arrays: Mapping[str, Array]) -> None:
                     member.write(np.ascontiguousarray(array[part]).tobytes())
 
 
-class KeptFile(Mapping[str, Array]):
+class _Arrays(Mapping[str, Array]):
+    """The arrays of kept examples by name."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ARRAYS)
+
+    def __len__(self) -> int:
+        return len(ARRAYS)
+
+
+class KeptFile(_Arrays):
     """Read the arrays of a file by name, each when it is asked for.
 
     Args:
@@ -306,12 +316,6 @@ class KeptFile(Mapping[str, Array]):
             raise ValueError(f"The kept examples are gone: {str(self._path)!r} was replaced since the report was read")
         with np.load(self._path, allow_pickle=False) as file:
             return np.asarray(file[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(ARRAYS)
-
-    def __len__(self) -> int:
-        return len(ARRAYS)
 
 
 def _identity_of(path: Path) -> tuple[int, ...]:
@@ -364,7 +368,7 @@ def check_fit(arrays: Mapping[str, Array], num_examples: int) -> None:
         raise ValueError("prediction must hold class ids, one for each confidence")
 
 
-class MergedArrays(Mapping[str, Array]):
+class MergedArrays(_Arrays):
     """Join the kept examples of several reports by the order of their positions in the data set.
 
     Args:
@@ -377,12 +381,6 @@ class MergedArrays(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return np.asarray(np.concatenate([arrays[name] for arrays in self._parts])[self._order])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(ARRAYS)
-
-    def __len__(self) -> int:
-        return len(ARRAYS)
 
 
 def merge(parts: Sequence[tuple[list[int], Mapping[str, Array] | None]]) -> MergedArrays | None:

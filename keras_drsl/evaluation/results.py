@@ -1,5 +1,6 @@
 """The figures of an evaluation: what a report holds, without its files and its text."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -226,6 +227,12 @@ class EvaluationResults:
 
     def _count_broken_by(self, name: str | None) -> int:
         return self.per_example["broken_by"].count(name)
+
+    @property
+    def broken_by_row(self) -> list[str | None]:
+        """What broke each row of a state, which has one per label of an example."""
+        by_label = self.per_example.get("broken_by_label", [self.per_example["broken_by"]])
+        return list(itertools.chain(*by_label))
 
     @property
     def x(self) -> Array:
