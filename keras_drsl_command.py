@@ -30,7 +30,7 @@ ALIASES = {"autoattack": "standard"}  # of suites
 TASKS = ("multiclass", "multilabel", "positions")
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2, "1": 1, "l1": 1}
 LARGEST = 2**31 - 1
-INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides")
+INPUTS = ("model", "dataset", "preprocessing", "undefended", "reports", "report", "sides", "compare")
 MODELS = ("model", "preprocessing", "undefended")
 OUTPUTS = ("out", "keep", "html", "plot", "state")
 
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_paths(args)
         if args.command == "compare":
             _check_sides(args)
+        if getattr(args, "compare", None) and args.html is None:
+            raise ValueError("`compare` needs --html, the page that shows it. Received: no --html")
     except ValueError as error:
         parser.error(str(error))
     from keras_drsl import cli
@@ -120,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="radius of the attacks, as 0.1 or 8/255, or one per channel, as 8,8,4",
     )
-    evaluate.add_argument("--norm", type=_norm, default="inf", help="inf (the default) or 2; Linf and L2 as well")
+    evaluate.add_argument(
+        "--norm", type=_norm, default="inf", help="inf (the default), 2 or 1; Linf, L2 and L1 as well"
+    )
     evaluate.add_argument(
         "--suite",
         type=_suite,
@@ -211,6 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("report", metavar="REPORT.json", type=_path, help="or REPORT.npz, of --keep")
     show.add_argument("--markdown", action="store_true", help="as Markdown")
     show.add_argument("--html", metavar="REPORT.html", type=_path, help="write a page for readers")
+    show.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="REPORT.json[,REPORT.json...]",
+        type=_side,
+        help="other models on the same examples, which the page of --html compares this one with",
+    )
 
     for command in (evaluate, merge, compare, show):
         command.add_argument("--strict", action="store_true", help="status 3 if a check failed or a shard is missing")

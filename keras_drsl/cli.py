@@ -87,7 +87,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         with _collect(problems, f"The state in {args.state!r} does not hold the result"):
             if read_state(args.state)["broken_by"] != report.broken_by_row:
                 raise ValueError("it could not be written to the end")
-    _write_html(report, args, Path(args.model).name, problems)
+    curve = None
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
             largest = _largest_eps(threat, x, args.attack_input)
@@ -97,6 +97,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             # The pool of the report, so that the curve meets it at its radius.
             curve = robustness_curve(model, chosen, y[index], x_pool=(x, y), eps=radii, **options)
             curve.plot(args.plot, overwrite=args.overwrite)
+    _write_html(report, args, Path(args.model).name, problems, curve=curve)
     if problems and args.state is not None and not any("does not hold the result" in text for text in problems):
         problems.append(
             f"The state in {args.state!r} holds the result: the same command with --overwrite and other outputs in "
@@ -148,10 +149,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     _check_outputs(args)
-    sides = [[_read(path) for path in paths] for paths in args.sides]
-    names = [", ".join(Path(path).stem for path in paths) for paths in args.sides]
-    others = zip(sides[1:], names[1:], strict=True)
-    comparisons, problems = [compare(sides[0], side, names=(names[0], name)) for side, name in others], list[str]()
+    (first, name), *others = map(_read_side, args.sides)
+    comparisons, problems = [compare(first, side, names=(name, other)) for side, other in others], list[str]()
     with _collect(problems, "The comparison could not be printed"):
         _print("\n\n".join(map(str, comparisons)))
     for name in ("out", "plot"):
@@ -168,12 +167,19 @@ def _show(args: argparse.Namespace) -> int:
     report, problems = _read(args.report), list[str]()
     with _collect(problems, "The report could not be printed"):
         _print(report.to_markdown() if args.markdown else report.to_text(verbose=args.verbose))
-    _write_html(report, args, Path(args.report).stem, problems)
+    name = Path(args.report).stem
+    comparisons = [compare(report, side, names=(name, other)) for side, other in map(_read_side, args.compare or [])]
+    _write_html(report, args, name, problems, comparison=comparisons)
     return _status(report.trustworthy, args, problems)
 
 
 def _read(path: str) -> RobustnessReport:
     return RobustnessReport.from_npz(path) if path.endswith(".npz") else RobustnessReport.from_json(path)
+
+
+def _read_side(paths: list[str]) -> tuple[list[RobustnessReport], str]:
+    """Return the reports of one side of a comparison, and what it is called."""
+    return [_read(path) for path in paths], ", ".join(Path(path).stem for path in paths)
 
 
 def _deliver(report: RobustnessReport, args: argparse.Namespace) -> list[str]:
@@ -187,10 +193,12 @@ def _deliver(report: RobustnessReport, args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _write_html(report: RobustnessReport, args: argparse.Namespace, title: str, problems: list[str]) -> None:
+def _write_html(
+    report: RobustnessReport, args: argparse.Namespace, title: str, problems: list[str], **sections: Any
+) -> None:
     if args.html is not None:
         with _collect(problems, f"The page could not be written to {args.html!r}"):
-            report.to_html(args.html, title=title, overwrite=args.overwrite)
+            report.to_html(args.html, title=title, overwrite=args.overwrite, **sections)
 
 
 @contextlib.contextmanager

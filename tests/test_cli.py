@@ -78,6 +78,30 @@ def test_a_curve_is_drawn(files, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_pages_show_curve_and_comparisons(files, tmp_path, capsys):
+    for module in ("jinja2", "matplotlib", "PIL"):
+        pytest.importorskip(module)
+    page, curve = tmp_path / "page.html", tmp_path / "curve.png"
+    assert evaluate(files, "--eps", 0.1, "--html", page, "--plot", curve, "--out", tmp_path / "r.json") == 0
+    assert "How the accuracy falls with the size of the change" in page.read_text(encoding="utf-8")
+    x, y = inputs(40)
+    other = linear_model()
+    other.set_weights([-weights for weights in other.get_weights()])
+    options = {"threat": keras_drsl.ThreatModel(0.1), "suite": "quick", "verbose": 0}
+    keras_drsl.evaluate_robustness(other, x, y, **options).to_json(tmp_path / "other.json")
+    show = ["show", str(tmp_path / "r.json"), "--compare", str(tmp_path / "other.json")]
+    assert cli.main([*show, "--html", str(page), "--overwrite"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Compared with other models" in text
+    assert '<th scope="row">r</th><th scope="row">other</th><td>robust</td>' in text
+    with pytest.raises(SystemExit):
+        cli.main(show)
+    assert "`compare` needs --html" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*show, "--html", str(tmp_path / "other.json"), "--overwrite"])
+    assert "must be different files" in capsys.readouterr().err
+
+
 def test_strict_reports_a_failed_check(files, tmp_path):
     assert evaluate(files, "--eps", 0.1, "--out", tmp_path / "r.json", "--strict") == 0
     content = json.loads((tmp_path / "r.json").read_text())

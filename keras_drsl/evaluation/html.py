@@ -6,7 +6,7 @@ import importlib.resources
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -62,6 +62,20 @@ class Distances(Protocol):
         """Its interval."""
 
 
+@runtime_checkable
+class Comparison(Protocol):
+    """What a page shows of what `keras_drsl.compare` returns."""
+
+    names: tuple[str, str]
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the checks of all its reports passed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that it found."""
+
+
 def check_installed(*modules: str) -> None:
     """Raise `ImportError` unless `jinja2`, or `PIL.Image` for pages with images, can be imported."""
     for module in modules:
@@ -77,7 +91,7 @@ def render(
     title: str | None = None,
     curve: Curve | None = None,
     distances: Distances | None = None,
-    comparisons: Sequence[object] = (),
+    comparisons: Sequence[Comparison] = (),
     page: bool = True,
 ) -> str:
     """Return a report as HTML.
@@ -119,7 +133,7 @@ def render(
         "read_as": None if counts is None else _read_as(report, counts),
         "curve": None if curve is None else _chart(curve, report),
         "distances": "" if distances is None else _distances(distances),
-        "comparisons": [str(comparison) for comparison in comparisons],
+        "comparisons": _comparisons(comparisons),
         "methods": _methods(report),
         "settings": _settings(report),
         "bibtex": BIBTEX % report.provenance.get("versions", {}).get("keras-drsl", "unknown"),
@@ -292,6 +306,26 @@ def _distances(distances: Distances) -> str:
         f"Half of the examples are misread after a change of at most {distances.median:.3g} ({norm}; 95 % interval of "
         f"this median {low:.3g} to {high:.3g})."
     )
+
+
+def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return how two models compare, one row per comparison and accuracy."""
+    rows = []
+    for comparison in comparisons:
+        found = comparison.to_dict()
+        names = [_escape.for_terminal(name) for name in found["names"]]
+        for kind, label in (("robust", "robust"), ("clean", "without an attack")):
+            one_sided = [found[kind][side] for side in ("only_first", "only_second")]
+            rows.append(
+                {
+                    "names": names,
+                    "label": label,
+                    "trustworthy": comparison.trustworthy,
+                    "one_sided": "" if None in one_sided else " and ".join(map(str, one_sided)),
+                    **{name: found[kind][name] for name in ("first", "second", "value", "over_images", "over_seeds")},
+                }
+            )
+    return rows
 
 
 def _suite_of(curve: Curve) -> str:

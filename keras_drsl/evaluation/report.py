@@ -201,7 +201,7 @@ class RobustnessReport(EvaluationResults):
         title: str | None = None,
         curve: html.Curve | None = None,
         distances: html.Distances | None = None,
-        comparison: object = None,
+        comparison: html.Comparison | Sequence[html.Comparison] | None = None,
         overwrite: bool = True,
     ) -> None:
         """Write a page for readers: verdict, trust, misleading images, classes, and how all was measured.
@@ -213,16 +213,20 @@ class RobustnessReport(EvaluationResults):
             title: The name of the model; None for the first characters of its fingerprint.
             curve: A curve to show, or None.
             distances: What `keras_drsl.minimal_distances` found, or None.
-            comparison: A comparison with another model to show, several in a list, or None.
+            comparison: What `keras_drsl.compare` returned, several in a list, or None.
             overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
         Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            ValueError: If the file exists and `overwrite` is False, its folder cannot be written to, or `comparison`
+                holds something else.
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without Jinja, or without Pillow where there are images.
         """
         path = _files.check_new("path", path, overwrite=overwrite)
-        comparisons = comparison if isinstance(comparison, list | tuple) else [] if comparison is None else [comparison]
+        given: Any = [] if comparison is None else comparison
+        comparisons = list(given) if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(item, html.Comparison) for item in comparisons):
+            raise ValueError(f"`comparison` must be what `compare` returns. Received: comparison={comparison!r:.60}")
         _files.write(path, html.render(self, title=title, curve=curve, distances=distances, comparisons=comparisons))
 
     def _repr_html_(self) -> str | None:

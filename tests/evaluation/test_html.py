@@ -64,21 +64,35 @@ def images():
     return model, x.reshape(-1, 2, 2, 1), np.where(np.arange(60) % 20 == 0, (y + 1) % 3, y)
 
 
-@pytest.fixture(scope="module")
-def report():
+def evaluate(model, x, y):
     attacks = [APGD(0.1, loss="margin", targeted=True, steps=20)]
     checks = ["clean_accuracy", "noise"]
-    return evaluate_robustness(*images(), eps=0.1, attacks=attacks, checks=checks, keep_examples=True, verbose=0)
+    return evaluate_robustness(model, x, y, eps=0.1, attacks=attacks, checks=checks, keep_examples=True, verbose=0)
 
 
 @pytest.fixture(scope="module")
-def path(report, tmp_path_factory):
+def report():
+    return evaluate(*images())
+
+
+@pytest.fixture(scope="module")
+def other_report():
+    """Return the report of another model of the same images."""
+    model, x, y = images()
+    kernel, bias = model.get_weights()
+    model.set_weights([kernel + np.random.default_rng(1).normal(0, 0.5, kernel.shape), bias])
+    return evaluate(model, x, y)
+
+
+@pytest.fixture(scope="module")
+def path(report, other_report, tmp_path_factory):
     """Return the file of a page with all sections."""
     path = tmp_path_factory.mktemp("html") / "report.html"
     curve = robustness_curve(*images(), eps=[0, 0.05, 0.1, 0.2], suite="quick", checks=[], verbose=0)
     report.checks.append(Check("units", "warn", 0.3, "eps is small"))
     distances = MinimalDistances([0.0, 0.125, 0.25, 0.5], np.zeros((4, 2)), range(4), {"norm": 2})
-    options = {"curve": curve, "distances": distances, "comparison": compare(report, report)}
+    comparison = [compare(report, other_report, names=("the model", name)) for name in ("other", "third")]
+    options = {"curve": curve, "distances": distances, "comparison": comparison}
     report.to_html(path, title="the model", **options)
     report.checks.pop()
     return path
@@ -130,6 +144,19 @@ def test_the_page_asks_for_nothing_and_runs_nothing(page):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
 
 
+def test_comparisons_are_rows_of_one_table(report, other_report, page):
+    text = page["Compared with other models"]
+    ours, theirs = ([name is None for name in found.per_example["broken_by"]] for found in (report, other_report))
+    assert sum(theirs) != sum(ours)
+    difference = 100 * (sum(ours) - sum(theirs)) / 60
+    expected = f"the model other robust {100 * sum(ours) / 60:.1f} % {100 * sum(theirs) / 60:.1f} % {difference:+.1f} "
+    assert expected in text
+    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours))]
+    low, high = compare(report, other_report).robust.over_images
+    assert f"{100 * low:+.1f} to {100 * high:+.1f} {only[0]} and {only[1]} the model other without an attack" in text
+    assert text.count(" robust ") == 2
+
+
 def test_all_sections_and_settings_are_there(report, page):
     assert list(page.sections)[1:] == [
         "Can these numbers be trusted?",
@@ -174,7 +201,7 @@ def test_foreign_names_are_escaped(report):
         report.provenance | {"classes": names, "model": EVIL, "versions": {EVIL: EVIL}},
         report.kept,
     )
-    text = html.render(foreign, title=EVIL)
+    text = html.render(foreign, title=EVIL, comparisons=[compare(foreign, foreign, names=(EVIL, EVIL))])
     page = Page(text)
     assert "script" not in page.tags
     assert not {"\x1b", "\u202e"} & set(text)
@@ -216,6 +243,9 @@ def test_a_file_that_exists_is_not_lost(report, tmp_path):
         report.to_html(tmp_path / "report.html", overwrite=False)
     with pytest.raises(ValueError, match="`path` must lie in a folder that can be written to"):
         report.to_html(tmp_path / "nowhere" / "report.html")
+    with pytest.raises(ValueError, match="`comparison` must be what `compare` returns. Received: comparison=<Robust"):
+        report.to_html(tmp_path / "other.html", comparison=report)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "mine"
 
 
