@@ -26,7 +26,8 @@ from keras_drsl.models.logits import LogitsModel
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
 
-EXPLORED = (0.1, 0.01)  # the shares by which searches from new points try to come nearer
+# Searches from new points: their losses, their steps in those of FMN, and the shares by which they try to come nearer.
+EXPLORED = (("margin", 0.5, 0.1), ("margin", 0.5, 0.01), ("dlr", 1.0, 0.002))
 PRECISION = 0.001  # the share at which searches from the nearest point so far end
 LAST = 0.001  # the share by which a last search to all classes tries to come nearer
 HALVINGS = 10  # on the way from a point back to its input
@@ -159,7 +160,7 @@ def minimal_distances(
     boundary. Then targeted APGD on the margin searches balls that are 10 % smaller than the distance, from random
     points and from the nearest image of each target class, until it fails. Untargeted APGD goes on from the nearest
     point so far, in balls that are smaller by 5 % to 0.2 %. The same two searches follow once more from 1 % on, and
-    last a targeted one from the nearest point, by 0.1 %.
+    from 0.2 % on with the difference-of-logits ratio. Last comes a targeted one from the nearest point, by 0.1 %.
 
     Note:
 
@@ -174,7 +175,7 @@ def minimal_distances(
         clip_min: The smallest valid input value, 0 by default; or one per channel or feature.
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
-        steps: How many steps FMN takes, >= 1. Each search by APGD takes half as many.
+        steps: How many steps FMN takes, >= 1. Each search by APGD takes half as many, on the ratio as many.
         from_logits: As in `evaluate_robustness`.
         output: As in `evaluate_robustness`.
         preprocessing: As in `evaluate_robustness`.
@@ -322,7 +323,7 @@ class _Search:
     Args:
         model: The model.
         threat: The norm, the range and the radii of features; of the largest radius only its unit counts.
-        steps: The steps of FMN; APGD takes half as many.
+        steps: The steps of FMN; see `EXPLORED` for those of APGD.
         batch_size: How many rows are attacked together.
         seed: The seed of all randomness.
     """
@@ -332,9 +333,11 @@ class _Search:
         self._threat = threat
         self._steps = steps
         self._batch_size = batch_size
-        options: dict[str, Any] = {"threat": threat, "loss": "margin", "steps": -(-steps // 2)}
-        self._explorers = [APGD(**options, targeted=True, seed=seed + number) for number in range(len(EXPLORED))]
-        self._local = APGD(**options, seed=seed)
+        self._explorers = [
+            APGD(threat=threat, loss=loss, targeted=True, steps=math.ceil(share * steps), seed=seed + number)
+            for number, (loss, share, _) in enumerate(EXPLORED)
+        ]
+        self._local = APGD(threat=threat, loss="margin", steps=math.ceil(steps / 2), seed=seed)
 
     def run(self, batch: Batch, show: Callable[[str], None]) -> tuple[Array, Array]:
         """Return the nearest misclassified point of each row, and its distance: 0 without one, infinity for none.
@@ -357,10 +360,10 @@ class _Search:
         found.offer_images(self._explorers[0].num_runs(batch.logits.shape[-1]))
         found.come_back(all_rows)
         left = np.flatnonzero(np.isfinite(found.distances))
-        for attack, share in zip(self._explorers, EXPLORED, strict=True):
+        for attack, (_, _, share) in zip(self._explorers, EXPLORED, strict=True):
             rows = left  # from new points, to all classes
             while len(rows):
-                show(f"{share:.0%} nearer, {len(rows)} rows")
+                show(f"{share:.1%} nearer, {len(rows)} rows")
                 rows = self._come_nearer(attack, batch.take(rows), found, rows, np.full(len(rows), share))
             shares = np.full(len(batch.x), share / 2)  # from the nearest point so far
             while len(rows := left[shares[left] >= PRECISION]):
