@@ -162,15 +162,24 @@ def command(args, module):
     """Return the command that repeats a run."""
     words = ["python", "-m", module, "--backend", args.backend, "--device", args.device]
     words += ["--dataset", args.dataset] if hasattr(args, "dataset") else []
+    words += ["--design"] * getattr(args, "design", False)
     return " ".join(words + ["--quick"] * args.quick)
 
 
-def write(args, name, record, more_packages=()):
-    """Write a record with the command, the device and the versions, and print its path."""
+def write(args, name, record, more_packages=(), *, module=None):
+    """Write a record with the command, the device and the versions, and print its path.
+
+    Args:
+        args: The arguments of the script.
+        name: What the name of the file begins with.
+        record: What it holds.
+        more_packages: Packages whose versions are recorded too.
+        module: The name of the script, where the file has another.
+    """
     path = Path(args.out) / f"{name}_{args.backend}_{args.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {
-        "command": command(args, f"benchmarks.{name}"),
+        "command": command(args, f"benchmarks.{module or name}"),
         "device": args.device_name,
         "versions": versions(more_packages),
     }

@@ -50,6 +50,8 @@ def torch_copy(model):
     for layer in model.layers:
         weights = [torch.tensor(np.asarray(weight)) for weight in layer.get_weights()]
         name = type(layer).__name__
+        if name == "GaussianNoise":
+            continue  # in training only
         if name == "Conv2D":
             size = weights[0].shape
             copy = torch.nn.Conv2d(size[2], size[3], tuple(size[:2]), padding="same")

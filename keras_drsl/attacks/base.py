@@ -40,6 +40,8 @@ class Batch(NamedTuple):
         radius: For APGD, the radius of each row, shape `(batch,)`, in place of that of the attack; or None.
         start: For PGD and APGD, where the search of each row starts, projected into its ball, in place of a random
             point; or None.
+        targets: The classes that targeted attacks aim at, the most promising one first, shape `(batch, targets)`; None
+            for the order of the logits.
     """
 
     x: Array
@@ -52,10 +54,11 @@ class Batch(NamedTuple):
     pool: Pool | None = None
     radius: Array | None = None
     start: Array | None = None
+    targets: Array | None = None
 
     def take(self, rows: Array) -> "Batch":
         """Return some rows."""
-        per_row = ("x", "y", "ids", "logits", "restart", "example_index", "radius", "start")
+        per_row = ("x", "y", "ids", "logits", "restart", "example_index", "radius", "start", "targets")
         arrays = {name: getattr(self, name) for name in per_row}
         chosen: Any = {name: array if array is None else array[rows] for name, array in arrays.items()}
         return self._replace(**chosen)
@@ -141,6 +144,9 @@ class Attack:
             )
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_classifier": None}  # its compiled programs belong to this process
+
     @property
     def eps(self) -> Numbers:
         """The radius of the ball."""
@@ -223,6 +229,11 @@ class Attack:
     def num_pool_runs(self, num_classes: int) -> int:
         """Return how many searches follow those of `num_runs` where a call has a pool of images to start from."""
         return 0
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether a search may start at the images of a pool."""
+        return self.num_pool_runs(num_classes=2) > 0  # the least number of classes
 
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search for a misclassified point near each row.

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from keras_drsl import _validation
-from keras_drsl.attacks import APGD, FGSM, PGD, Attack, Noise, Square, cleverhans
+from keras_drsl.attacks import APGD, FGSM, PGD, Attack, FastAPGD, FastSquare, Noise, Square, cleverhans
 from keras_drsl.threat import ThreatModel
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
@@ -22,6 +22,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd_t_margin": partial(APGD, loss="margin", targeted=True),
     "apgd_t_dlr": partial(APGD, loss="dlr", targeted=True),
     "square": Square,
+    "fast_apgd": FastAPGD,
+    "fast_square": FastSquare,
     "noise": Noise,
     **{f"cleverhans_{name}": attack for name, attack in cleverhans.BY_NAME.items()},
 }
@@ -32,6 +34,7 @@ NOT_AVAILABLE = {
 SUITES: dict[str, tuple[str | Callable[..., Attack], ...]] = {
     "quick": ("fgsm_ce", partial(PGD, loss="margin", steps=20)),
     "cleverhans": tuple(f"cleverhans_{name}" for name in cleverhans.BY_NAME),
+    "fast": ("fast_apgd", "fast_square"),
     "standard": ("apgd_ce", "apgd_t_dlr", "apgd_t_margin", "square"),
 }
 # For models of positions: attacks with one target for all positions are weak there, and cost one search per class.

@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_drsl
 from keras_drsl._data import content_keys
-from keras_drsl.attacks import APGD, FGSM, PGD, Noise, Square, Transfer
+from keras_drsl.attacks import APGD, FGSM, PGD, FastAPGD, FastSquare, Noise, Square, Transfer
 from keras_drsl.attacks.apgd import checkpoints
 from keras_drsl.attacks.square import bump, tiling, window_shape
 from keras_drsl.models import Classifier
@@ -25,6 +25,8 @@ ATTACKS = {
     "apgd_t_margin": lambda eps, **options: APGD(eps, steps=20, loss="margin", targeted=True, **options),
     "square": lambda eps, **options: Square(eps, queries=150, **options),
     "noise": lambda eps, **options: Noise(eps, points=10, **options),
+    "fast_apgd": FastAPGD,
+    "fast_square": lambda eps, **options: FastSquare(eps, queries=300, **options),
 }
 every_attack = pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS.keys())
 all_norms = pytest.mark.parametrize("norm", ["inf", 2, 1])

@@ -79,7 +79,7 @@ def _largest_gradient(classifier: Classifier, x: Tensor, y: Tensor, *, loss: str
     return ops.max(ops.abs(gradient), axis=axes) + 0.0 * ops.sum(gradient, axis=axes)
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def many_steps_beat_one(context: EvaluationContext) -> Outcome:
     """Check that many small steps break at least as many images as one large step."""
     context = context.correct
@@ -97,7 +97,7 @@ def many_steps_beat_one(context: EvaluationContext) -> Outcome:
     return Outcome(status, gain, message)
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def losses_agree(context: EvaluationContext) -> Outcome:
     """Check that attacks on different losses break about equally many images."""
     context = context.correct
@@ -112,7 +112,7 @@ def losses_agree(context: EvaluationContext) -> Outcome:
     return Outcome("pass", gap, message)
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def larger_eps(context: EvaluationContext) -> Outcome:
     """Check that a larger ball does not leave more images robust."""
     context = context.correct
@@ -127,7 +127,7 @@ def larger_eps(context: EvaluationContext) -> Outcome:
     return Outcome(status, rise, f"largest rise of the accuracy with eps under PGD-20: {text}")
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def unbounded(context: EvaluationContext) -> Outcome:
     """Check that an attack without bounds breaks every image."""
     context = context.correct

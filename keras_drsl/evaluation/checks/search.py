@@ -28,21 +28,21 @@ def attack_robust_images(context: EvaluationContext, attack: Attack, description
     return Outcome(status, share, message, list(found), found, points)
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def converged(context: EvaluationContext) -> Outcome:
     """Check that more steps break no more images."""
     attack = context.make_attack(APGD, loss="margin", targeted=True, targets=3, steps=200)
     return attack_robust_images(context, attack, "twice the steps against the three largest non-true logits")
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def restarts(context: EvaluationContext) -> Outcome:
     """Check that more random starts break no more images."""
     attack = context.make_attack(APGD, loss="margin", targeted=True, targets=3, seed=context.seed + 1)
     return attack_robust_images(context, attack, "other starts against the three largest non-true logits")
 
 
-@check(suites=["quick", "cleverhans", "standard"])
+@check(suites=["quick", "cleverhans", "fast", "standard"])
 def noise(context: EvaluationContext) -> Outcome:
     """Check that random points break no more images."""
     return attack_robust_images(context, context.make_attack(Noise, points=20), "20 random points of the ball")

@@ -13,7 +13,7 @@ from keras_drsl.models.classifier import Classifier, is_misclassified
 from keras_drsl.threat import DUAL, ThreatModel, lengths
 
 
-@check(suites=["quick", "cleverhans", "standard"])
+@check(suites=["quick", "cleverhans", "fast", "standard"])
 def perturbations(context: EvaluationContext) -> Outcome:
     """Check that the attacks stayed within the threat model."""
     share = context.audit.largest / context.threat.radius
@@ -22,7 +22,7 @@ def perturbations(context: EvaluationContext) -> Outcome:
     return Outcome("pass", share, "largest perturbation in units of eps; all lie in the ball and in the valid range")
 
 
-@check(suites=["standard"])
+@check(suites=["fast", "standard"])
 def attack_self_test(context: EvaluationContext) -> Outcome:
     """Check that the attack breaks a linear model whose worst perturbations are known."""
     low, high = float(np.min(context.threat.clip_min)), float(np.max(context.threat.clip_max))
