@@ -53,7 +53,7 @@ test-backends: .venv/test .venv-jax/test .venv-torch/test
 test-slow: .venv/test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks adv-lib tqdm
-	$(BIN)/python -m pip install --quiet --editable '.[hub]'
+	$(BIN)/python -m pip install --quiet --editable '.[hub,ray]'
 	REQUIRE_ALL=1 $(BIN)/python -m pytest -m "slow or more"
 
 # The oldest Keras that pyproject.toml admits, with the TensorFlow of its day.

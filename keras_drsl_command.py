@@ -25,7 +25,7 @@ from typing import Any
 
 DATASETS = ("digits", "mnist", "cifar10")
 DATASET = r"[a-z][a-z0-9_]*(/[\w.+-]+)?(:[\w.*]+)?"  # of a data set, its configuration and version
-SUITES = ("quick", "cleverhans", "standard")
+SUITES = ("quick", "cleverhans", "fast", "standard")
 ALIASES = {"autoattack": "standard"}  # of suites
 TASKS = ("multiclass", "multilabel", "positions")
 NORMS = {"inf": "inf", "linf": "inf", "l∞": "inf", "2": 2, "l2": 2, "1": 1, "l1": 1}
@@ -170,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size", type=_integer(1), default=256, help="images attacked together, by default 256"
     )
+    evaluate.add_argument(
+        "--workers", type=_workers, help="processes:N, or ray, to attack batches of images in several processes"
+    )
     evaluate.add_argument("--seed", type=_integer(0), default=0, help="of all randomness, by default 0")
     evaluate.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"
@@ -254,6 +257,12 @@ def _npz(text: str) -> str:
     if not text.endswith(".npz"):
         raise _refuse("must end in .npz", text)
     return _path(text)
+
+
+def _workers(text: str) -> str:
+    if not re.fullmatch(r"processes:[1-9]\d*|ray", text):
+        raise _refuse("must be processes:N or ray", text)
+    return text
 
 
 def _side(text: str) -> list[str]:

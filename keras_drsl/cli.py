@@ -80,6 +80,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         undefended=undefended,
         state_path=args.state,
         keep_examples=args.keep or False,
+        workers=args.workers,
         **options,
     )
     problems = _deliver(report, args)

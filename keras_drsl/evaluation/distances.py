@@ -16,13 +16,13 @@ from keras_drsl.attacks.base import Batch
 from keras_drsl.attacks.fmn import find_small_perturbations
 from keras_drsl.attacks.gradients import target_class
 from keras_drsl.evaluation.curve import RobustnessCurve
-from keras_drsl.evaluation.evaluator import NUM_TRIED, Evaluator
+from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.intervals import median_ranks
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import DISTANCES
 from keras_drsl.models.heads import View
-from keras_drsl.models.logits import LogitsModel
+from keras_drsl.models.logits import NUM_TRIED, LogitsModel
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
 

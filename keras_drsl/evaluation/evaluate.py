@@ -10,6 +10,7 @@ from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.kept import check_argument
 from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.workers import check_workers
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
 from keras_drsl.threat import ThreatModel
@@ -45,6 +46,7 @@ def evaluate_robustness(
     seed: int = 0,
     state_path: str | os.PathLike[str] | None = None,
     keep_examples: bool | str | os.PathLike[str] = False,
+    workers: str | None = None,
     verbose: int = 1,
 ) -> RobustnessReport:
     """Measure how robust a classifier is: the worst case of several attacks, with checks that test the result.
@@ -59,6 +61,8 @@ def evaluate_robustness(
 
     - `"quick"`: FGSM on the cross-entropy, and PGD with 20 steps on the margin.
     - `"cleverhans"`: the attacks of that library that work on Keras 3 (TensorFlow only): FGM, PGD, BIM, Madry, MIM.
+    - `"fast"`: `FastAPGD` and `FastSquare` of `keras_drsl.attacks`: short searches on all examples, and longer ones
+      where the margin came near 0. The checks are those of `"standard"`.
     - `"standard"`: APGD on the cross-entropy; targeted APGD on the difference-of-logits ratio and on the margin (nine
       target classes, 100 steps each); Square with 5,000 queries. Losses like `DRSLoss` make the first two attacks look
       weaker than they are. The attack on the margin is not fooled. It starts twice for each target class: at a random
@@ -86,8 +90,8 @@ def evaluate_robustness(
         clip_max: The largest valid input value, 1 by default; or one per channel or feature.
         mask: True for each channel or feature that may not change; see `keras_drsl.ThreatModel`.
         threat: A `keras_drsl.ThreatModel` in place of `eps`, `norm`, `clip_min`, `clip_max` and `mask`.
-        suite: `"quick"`, `"cleverhans"` or `"standard"`: which attacks and which checks run. `"autoattack"` is another
-            name of `"standard"`, which has targeted APGD on the margin in place of FAB.
+        suite: `"quick"`, `"cleverhans"`, `"fast"` or `"standard"`: which attacks and which checks run.
+            `"autoattack"` is another name of `"standard"`, which has targeted APGD on the margin in place of FAB.
         attacks: Attacks of `keras_drsl.attacks` or their names, in place of those of the suite.
         checks: Another suite, whose checks run; or checks of `keras_drsl.evaluation.check` or their names, in place of
             those of the suite.
@@ -119,6 +123,9 @@ def evaluate_robustness(
         keep_examples: True to keep the worst point of each example in the report, as `report.x_adv`. A path keeps the
             points in a file, which takes no memory and outlives a kill. `RobustnessReport.from_npz` reads it. A file
             that exists is replaced at the end.
+        workers: `"processes:N"` to attack batches of examples in N processes of this machine, or `"ray"` as tasks of
+            Ray: on the cluster that `ray.init(address=...)` connected, or else on this machine. The report is that of
+            one process. Choose a `batch_size` that gives each worker several batches. None for this process.
         verbose: 0 for no output, 1 to show progress on `sys.stderr`: a bar on a terminal, elsewhere a line per minute.
 
     Returns:
@@ -126,8 +133,10 @@ def evaluate_robustness(
 
     Raises:
         ValueError: If an argument is out of its range, inputs lie outside the valid range, labels do not match, the
-            outputs of the model are neither logits nor probabilities or not finite, or the state file belongs to
-            another evaluation.
+            outputs of the model are neither logits nor probabilities or not finite, the state file belongs to another
+            evaluation, or the model cannot be sent to workers.
+        ImportError: For workers without joblib or Ray.
+        RuntimeError: If workers die again and again.
 
     Example:
 
@@ -142,6 +151,7 @@ def evaluate_robustness(
     """
     check_model("model", model)
     keep = check_argument(keep_examples, state_path)
+    started = check_workers(workers)
     evaluator = Evaluator(
         ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask),
         suite=suite,
@@ -165,5 +175,7 @@ def evaluate_robustness(
             undefended=second,
             state_path=state_path,
             keep_examples=keep,
+            workers=started,
+            from_logits=from_logits,
             verbose=verbose,
         )

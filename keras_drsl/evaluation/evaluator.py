@@ -20,7 +20,7 @@ from keras_drsl._data import Examples, digest, read_labels
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Attack, Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
-from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext, breaks
+from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext
 from keras_drsl.evaluation.kept import HeldArrays, KeptFile, Store, finish, is_unfinished, score, try_again
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
@@ -29,15 +29,14 @@ from keras_drsl.evaluation.report_format import CALLS
 from keras_drsl.evaluation.results import CLEAN, Check
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.suites import check_suite, make_attacks
-from keras_drsl.models.calls import count_calls
+from keras_drsl.evaluation.workers import Job, Recipe, Workers, open_workers
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.fingerprint import fingerprint
 from keras_drsl.models.heads import View
-from keras_drsl.models.logits import LogitsModel, find_logits_of
+from keras_drsl.models.logits import NUM_TRIED, LogitsModel, find_logits_of
 from keras_drsl.models.state import check_model, owner
 from keras_drsl.threat import ThreatModel
 
-NUM_TRIED = 32  # how many inputs the logits of a model are looked for on
 CHECK_WORK = {"before": 1, "after": 100}  # rough numbers of evaluations of the model per example, for progress
 
 
@@ -152,8 +151,7 @@ class Evaluator:
         if self.view.task == "positions":
             return None
         given = None if x_pool is None else self.reader.read_pool(x_pool, examples)
-        # Two is the least number of classes.
-        if not any(attack.num_pool_runs(num_classes=2) for attack in self.attacks.values()):
+        if not any(attack.uses_pool for attack in self.attacks.values()):
             return None
         x, y = self.reader.whole_pool(examples) if given is None else given
         return Pool(model.classifier, x, y, batch_size=self.settings["batch_size"], layout=examples.layout)
@@ -167,6 +165,8 @@ class Evaluator:
         undefended: LogitsModel | None = None,
         state_path: str | os.PathLike[str] | None = None,
         keep_examples: bool | Path = False,
+        workers: tuple[str, int] | None = None,
+        from_logits: bool | None = None,
         verbose: int = 0,
         title: str = "",
     ) -> RobustnessReport:
@@ -179,12 +179,16 @@ class Evaluator:
             undefended: The undefended model and its logits, or None.
             state_path: A file to keep progress in, or None.
             keep_examples: Whether to keep the perturbed inputs, or the file to keep them in.
+            workers: What attacks the examples, as `check_workers` returns it; None for this process.
+            from_logits: What `find_logits` was told, for other processes.
             verbose: 0 for no output, 1 to show progress.
             title: What the progress begins with.
 
         Raises:
             ValueError: If labels do not match, outputs are not finite, or the state belongs to another evaluation.
         """
+        if workers is not None and self.reader.view_of(examples).embedding is not None:
+            raise ValueError("`workers` must be None where embeddings are attacked. Received: workers")
         batch_size = self.settings["batch_size"]
         model.seed(self.settings["seed"], "clean")
         logits = model.classifier.logits_in_batches(examples.x, batch_size)
@@ -232,9 +236,20 @@ class Evaluator:
                 return earlier
             store = Store(path, examples.x, digested, resumes=bool(state.done))
         names = [name for name in self.checks if self._listed or applies(name, context)]
+        shared: dict[str, Any] = {
+            **{"attacks": context.attacks, "pool": pool, "threat": threat, "x": examples.x, "y": examples.y},
+            **{"seed": settings["seed"], "batch_size": batch_size},
+        }
+
+        def make_recipe() -> Recipe:
+            return Recipe(owner(model.model), from_logits, self.reader.view_of(examples), _backend.NAME, shared)
+
         try:
-            with Progress(enabled=bool(verbose)) as progress:
-                run = _Run(context, state, pool, names, progress, title, examples.num_labels, store)
+            with (
+                Progress(enabled=bool(verbose)) as progress,
+                open_workers(workers, Job(model, **shared), make_recipe) as opened,
+            ):
+                run = _Run(context, state, opened, pool, names, progress, title, examples.num_labels, store)
                 run.run_all()
             report = self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
             kept = None
@@ -324,6 +339,7 @@ class _Run:
         self,
         context: EvaluationContext,
         state: State,
+        workers: Workers,
         pool: Pool | None,
         checks: list[str],
         progress: Progress,
@@ -337,7 +353,7 @@ class _Run:
         self._context = context
         self._numbers = context.num_predictions
         self._state = state
-        self._pool = pool
+        self._workers = workers
         self._progress = progress
         self._title = title
         # The work that is left, in evaluations of the model per robust example.
@@ -373,34 +389,29 @@ class _Run:
         # The examples that were robust when the attack began, also if it began before a kill.
         robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
         starts = range(0, len(robust), context.batch_size)
+        batches = [(number, robust[start : start + context.batch_size]) for number, start in enumerate(starts)]
         state.seconds.setdefault(name, 0.0)
         for numbers in (state.done, state.gradients, state.queries):
             numbers.setdefault(name, 0)
-        for number, start in enumerate(starts):
-            self._show(name, start, len(robust))
-            if number < state.done[name]:
-                continue
-            began = time.perf_counter()
-            rows = robust[start : start + context.batch_size]
+        left = batches[state.done[name] :]
+        self._show(name, state.done[name] * context.batch_size, len(robust))
+        for (number, rows), found in zip(left, self._workers.run(name, left), strict=True):
             x, y = context.x[rows], context.y[rows]
-            context.model.seed(context.seed, name, number)
-            with count_calls() as calls:
-                x_adv = attack(context.model.classifier, x, y, batch_size=context.batch_size, pool=self._pool)
-            found, audit = breaks(context.model, x_adv, x, y, context.threat)
-            self._record(name, rows, found)
-            broken = found.astype(bool)
+            self._record(name, rows, found.wrong)
+            broken = found.wrong.astype(bool)
             if context.are_8bit and broken.any():
-                rounded = context.threat.round_to_integers(x_adv[broken], x[broken])
+                rounded = context.threat.round_to_integers(found.x_adv[broken], x[broken])
                 wrong = context.model.misclassifies(rounded, y[broken], len(rounded))
                 for index in rows[broken][wrong]:
                     state.broken_rounded[index] = True
-            self._keep(rows, x_adv, found)
-            state.audit = Audit(**state.audit).add(audit)._asdict()
+            self._keep(rows, found.x_adv, found.wrong)
+            state.audit = Audit(**state.audit).add(found.audit)._asdict()
             state.done[name] = number + 1
-            state.gradients[name] += calls.gradients
-            state.queries[name] += calls.queries
-            state.seconds[name] += time.perf_counter() - began
+            state.gradients[name] += found.gradients
+            state.queries[name] += found.queries
+            state.seconds[name] += found.seconds
             state.save()
+            self._show(name, min((number + 1) * context.batch_size, len(robust)), len(robust))
         self._finish(name, len(robust))
 
     def _keep(self, rows: Array, x_adv: Array, found: Array) -> None:

@@ -27,6 +27,8 @@ from keras_drsl.spread import class_values
 
 KEPT = "_keras_drsl_classifiers"  # the attribute in which a model keeps its classifiers
 
+NUM_TRIED = 32  # how many inputs the logits of a model are looked for on
+
 
 class LogitsModel(NamedTuple):
     """A model and the way to its logits.

@@ -395,7 +395,10 @@ class TestBadInput:
             ({"eps": 1.5}, "`eps` must be no larger than the range, clip_max - clip_min = 1. Received: eps=1.5"),
             ({"eps": 3, "norm": 2}, r"`eps` must be no larger than the distance of two valid inputs, 2 in L2"),
             ({"eps": 0.1, "norm": 3}, "`norm` must be one of 'inf', 2, 1. Received: norm=3"),
-            ({"eps": 0.1, "suite": "best"}, "`suite` must be one of 'quick', 'cleverhans', 'standard'. Received"),
+            (
+                {"eps": 0.1, "suite": "best"},
+                "`suite` must be one of 'quick', 'cleverhans', 'fast', 'standard'. Received",
+            ),
             ({"eps": 0.1, "attacks": ["best"]}, "`attacks` must hold attacks or names of .*. Received: 'best'"),
             ({"eps": 0.1, "attacks": ["spsa"]}, "`attacks` cannot hold 'spsa' of cleverhans: it stops with an error"),
             ({"eps": 0.1, "attacks": []}, "`attacks` must hold at least one attack. Received: none"),

@@ -1,0 +1,359 @@
+"""Batches of examples that are attacked in this process, in several processes, or on a cluster of Ray."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import keras
+
+from keras_drsl import _backend, _escape
+from keras_drsl._typing import Array
+from keras_drsl.attacks import Attack, Pool
+from keras_drsl.evaluation.context import Audit, breaks
+from keras_drsl.models.calls import count_calls
+from keras_drsl.models.heads import View
+from keras_drsl.models.logits import NUM_TRIED, LogitsModel, find_logits_of
+from keras_drsl.threat import ThreatModel
+
+MAX_LOSSES = 3  # how often workers may die before one more batch is done
+
+
+class Found(NamedTuple):
+    """Hold what an attack found on a batch.
+
+    Attributes:
+        x_adv: The points, of the shape of the inputs.
+        wrong: How many predictions of each are wrong, shape `(batch,)`.
+        audit: A record of the perturbations.
+        gradients: On how many inputs the model was evaluated with a gradient.
+        queries: On how many without one.
+        seconds: The time that it took.
+    """
+
+    x_adv: Array
+    wrong: Array
+    audit: Audit
+    gradients: int
+    queries: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Hold a model, examples and attacks in the process that runs them.
+
+    Attributes:
+        model: The model and its logits.
+        attacks: The attacks, by name.
+        pool: The images that searches may start from, or None.
+        threat: The threat model.
+        x: Inputs, shape `(count, ...)`.
+        y: Class ids, shape `(count,)` or `(count, positions)`.
+        seed: The seed of the evaluation.
+        batch_size: How many examples are attacked together.
+    """
+
+    model: LogitsModel
+    attacks: Mapping[str, Attack]
+    pool: Pool | None
+    threat: ThreatModel
+    x: Array
+    y: Array
+    seed: int
+    batch_size: int
+
+    def run(self, name: str, number: int, rows: Array) -> Found:
+        """Attack some examples.
+
+        Args:
+            name: The name of the attack.
+            number: The number of the batch, which the random numbers of a random model depend on.
+            rows: The positions of the examples.
+        """
+        began = time.perf_counter()
+        x, y = self.x[rows], self.y[rows]
+        self.model.seed(self.seed, name, number)
+        with count_calls() as calls:
+            x_adv = self.attacks[name](self.model.classifier, x, y, batch_size=self.batch_size, pool=self.pool)
+        wrong, audit = breaks(self.model, x_adv, x, y, self.threat)
+        return Found(x_adv, wrong, audit, calls.gradients, calls.queries, time.perf_counter() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Hold what another process makes a `Job` of: the model as Keras saves it, and arrays.
+
+    Attributes:
+        model: The model.
+        from_logits: As in `evaluate_robustness`.
+        view: How the model is looked at.
+        backend: The backend of Keras.
+        rest: The other attributes of the job, by name.
+    """
+
+    model: keras.Model
+    from_logits: bool | None
+    view: View
+    backend: str
+    rest: dict[str, Any]
+
+    def make(self) -> Job:
+        """Return the job in this process."""
+        if self.backend != _backend.NAME:
+            raise ValueError(
+                f"`workers` must have the backend {self.backend} of this process: set the environment variable "
+                f"KERAS_BACKEND. Received: {_backend.NAME}"
+            )
+        found = find_logits_of(self.model, self.rest["x"][:NUM_TRIED], self.from_logits, self.view)
+        return Job(found, **self.rest)
+
+
+Batches = Sequence[tuple[int, Array]]
+
+
+class Workers(Protocol):
+    """What attacks batches of examples."""
+
+    def run(self, name: str, batches: Batches) -> Iterator[Found]:
+        """Attack batches, and give what was found in their order.
+
+        Args:
+            name: The name of the attack.
+            batches: The number of each batch, and the positions of its examples.
+        """
+
+
+class Here:
+    """Attack batches in this process, one after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def run(self, name: str, batches: Batches) -> Iterator[Found]:
+        """Attack batches, and give what was found in their order."""
+        for number, rows in batches:
+            yield self._job.run(name, number, rows)
+
+
+def check_workers(workers: Any) -> tuple[str, int] | None:
+    """Return the kind and number of workers, or raise `ValueError`.
+
+    Args:
+        workers: None, `"processes:N"` or `"ray"`.
+
+    Returns:
+        None for this process; `("processes", N)` or `("ray", 0)`.
+
+    Raises:
+        ImportError: Without joblib, or Ray.
+    """
+    if workers is None:
+        return None
+    match = re.fullmatch(r"processes:([1-9]\d*)|ray", workers) if isinstance(workers, str) else None
+    if match is None:
+        raise ValueError(f'`workers` must be "processes:N", "ray" or None. Received: workers={workers!r}')
+    kind, package = ("ray", "ray") if workers == "ray" else ("processes", "joblib")
+    try:
+        __import__(package)
+    except ImportError as error:
+        raise ImportError(f"`workers={workers!r}` needs `pip install {package}`") from error
+    return kind, int(match[1] or 0)
+
+
+@contextlib.contextmanager
+def open_workers(workers: tuple[str, int] | None, job: Job, make_recipe: Callable[[], Recipe]) -> Iterator[Workers]:
+    """Give workers for a job, and stop them at the end.
+
+    Args:
+        workers: What `check_workers` returned.
+        job: The job in this process.
+        make_recipe: Returns what other processes make it of.
+
+    Raises:
+        ValueError: If the model cannot be sent to other processes.
+    """
+    if workers is None:
+        yield Here(job)
+        return
+    kind, count = workers
+    with _Ray() if kind == "ray" else _Processes(count) as started:
+        try:
+            started.send(make_recipe())
+        except Exception as error:
+            raise _cannot_be_sent(error) from error
+        yield started
+
+
+class _Elsewhere:
+    """Attack batches in other processes, and again those of workers that died."""
+
+    def run(self, name: str, batches: Batches) -> Iterator[Found]:
+        """Attack batches, and give what was found in their order."""
+        left, losses = list(batches), 0
+        while left:
+            try:
+                for found in self._run(name, left):
+                    left, losses = left[1:], 0
+                    yield found
+            except self._lost as error:
+                losses += 1
+                if losses > MAX_LOSSES:
+                    raise RuntimeError(
+                        f"`workers` died {losses} times before one more batch of {name} was done, perhaps for lack of "
+                        "memory. With `state_path`, the same call continues"
+                    ) from error
+                self._restart()
+
+    _lost: tuple[type[Exception], ...] = ()
+
+    def _run(self, name: str, batches: Batches) -> Iterator[Found]:
+        raise NotImplementedError
+
+    def _restart(self) -> None:
+        """Replace workers that died."""
+
+
+class _Processes(_Elsewhere):
+    """Attack batches in processes of this machine, by loky, which joblib contains."""
+
+    def __init__(self, count: int) -> None:
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
+        self._lost = (BrokenProcessPool,)
+        self._count = count
+        self._folder = Path(tempfile.mkdtemp(prefix="keras-drsl-"))
+        self._path = self._folder / "recipe"
+        self._executor: Any = None
+        self._restart()
+
+    def __enter__(self) -> "_Processes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(wait=True, kill_workers=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def send(self, recipe: Recipe) -> None:
+        """Write the recipe to a file that each worker reads once."""
+        import cloudpickle
+
+        self._path.write_bytes(cloudpickle.dumps(recipe))
+
+    def _run(self, name: str, batches: Batches) -> Iterator[Found]:
+        running = [self._executor.submit(_run_of_file, str(self._path), name, *batch) for batch in batches]
+        for future in running:
+            yield future.result()
+
+    def _restart(self) -> None:
+        """Replace workers that died."""
+        from joblib.externals.loky import ProcessPoolExecutor
+
+        # Threads of several processes would wait for each other.
+        threads = str(max(1, (os.cpu_count() or 1) // self._count))
+        environment = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"), threads) | {
+            name: value for name, value in os.environ.items() if name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+        }
+        self._executor = ProcessPoolExecutor(self._count, env=environment | {"KERAS_BACKEND": _backend.NAME})
+
+
+_JOBS: dict[str, Job] = {}  # of this process, if it is a worker
+
+
+def _job(key: str, read: Callable[[], Recipe]) -> Job:
+    """Return the job of a worker, made once."""
+    if key not in _JOBS:
+        _JOBS.clear()
+        try:
+            recipe = read()
+        except Exception as error:
+            raise _cannot_be_sent(error) from error
+        _JOBS[key] = recipe.make()
+    return _JOBS[key]
+
+
+def _cannot_be_sent(error: Exception) -> ValueError:
+    return ValueError(
+        "`model` must be one that Keras can save and load, to be sent to `workers`. Received: "
+        f"{_escape.error_line(error)}"
+    )
+
+
+def _run_of_file(path: str, name: str, number: int, rows: Array) -> Found:
+    """Attack a batch in a worker."""
+
+    def read() -> Recipe:
+        import cloudpickle
+
+        recipe: Recipe = cloudpickle.loads(Path(path).read_bytes())
+        return recipe
+
+    return _job(path, read).run(name, number, rows)
+
+
+class _Ray(_Elsewhere):
+    """Attack batches as tasks of Ray: on the cluster that is connected, or one of this machine."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
+        self._started = not ray.is_initialized()
+        if self._started:
+            # `RAY_ADDRESS` in the environment names a cluster.
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
+        self._recipe: Any = None
+
+    def __enter__(self) -> "_Ray":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        if self._started:
+            ray.shutdown()
+
+    def send(self, recipe: Recipe) -> None:
+        """Put the recipe where each worker reads it once."""
+        import ray
+
+        self._recipe = ray.put(recipe)
+
+    def _run(self, name: str, batches: Batches) -> Iterator[Found]:
+        import ray
+
+        task = ray.remote(max_retries=MAX_LOSSES)(_run_of_object)
+        environment = {"env_vars": {"KERAS_BACKEND": _backend.NAME}}
+        key = self._recipe.hex()
+        running = [
+            task.options(runtime_env=environment).remote([self._recipe], key, name, number, rows)
+            for number, rows in batches
+        ]
+        for result in running:
+            yield ray.get(result)
+
+
+def _run_of_object(recipes: list[Any], key: str, name: str, number: int, rows: Array) -> Found:
+    """Attack a batch in a worker of Ray.
+
+    Args:
+        recipes: The reference of the recipe, in a list so that Ray does not read it for each task.
+        key: What tells it from others.
+        name: As in `Job.run`.
+        number: As in `Job.run`.
+        rows: As in `Job.run`.
+    """
+
+    def read() -> Recipe:
+        import ray
+
+        recipe: Recipe = ray.get(recipes[0])
+        return recipe
+
+    return _job(key, read).run(name, number, rows)
