@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="REPORT.json[,REPORT.json...]",
         type=_side,
-        help="other models on the same examples, which the page of --html compares this one with",
+        help="other models on the same examples, which the page of --html compares this one with; after REPORT.json",
     )
 
     for command in (evaluate, merge, compare, show):

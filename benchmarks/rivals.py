@@ -91,12 +91,12 @@ def from_torch(x):
     return np.moveaxis(x.detach().cpu().numpy(), 1, -1)
 
 
-def torchattacks_autoattack(copy, x, y, eps, device="cpu"):
+def torchattacks_autoattack(copy, x, y, eps, device="cpu", seed=0):
     """Run the AutoAttack (standard) of torchattacks."""
     import torch
     import torchattacks
 
-    attack = torchattacks.AutoAttack(copy.to(device), norm="Linf", eps=eps, version="standard", n_classes=10, seed=0)
+    attack = torchattacks.AutoAttack(copy.to(device), norm="Linf", eps=eps, version="standard", n_classes=10, seed=seed)
     return from_torch(attack(to_torch(x, device), torch.tensor(y, device=device).long()))
 
 

@@ -88,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         with _collect(problems, f"The state in {args.state!r} does not hold the result"):
             if read_state(args.state)["broken_by"] != report.broken_by_row:
                 raise ValueError("it could not be written to the end")
-    curve = None
+    _write_html(report, args, Path(args.model).name, problems)
     if args.plot is not None:
         with _collect(problems, "The curve could not be drawn"):
             largest = _largest_eps(threat, x, args.attack_input)
@@ -98,7 +98,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             # The pool of the report, so that the curve meets it at its radius.
             curve = robustness_curve(model, chosen, y[index], x_pool=(x, y), eps=radii, **options)
             curve.plot(args.plot, overwrite=args.overwrite)
-    _write_html(report, args, Path(args.model).name, problems, curve=curve)
+            if args.html is not None and not problems:
+                report.to_html(args.html, title=Path(args.model).name, curve=curve)
     if problems and args.state is not None and not any("does not hold the result" in text for text in problems):
         problems.append(
             f"The state in {args.state!r} holds the result: the same command with --overwrite and other outputs in "

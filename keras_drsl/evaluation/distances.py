@@ -159,8 +159,9 @@ def minimal_distances(
     FMN finds a near misclassified point; where it finds none, the way to the nearest image of another class crosses a
     boundary. Then targeted APGD on the margin searches balls that are 10 % smaller than the distance, from random
     points and from the nearest image of each target class, until it fails. Untargeted APGD goes on from the nearest
-    point so far, in balls that are smaller by 5 % to 0.2 %. The same two searches follow once more from 1 % on, and
-    from 0.2 % on with the difference-of-logits ratio. Last comes a targeted one from the nearest point, by 0.1 %.
+    point so far, in balls that are smaller by 5 % to 0.2 %. The same two searches follow once more from 1 % on. Then
+    the targeted one takes the difference-of-logits ratio, from random points, by 0.2 %. Last comes a targeted search
+    on the margin from the nearest point, by 0.1 %.
 
     Note:
 

@@ -18,7 +18,7 @@ import numpy as np
 from keras_drsl import _backend, _validation
 from keras_drsl._data import Examples, digest, read_labels
 from keras_drsl._typing import Array
-from keras_drsl.attacks import Attack, Pool
+from keras_drsl.attacks import Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext
 from keras_drsl.evaluation.kept import HeldArrays, KeptFile, Store, finish, is_unfinished, score, try_again
@@ -242,7 +242,7 @@ class Evaluator:
         }
 
         def make_recipe() -> Recipe:
-            return Recipe(owner(model.model), from_logits, self.reader.view_of(examples), _backend.NAME, shared)
+            return Recipe.of(owner(model.model), from_logits, self.reader.view_of(examples), Job(model, **shared))
 
         try:
             with (
@@ -371,9 +371,9 @@ class _Run:
         )
         self.begin("checks_before")
         self.run_checks(before)
-        for name, attack in self._context.attacks.items():
+        for name in self._context.attacks:
             self.begin(name)
-            self.run_attack(name, attack)
+            self.run_attack(name)
         self.begin("checks")
         self.run_checks(after)
 
@@ -383,7 +383,7 @@ class _Run:
         if wrong:
             wrong.setdefault(stage, list(list(wrong.values())[-1]))
 
-    def run_attack(self, name: str, attack: Attack) -> None:
+    def run_attack(self, name: str) -> None:
         """Attack the examples that are robust so far, batch by batch."""
         context, state = self._context, self._state
         # The examples that were robust when the attack began, also if it began before a kill.
@@ -394,7 +394,7 @@ class _Run:
         for numbers in (state.done, state.gradients, state.queries):
             numbers.setdefault(name, 0)
         left = batches[state.done[name] :]
-        self._show(name, state.done[name] * context.batch_size, len(robust))
+        self._show(name, min(state.done[name] * context.batch_size, len(robust)), len(robust))
         for (number, rows), found in zip(left, self._workers.run(name, left), strict=True):
             x, y = context.x[rows], context.y[rows]
             self._record(name, rows, found.wrong)

@@ -2,16 +2,20 @@
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import keras
+import numpy as np
 
 from keras_drsl import _backend, _escape
 from keras_drsl._typing import Array
@@ -20,8 +24,10 @@ from keras_drsl.evaluation.context import Audit, breaks
 from keras_drsl.models.calls import count_calls
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import NUM_TRIED, LogitsModel, find_logits_of
+from keras_drsl.models.state import preserve_state
 from keras_drsl.threat import ThreatModel
 
+CONFIG = ("floatx", "epsilon", "image_data_format")  # what a worker takes over of Keras's configuration
 MAX_LOSSES = 3  # how often workers may die before one more batch is done
 
 
@@ -79,11 +85,18 @@ class Job:
         """
         began = time.perf_counter()
         x, y = self.x[rows], self.y[rows]
-        self.model.seed(self.seed, name, number)
-        with count_calls() as calls:
+        with preserve_state(self.model.classifier, inputs=x), count_calls() as calls:
+            self.model.seed(self.seed, name, number)
             x_adv = self.attacks[name](self.model.classifier, x, y, batch_size=self.batch_size, pool=self.pool)
-        wrong, audit = breaks(self.model, x_adv, x, y, self.threat)
-        return Found(x_adv, wrong, audit, calls.gradients, calls.queries, time.perf_counter() - began)
+            num_gradients, num_queries = calls.gradients, calls.queries
+            wrong, audit = breaks(self.model, x_adv, x, y, self.threat)
+        return Found(x_adv, wrong, audit, num_gradients, num_queries, time.perf_counter() - began)
+
+    def first_outputs(self) -> Array:
+        """Return what the model returns for the first inputs, by which processes tell whether theirs is the same."""
+        with preserve_state(self.model.classifier, inputs=self.x):
+            self.model.seed(self.seed, "workers")
+            return self.model.model.logits(self.x[:NUM_TRIED])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +104,58 @@ class Recipe:
     """Hold what another process makes a `Job` of: the model as Keras saves it, and arrays.
 
     Attributes:
-        model: The model.
+        model: The model and the view of it, pickled.
         from_logits: As in `evaluate_robustness`.
-        view: How the model is looked at.
         backend: The backend of Keras.
-        rest: The other attributes of the job, by name.
+        config: The names and values of Keras's configuration.
+        outputs: What the model returns for the first inputs.
+        rest: The attributes of the job, except for the model.
     """
 
-    model: keras.Model
+    model: bytes
     from_logits: bool | None
-    view: View
     backend: str
+    config: dict[str, Any]
+    outputs: Array
     rest: dict[str, Any]
 
+    @classmethod
+    def of(cls, model: keras.Model, from_logits: bool | None, view: View, job: Job) -> "Recipe":
+        """Return what other processes make a job of.
+
+        Raises:
+            ValueError: If the model cannot be saved.
+        """
+        import cloudpickle
+
+        config = {name: getattr(keras.config, name)() for name in CONFIG}
+        try:
+            saved = cloudpickle.dumps((model, view))
+        except Exception as error:
+            raise _cannot_be_sent(error) from error
+        rest = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name != "model"}
+        return cls(saved, from_logits, _backend.NAME, config, job.first_outputs(), rest)
+
     def make(self) -> Job:
-        """Return the job in this process."""
+        """Return the job in this process, or raise `ValueError` if its model is another one here."""
+        import cloudpickle
+
         if self.backend != _backend.NAME:
             raise ValueError(
                 f"`workers` must have the backend {self.backend} of this process: set the environment variable "
                 f"KERAS_BACKEND. Received: {_backend.NAME}"
             )
-        found = find_logits_of(self.model, self.rest["x"][:NUM_TRIED], self.from_logits, self.view)
-        return Job(found, **self.rest)
+        for name, value in self.config.items():
+            getattr(keras.config, f"set_{name}")(value)
+        try:
+            model, view = cloudpickle.loads(self.model)
+        except Exception as error:
+            raise _cannot_be_sent(error) from error
+        job = Job(find_logits_of(model, self.rest["x"][:NUM_TRIED], self.from_logits, view), **self.rest)
+        found, scale = job.first_outputs(), float(np.abs(self.outputs).max())
+        if found.shape != self.outputs.shape or not np.allclose(found, self.outputs, rtol=1e-2, atol=1e-3 * scale):
+            raise _cannot_be_sent("it returns other outputs after it was loaded")
+        return job
 
 
 Batches = Sequence[tuple[int, Array]]
@@ -161,9 +204,10 @@ def check_workers(workers: Any) -> tuple[str, int] | None:
         raise ValueError(f'`workers` must be "processes:N", "ray" or None. Received: workers={workers!r}')
     kind, package = ("ray", "ray") if workers == "ray" else ("processes", "joblib")
     try:
-        __import__(package)
+        for module in (package, "cloudpickle"):
+            importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"`workers={workers!r}` needs `pip install {package}`") from error
+        raise ImportError(f"`workers={workers!r}` needs `pip install {package} cloudpickle`") from error
     return kind, int(match[1] or 0)
 
 
@@ -184,10 +228,7 @@ def open_workers(workers: tuple[str, int] | None, job: Job, make_recipe: Callabl
         return
     kind, count = workers
     with _Ray() if kind == "ray" else _Processes(count) as started:
-        try:
-            started.send(make_recipe())
-        except Exception as error:
-            raise _cannot_be_sent(error) from error
+        started.send(make_recipe())
         yield started
 
 
@@ -220,6 +261,26 @@ class _Elsewhere:
         """Replace workers that died."""
 
 
+def _in_windows(
+    submit: Callable[[int, Array], Any],
+    batches: Batches,
+    size: int,
+    cancel: Callable[[Any], Any] = lambda task: task.cancel(),
+) -> Iterator[Any]:
+    """Submit tasks, at most so many that are not done, and give them in their order. Cancel the rest at an error."""
+    running: deque[Any] = deque()
+    try:
+        for batch in batches:
+            running.append(submit(*batch))
+            if len(running) >= size:
+                yield running.popleft()
+        while running:
+            yield running.popleft()
+    finally:
+        for task in running:
+            cancel(task)
+
+
 class _Processes(_Elsewhere):
     """Attack batches in processes of this machine, by loky, which joblib contains."""
 
@@ -247,8 +308,8 @@ class _Processes(_Elsewhere):
         self._path.write_bytes(cloudpickle.dumps(recipe))
 
     def _run(self, name: str, batches: Batches) -> Iterator[Found]:
-        running = [self._executor.submit(_run_of_file, str(self._path), name, *batch) for batch in batches]
-        for future in running:
+        submit = partial(self._executor.submit, _run_of_file, str(self._path), name)
+        for future in _in_windows(submit, batches, 2 * self._count):
             yield future.result()
 
     def _restart(self) -> None:
@@ -270,19 +331,13 @@ def _job(key: str, read: Callable[[], Recipe]) -> Job:
     """Return the job of a worker, made once."""
     if key not in _JOBS:
         _JOBS.clear()
-        try:
-            recipe = read()
-        except Exception as error:
-            raise _cannot_be_sent(error) from error
-        _JOBS[key] = recipe.make()
+        _JOBS[key] = read().make()
     return _JOBS[key]
 
 
-def _cannot_be_sent(error: Exception) -> ValueError:
-    return ValueError(
-        "`model` must be one that Keras can save and load, to be sent to `workers`. Received: "
-        f"{_escape.error_line(error)}"
-    )
+def _cannot_be_sent(reason: Exception | str) -> ValueError:
+    shown = reason if isinstance(reason, str) else _escape.error_line(reason)
+    return ValueError(f"`model` must be one that Keras can save and load, to be sent to `workers`. Received: {shown}")
 
 
 def _run_of_file(path: str, name: str, number: int, rows: Array) -> Found:
@@ -303,7 +358,7 @@ class _Ray(_Elsewhere):
     def __init__(self) -> None:
         import ray
 
-        self._lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
+        self._lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
         self._started = not ray.is_initialized()
         if self._started:
             # `RAY_ADDRESS` in the environment names a cluster.
@@ -328,14 +383,12 @@ class _Ray(_Elsewhere):
     def _run(self, name: str, batches: Batches) -> Iterator[Found]:
         import ray
 
-        task = ray.remote(max_retries=MAX_LOSSES)(_run_of_object)
-        environment = {"env_vars": {"KERAS_BACKEND": _backend.NAME}}
-        key = self._recipe.hex()
-        running = [
-            task.options(runtime_env=environment).remote([self._recipe], key, name, number, rows)
-            for number, rows in batches
-        ]
-        for result in running:
+        # A worker that dies is told of, and its batch is submitted again by `run`.
+        task = ray.remote(max_retries=0)(_run_of_object)
+        task = task.options(runtime_env={"env_vars": {"KERAS_BACKEND": _backend.NAME}})
+        submit = partial(task.remote, [self._recipe], self._recipe.hex(), name)
+        count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        for result in _in_windows(submit, batches, 2 * count, cancel=ray.cancel):
             yield ray.get(result)
 
 

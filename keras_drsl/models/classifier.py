@@ -45,6 +45,9 @@ class Classifier:
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._checked_shape: tuple[int, ...] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_programs": {}}  # compiled programs belong to this process
+
     @property
     def variables(self) -> list[keras.Variable]:
         """The Keras variables that the logits are computed from, as far as they are known."""

@@ -91,6 +91,15 @@ def test_square_goes_on_only_where_gradients_fail():
     assert np.all(found <= expected)
 
 
+def test_square_goes_on_where_nothing_raises_the_margin():
+    x, y = inputs(20)
+    flat = Classifier(keras.Sequential([keras.Input((4,)), *quantised().logits_fn.layers]))
+    y = flat.logits(x).argmax(1)
+    with count_calls() as calls:
+        FastSquare(1e-4, queries=100)(flat, x, y)
+    assert calls.queries >= 100 * len(x)
+
+
 def test_the_suite_runs_the_checks_of_standard():
     x, y = inputs(40)
     options = {"eps": 0.1, "verbose": 0}

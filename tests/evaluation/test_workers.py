@@ -12,6 +12,7 @@ from keras import layers
 
 from keras_drsl import evaluate_robustness
 from keras_drsl.attacks import APGD, Noise
+from tests.layers import Random
 from tests.linear import inputs, linear_model
 
 pytest.importorskip("joblib")
@@ -108,8 +109,37 @@ def test_unknown_workers_are_refused(workers):
 def test_a_missing_package_is_told(workers, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     x, y = inputs(8)
-    with pytest.raises(ImportError, match=f"needs `pip install {package}`"):
+    with pytest.raises(ImportError, match=f"needs `pip install {package} cloudpickle`"):
         evaluate_robustness(linear_model(), x, y, workers=workers, **OPTIONS)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Scaled(layers.Layer):
+    """A layer with an attribute that Keras does not save."""
+
+    factor = 1.0
+
+    def call(self, x):
+        return self.factor * x
+
+
+def test_a_model_that_changes_when_it_is_loaded_is_refused():
+    model = linear_model()
+    scaled = keras.Sequential([keras.Input((4,)), Scaled(), *model.layers])
+    scaled.layers[0].factor = 5.0
+    x, y = inputs(8)
+    with pytest.raises(ValueError, match="it returns other outputs after it was loaded"):
+        evaluate_robustness(scaled, x, y, workers="processes:1", **OPTIONS)
+
+
+@pytest.mark.more
+def test_a_random_model_has_the_report_of_one_process():
+    x, y = inputs(40)
+    model = keras.Sequential([keras.Input((4,)), Random(0.05), *linear_model().layers])
+    options = OPTIONS | {"attacks": attacks()[:2], "expectation_draws": 4, "checks": []}
+    reports = [evaluate_robustness(model, x, y, workers=some, **options) for some in (None, "processes:2")]
+    assert 0 < reports[0].robust_accuracy < reports[0].clean_accuracy
+    assert content(reports[1]) == content(reports[0])
 
 
 def test_a_model_that_cannot_be_saved_is_refused():
