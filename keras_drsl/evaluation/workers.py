@@ -105,6 +105,7 @@ class Recipe:
 
     Attributes:
         model: The model and the view of it, pickled.
+        classes: The classes of its own layers by their names in a saved model, pickled.
         from_logits: As in `evaluate_robustness`.
         backend: The backend of Keras.
         config: The names and values of Keras's configuration.
@@ -113,6 +114,7 @@ class Recipe:
     """
 
     model: bytes
+    classes: bytes
     from_logits: bool | None
     backend: str
     config: dict[str, Any]
@@ -130,11 +132,11 @@ class Recipe:
 
         config = {name: getattr(keras.config, name)() for name in CONFIG}
         try:
-            saved = cloudpickle.dumps((model, view))
+            saved, classes = cloudpickle.dumps((model, view)), cloudpickle.dumps(_own_classes(model, view))
         except Exception as error:
             raise _cannot_be_sent(error) from error
         rest = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name != "model"}
-        return cls(saved, from_logits, _backend.NAME, config, job.first_outputs(), rest)
+        return cls(saved, classes, from_logits, _backend.NAME, config, job.first_outputs(), rest)
 
     def make(self) -> Job:
         """Return the job in this process, or raise `ValueError` if its model is another one here."""
@@ -148,7 +150,8 @@ class Recipe:
         for name, value in self.config.items():
             getattr(keras.config, f"set_{name}")(value)
         try:
-            model, view = cloudpickle.loads(self.model)
+            with keras.saving.custom_object_scope(cloudpickle.loads(self.classes)):
+                model, view = cloudpickle.loads(self.model)
         except Exception as error:
             raise _cannot_be_sent(error) from error
         job = Job(find_logits_of(model, self.rest["x"][:NUM_TRIED], self.from_logits, view), **self.rest)
@@ -156,6 +159,14 @@ class Recipe:
         if found.shape != self.outputs.shape or not np.allclose(found, self.outputs, rtol=1e-2, atol=1e-3 * scale):
             raise _cannot_be_sent("it returns other outputs after it was loaded")
         return job
+
+
+def _own_classes(model: Any, view: View) -> dict[str, type]:
+    """Return the classes of layers that are not Keras's, which another process may not know."""
+    owners = [some for some in (model, view.preprocessing) if isinstance(some, keras.Layer)]
+    classes = {type(layer) for some in owners for layer in some._flatten_layers()}
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] != "keras"]
+    return {name: cls for cls in own for name in (cls.__name__, keras.saving.get_registered_name(cls))}
 
 
 Batches = Sequence[tuple[int, Array]]
