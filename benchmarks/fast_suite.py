@@ -1,10 +1,10 @@
 """Compare suite "fast" with "standard": robust accuracy, gradients and time, on the same models and images.
 
-With `--design`, on the four models and the validation images by which the settings of `FastAPGD` and `FastSquare` were
-chosen. Without it, on four other models and test images: another architecture, another seed and loss, another seed, and
-a model without gradients, each with three seeds of the attacks. Where torch and torchattacks are installed, its
-AutoAttack attacks a copy of the first three with the same weights. Each row is written when it is done, and rows that
-are in the file are not run again. Times are those of attacks with their compilation, without checks.
+With `--design`, on four models and validation images; those of digits and MNIST chose the settings of `FastAPGD` and
+`FastSquare`. Without it, on four other models and test images: another architecture, another seed and loss, another
+seed, and a model without gradients, each with three seeds of the attacks. Where torch and torchattacks are installed,
+its AutoAttack attacks a copy of the first three with the same weights. Each row is written when it is done, and rows
+that are in the file are not run again. Times are those of attacks with their compilation, without checks.
 
     python -m benchmarks.fast_suite --data-dir DIR --out results
     python -m benchmarks.fast_suite --data-dir DIR --out results --design

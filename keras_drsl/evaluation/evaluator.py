@@ -236,18 +236,15 @@ class Evaluator:
                 return earlier
             store = Store(path, examples.x, digested, resumes=bool(state.done))
         names = [name for name in self.checks if self._listed or applies(name, context)]
-        shared: dict[str, Any] = {
-            **{"attacks": context.attacks, "pool": pool, "threat": threat, "x": examples.x, "y": examples.y},
-            **{"seed": settings["seed"], "batch_size": batch_size},
-        }
+        job = Job(model, context.attacks, pool, threat, examples.x, examples.y, context.seed, batch_size)
 
         def make_recipe() -> Recipe:
-            return Recipe.of(owner(model.model), from_logits, self.reader.view_of(examples), Job(model, **shared))
+            return Recipe.of(owner(model.model), from_logits, self.reader.view_of(examples), job)
 
         try:
             with (
                 Progress(enabled=bool(verbose)) as progress,
-                open_workers(workers, Job(model, **shared), make_recipe) as opened,
+                open_workers(workers, job, make_recipe) as opened,
             ):
                 run = _Run(context, state, opened, pool, names, progress, title, examples.num_labels, store)
                 run.run_all()

@@ -68,10 +68,6 @@ class Comparison(Protocol):
 
     names: tuple[str, str]
 
-    @property
-    def trustworthy(self) -> bool:
-        """Whether the checks of all its reports passed."""
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything that it found."""
 
@@ -320,7 +316,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 {
                     "names": names,
                     "label": label,
-                    "trustworthy": comparison.trustworthy,
+                    "trustworthy": found["trustworthy"],
                     "one_sided": "" if None in one_sided else " and ".join(map(str, one_sided)),
                     **{name: found[kind][name] for name in ("first", "second", "value", "over_images", "over_seeds")},
                 }

@@ -93,7 +93,7 @@ def test_square_goes_on_only_where_gradients_fail():
 
 def test_square_goes_on_where_nothing_raises_the_margin():
     x, y = inputs(20)
-    flat = Classifier(keras.Sequential([keras.Input((4,)), *quantised().logits_fn.layers]))
+    flat = quantised()
     y = flat.logits(x).argmax(1)
     with count_calls() as calls:
         FastSquare(1e-4, queries=100)(flat, x, y)
