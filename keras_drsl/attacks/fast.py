@@ -19,7 +19,7 @@ STAGES: tuple[dict[str, Any], ...] = (
     {"loss": "margin", "steps": 20},
     {"loss": "ce", "steps": 50},
     {"loss": "margin", "targeted": True, "targets": TARGETS, "steps": 25},
-    {"loss": "margin", "targeted": True, "targets": 2, "steps": 50},
+    {"loss": "margin", "targeted": True, "targets": 3, "steps": 50},
 )
 
 
@@ -34,7 +34,7 @@ class FastAPGD(Attack):
     1. APGD on the margin, 20 steps.
     2. APGD on the cross-entropy, 50 steps.
     3. Targeted APGD on the margin, 9 classes, 25 steps. The nearest classes on the model's linearization come first.
-    4. The same with 50 steps for the first 2 classes, and once more from the nearest image of each, where there is a
+    4. The same with 50 steps for the first 3 classes, and once more from the nearest image of each, where there is a
        pool.
 
     An example leaves as soon as it is misclassified, or when more than `patience` of its clean margin is left after a
