@@ -34,6 +34,8 @@ class LossInputs(NamedTuple):
             are valid.
         in_range: Bool, shape `(...)`, False where a class id is outside `[0, C)`, or where labels or probabilities are
             not a distribution; None if all are known to be right.
+        lengths_match: Bool, shape `(...)`, True. The program that computes it fails where lengths that were not known
+            before do not match. None if all are known to match.
     """
 
     labels: Tensor
@@ -41,6 +43,7 @@ class LossInputs(NamedTuple):
     from_logits: bool
     valid: Tensor | None
     in_range: Tensor | None
+    lengths_match: Tensor | None = None
 
     @property
     def sparse(self) -> bool:
@@ -105,11 +108,11 @@ def read_inputs(
     else:
         labels, in_range = _check_distributions(labels, valid)
     per_position = labels[..., 0] if len(labels.shape) == len(scores.shape) else labels
-    in_range = _match_positions(in_range, per_position, mask, scores[..., 0])
+    lengths_match = _match_positions(per_position, mask, scores[..., 0])
+    in_range = _all_of(in_range, lengths_match)
     if not from_logits:
-        right = _check_probabilities(scores, valid)
-        in_range = right if in_range is None else in_range if right is None else ops.logical_and(in_range, right)
-    return LossInputs(labels, scores, from_logits, valid, in_range)
+        in_range = _all_of(in_range, _check_probabilities(scores, valid))
+    return LossInputs(labels, scores, from_logits, valid, in_range, lengths_match)
 
 
 class ClassIds(NamedTuple):
@@ -153,7 +156,7 @@ def read_class_ids(y_true: Tensor, features: Tensor, num_classes: int, *, ignore
     mask = _backend.get_mask(features)
     valid = _valid_positions(mask, positions, labels, ignore_class)
     ids, in_range = _check_class_ids(labels, valid, num_classes)
-    return ClassIds(ids, valid, _match_positions(in_range, labels, mask, features[..., 0]))
+    return ClassIds(ids, valid, _all_of(in_range, _match_positions(labels, mask, features[..., 0])))
 
 
 def match_weights(sample_weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,22 +310,26 @@ def _move_classes_last(labels: Tensor, scores: Tensor, axis: int) -> tuple[Tenso
     return labels, scores
 
 
-def _match_positions(in_range: Tensor | None, labels: Tensor, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return `in_range`, with an error while the program runs if lengths turn out not to match.
+def _all_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return where both are True; None is True everywhere."""
+    if first is None or second is None:
+        return second if first is None else first
+    return ops.logical_and(first, second)
+
+
+def _match_positions(labels: Tensor, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return True per position, with an error while the program runs if lengths turn out not to match.
 
     Args:
-        in_range: As in `LossInputs`.
         labels: One label per position.
         mask: A mask of the positions, or None.
         like: A tensor of the shape of the positions.
     """
     tensors = [labels, like] if mask is None else [labels, mask, like]
     if not any(None in tuple(x.shape) for x in tensors):
-        return in_range
+        return None
     # Tensors of different shapes cannot be stacked, in any backend and by XLA too. Broadcasting would hide them.
-    ones = [ops.ones_like(x, dtype="bool") for x in tensors[1:]]
-    first = ops.ones_like(labels, dtype="bool") if in_range is None else in_range
-    return ops.all(ops.stack([first, *ones]), axis=0)
+    return ops.all(ops.stack([ops.ones_like(x, dtype="bool") for x in tensors]), axis=0)
 
 
 def _mask_values(values: Tensor, valid: Tensor | None, in_range: Tensor | None) -> Tensor:
@@ -399,7 +406,7 @@ def _check_distributions(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, 
     if valid is not None:
         labels = ops.where(ops.expand_dims(valid, -1), labels, 1.0 / labels.shape[-1])
     total = ops.sum(labels, axis=-1)
-    right = _is_distribution(labels, total)
+    right = is_distribution(labels, total)
 
     def error(wrong: Any) -> str:
         return (
@@ -419,15 +426,23 @@ def _check_probabilities(scores: Tensor, valid: Tensor | None) -> Tensor | None:
     def error(wrong: Any) -> str:
         return f"{rule} Received: a position that sums to {_first(total, wrong)}"
 
-    right = _where_right(ops.logical_or(_is_distribution(scores, total), ops.isnan(total)), valid, error)
+    right = _where_right(ops.logical_or(is_distribution(scores, total), ops.isnan(total)), valid, error)
     if right is not None:
         _backend.stop_program(right, rule)
     return right
 
 
-def _is_distribution(x: Tensor, total: Tensor) -> Tensor:
-    """Return where the values of all classes are >= 0 and sum to 1, about."""
-    return ops.logical_and(ops.all(x >= -NEGATIVE_TOLERANCE, axis=-1), ops.abs(total - 1.0) <= SUM_TOLERANCE)
+def is_distribution(x: Tensor, total: Tensor, *, axis: int = -1, keepdims: bool = False) -> Tensor:
+    """Return where the values of all classes are >= 0 and sum to 1, about.
+
+    Args:
+        x: The values, with the classes at `axis`.
+        total: Their sums over that axis.
+        axis: The axis of the classes.
+        keepdims: Whether that axis is kept in `total` and in the result, with the length 1.
+    """
+    positive = ops.all(x >= -NEGATIVE_TOLERANCE, axis=axis, keepdims=keepdims)
+    return ops.logical_and(positive, ops.abs(total - 1.0) <= SUM_TOLERANCE)
 
 
 def _first(x: Tensor, wrong: Any) -> Any:

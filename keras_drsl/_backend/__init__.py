@@ -23,6 +23,7 @@ else:
 NAME = _running.NAME
 GATHERS_TRUE_LOGITS = _running.GATHERS_TRUE_LOGITS
 HAS_XLA = _running.HAS_XLA
+LOGITS_PER_CORE = _running.LOGITS_PER_CORE
 READS_WEIGHTS_EACH_CALL = _running.READS_WEIGHTS_EACH_CALL
 
 bucket_size = _running.bucket_size

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import keras
+from jax.custom_derivatives import SymbolicZero
 
 from keras_drsl._backend._common import available_cores, padded_length, step_by_step
 from keras_drsl._backend._jaxpr import Record
@@ -15,6 +16,7 @@ from keras_drsl._typing import Array, Tensor
 
 NAME = "jax"
 HAS_XLA = True
+LOGITS_PER_CORE = 2**11, 2**15
 READS_WEIGHTS_EACH_CALL = False
 GATHERS_TRUE_LOGITS = False
 
@@ -239,33 +241,50 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
 
 def custom_gradient(
     value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
-    hessian_product: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
     x: Tensor,
-    *constants: Tensor,
+    *others: Tensor,
 ) -> Tensor:
     """Compute one value per row of `x` with a gradient that is computed together with the values."""
 
+    def plain(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        values, pull_back = jax.vjp(lambda x: formula(x, *others), x)
+        return values, pull_back(jax.numpy.ones_like(values))[0]
+
     @jax.custom_jvp
-    def both(x: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-        return value_and_gradient(x, *constants)
+    def both(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(x, *others)
 
     @both.defjvp
     def both_forward(primals: Any, tangents: Any) -> Any:
-        values, gradient = both(*primals)
-        directional = keras.ops.sum(gradient * tangents[0], axis=-1)
-        return (values, gradient), (directional, hessian_product(*primals, tangents[0]))
+        return both(*primals), jax.jvp(plain, primals, tangents)[1]
 
     # A separate function, so that the first derivative does not compute the second one.
     @jax.custom_jvp
-    def value(x: Tensor, *constants: Tensor) -> Tensor:
-        return value_and_gradient(x, *constants)[0]
+    def value(x: Tensor, *others: Tensor) -> Tensor:
+        return value_and_gradient(x, *others)[0]
 
-    @value.defjvp
     def value_forward(primals: Any, tangents: Any) -> Any:
         values, gradient = both(*primals)
-        return values, keras.ops.sum(gradient * tangents[0], axis=-1)
+        directional = jax.numpy.zeros_like(values)
+        if not isinstance(tangents[0], SymbolicZero):
+            directional += keras.ops.sum(gradient * tangents[0], axis=-1)
+        moving = [i for i in range(1, len(primals)) if not isinstance(tangents[i], SymbolicZero)]
+        if moving:
 
-    return value(x, *constants)
+            def of_moving(*arguments: Tensor) -> Tensor:
+                every = list(primals)
+                for index, argument in zip(moving, arguments, strict=True):
+                    every[index] = argument
+                return formula(*every)
+
+            given = [[given[i] for i in moving] for given in (primals, tangents)]
+            directional += jax.jvp(of_moving, *given)[1]
+        return values, directional
+
+    # Zero tangents are marked, so that nothing is computed for them.
+    value.defjvp(value_forward, symbolic_zeros=True)
+    return value(x, *others)
 
 
 def custom_vjp(

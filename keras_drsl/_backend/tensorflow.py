@@ -18,6 +18,9 @@ NAME = "tensorflow"
 # Whether XLA can compile programs.
 HAS_XLA = True
 
+# How many logits one core works on at a time in `losses/fused.py`, for few classes and for many: measured on two cores.
+LOGITS_PER_CORE = 2**13, 2**17
+
 # Whether a compiled function reads the weights it closes over again in each call.
 READS_WEIGHTS_EACH_CALL = True
 
@@ -241,42 +244,63 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
 
 def custom_gradient(
     value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
-    hessian_product: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
     x: Tensor,
-    *constants: Tensor,
+    *others: Tensor,
 ) -> Tensor:
     """Compute one value per row of `x` with a gradient that is computed together with the values.
 
+    All other derivatives, of higher orders and with respect to the other tensors, are those of the formula.
+
     Args:
-        value_and_gradient: Maps `(x, *constants)` to values `(rows,)` and their gradient, of the shape of `x`.
-        hessian_product: Maps `(x, *constants, vector)` to the product of the second derivative with a vector of the
-            shape of `x`.
+        value_and_gradient: Maps `(x, *others)` to values `(rows,)` and their gradient, of the shape of `x`.
+        formula: Maps `(x, *others)` to the values, computed in the usual way.
         x: Shape `(rows, columns)`.
-        *constants: Tensors that need no gradient.
+        *others: The other arguments.
 
     Returns:
         Shape `(rows,)`.
     """
 
-    # TensorFlow does not look into `value_and_gradient` for a second derivative: without `hessian_product` it would
-    # silently be zero.
     @tf.custom_gradient
-    def differentiable(x: Tensor) -> Any:
-        # It must not try to: some operations that XLA compiles have no derivative there.
-        values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *constants)))
+    def of_x(x: Tensor) -> Any:
+        # TensorFlow must not look into it for a derivative: some operations that XLA compiles have none there.
+        values, gradient = value_and_gradient(*map(tf.stop_gradient, (x, *others)))
 
         @tf.custom_gradient
-        def scaled(x: Tensor, upstream: Tensor) -> Any:
-            def backward(vector: Tensor) -> Any:
-                product = hessian_product(x, *constants, vector * upstream[:, None])
-                # For a third derivative, the gradient must still depend on `x`.
-                return product, tf.reduce_sum(vector * scaled(x, tf.ones_like(upstream)), axis=-1)
+        def scaled(upstream: Tensor, *arguments: Tensor) -> Any:
+            return gradient * upstream[:, None], lambda vector: _gradient_of_gradient(
+                formula, vector, upstream, arguments
+            )
 
-            return gradient * upstream[:, None], backward
+        return values, lambda upstream: scaled(upstream, x, *others)
 
-        return values, lambda upstream: scaled(x, upstream)
+    # Zero, and apart: its gradient is computed only where a tape watches one of these tensors.
+    @tf.custom_gradient
+    def of_others(*others: Tensor) -> Any:
+        def backward(upstream: Tensor) -> Any:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([other for other in others if other.dtype.is_floating])
+                total = tf.reduce_sum(upstream * formula(x, *others))
+            return tape.gradient(total, others, unconnected_gradients="zero")
 
-    return differentiable(x)
+        return tf.zeros(tf.shape(x)[:1], x.dtype), backward
+
+    return of_x(x) + of_others(*others)
+
+
+def _gradient_of_gradient(
+    formula: Callable[..., Tensor], vector: Tensor, upstream: Tensor, arguments: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Return the gradient of `vector` times the gradient of a formula, scaled by `upstream`."""
+    with tf.GradientTape(watch_accessed_variables=False) as outer:
+        outer.watch([upstream, *(value for value in arguments if value.dtype.is_floating)])
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(arguments[0])
+            total = tf.reduce_sum(upstream * formula(*arguments))
+        product = tf.reduce_sum(vector * inner.gradient(total, arguments[0]))
+    gradients: list[Tensor] = outer.gradient(product, [upstream, *arguments], unconnected_gradients="zero")
+    return gradients
 
 
 def custom_vjp(

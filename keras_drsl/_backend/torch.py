@@ -14,6 +14,7 @@ from keras_drsl._typing import Array, Tensor
 
 NAME = "torch"
 HAS_XLA = False
+LOGITS_PER_CORE = 2**13, 2**17
 READS_WEIGHTS_EACH_CALL = True
 GATHERS_TRUE_LOGITS = True
 
@@ -142,9 +143,9 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
 
 def custom_gradient(
     value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
-    hessian_product: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
     x: Tensor,
-    *constants: Tensor,
+    *others: Tensor,
 ) -> Tensor:
     """Compute values with a gradient of their own. Only programs of `jit` need it."""
     raise NotImplementedError("`custom_gradient` needs TensorFlow or JAX.")

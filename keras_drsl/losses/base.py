@@ -139,7 +139,7 @@ class ClassificationLoss(keras.losses.Loss):
             y_pred: Predictions.
         """
         values, valid, _ = self._values_and_weights(y_true, y_pred, None)
-        return values if valid is None else _backend.set_mask(values, valid)
+        return set_mask(values, valid)
 
     def _values_and_weights(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None
@@ -158,14 +158,20 @@ class ClassificationLoss(keras.losses.Loss):
         is_symbolic = isinstance(inputs.scores, keras.KerasTensor)
         self._is_compiled = self._is_compiled or is_symbolic or _backend.is_compiling()
         values, sample_weight = self._weighted_values(inputs, sample_weight)
-        return inputs.mask_values(values), inputs.valid, sample_weight
+        return values, inputs.valid, sample_weight
 
     def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute the formula. Return it and the sample weights by which Keras multiplies it."""
-        values = self.values(inputs)
+        """Compute the formula. Return it, masked, and the sample weights by which Keras multiplies it."""
+        values = self._fused_values(inputs)
+        if values is None:
+            values = inputs.mask_values(self.values(inputs))
         if sample_weight is not None:
             sample_weight, values = match_weights(sample_weight, values)
         return values, sample_weight
+
+    def _fused_values(self, inputs: LossInputs) -> Tensor | None:
+        """Compute the formula with its gradient in one pass, masked; None where there is no such program."""
+        return None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_compiled and name in self.hyperparameters:
@@ -219,8 +225,17 @@ def mask_ignored(values: Tensor, inputs: LossInputs) -> Tensor:
         values: One value per position, shape `(...)`.
         inputs: The labels and predictions.
     """
-    values = inputs.mask_values(values)
-    return values if inputs.valid is None else _backend.set_mask(values, inputs.valid)
+    return set_mask(inputs.mask_values(values), inputs.valid)
+
+
+def set_mask(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Set the Keras mask of values, unless all positions are valid.
+
+    Args:
+        values: One value per position, shape `(...)`.
+        valid: Bool, shape `(...)`, or None.
+    """
+    return values if valid is None else _backend.set_mask(values, valid)
 
 
 def check_logits(name: str, inputs: LossInputs) -> None:

@@ -8,7 +8,7 @@ import keras
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_choice, check_number
 from keras_drsl.losses import fused
-from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, is_zero, mask_ignored, strength_of
+from keras_drsl.losses.base import ClassificationLoss, check_strength, cross_entropy, is_zero, set_mask, strength_of
 from keras_drsl.predictions import LossInputs, read_inputs
 from keras_drsl.spread import SPACES, SPREADS, class_values
 from keras_drsl.spread import spread as spread_of
@@ -70,7 +70,10 @@ def drs_loss(
     check_choice("spread", spread, SPREADS)
 
     inputs = read_inputs(y_true, y_pred, from_logits=from_logits, ignore_class=ignore_class, axis=axis)
-    return mask_ignored(_loss_per_position(inputs, lam, space, spread, label_smoothing), inputs)
+    values = _fused(inputs, lam, space, spread, label_smoothing)
+    if values is None:
+        values = inputs.mask_values(_formula(inputs, lam, space, spread, label_smoothing))
+    return set_mask(values, inputs.valid)
 
 
 @keras.saving.register_keras_serializable(package="keras_drsl")
@@ -186,27 +189,43 @@ class DRSLoss(ClassificationLoss):
 
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
+        return _formula(inputs, self.lam, self.space, self.spread, self.label_smoothing)
+
+    def _fused_values(self, inputs: LossInputs) -> Tensor | None:
         if inputs.scores.shape[-1] == 2 and not is_zero(self.lam) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "With two classes `DRSLoss` is cross-entropy: the only non-true class has no spread.",
                 stacklevel=2,
             )
-        return _loss_per_position(inputs, self.lam, self.space, self.spread, self.label_smoothing)
+        return _fused(inputs, self.lam, self.space, self.spread, self.label_smoothing)
 
 
-def _loss_per_position(inputs: LossInputs, lam: Any, space: str, spread: str, label_smoothing: float) -> Tensor:
-    """Compute the loss in one pass where that is faster, otherwise as the formula is written."""
+def _formula(inputs: LossInputs, lam: Any, space: str, spread: str, label_smoothing: float) -> Tensor:
+    """Compute the loss as the formula is written, one value per position."""
     if is_zero(lam):
         return cross_entropy(inputs, label_smoothing)
     lam = strength_of(lam, inputs.scores.dtype)
-    if fused.should_fuse(inputs, space):
-        return fused.fused_drs_loss(
-            inputs.labels, inputs.scores, inputs.scale, lam=lam, spread=spread, label_smoothing=label_smoothing
-        )
     v = class_values(inputs.safe_scores, from_logits=inputs.from_logits, space=space)
     values = cross_entropy(inputs, label_smoothing, masked_classes=space == "softmax")
     return values + lam * spread_of(v, inputs.distribution, kind=spread)
+
+
+def _fused(inputs: LossInputs, lam: Any, space: str, spread: str, label_smoothing: float) -> Tensor | None:
+    """Compute the loss in one pass, 0 at ignored positions and NaN at wrong ones; None where there is no program."""
+    if is_zero(lam) or not fused.should_fuse(inputs, space):
+        return None
+    # The program looks at label distributions itself.
+    scale = inputs.scale if inputs.sparse else inputs._replace(in_range=inputs.lengths_match).scale
+    return fused.fused_drs_loss(
+        inputs.labels,
+        inputs.scores,
+        scale,
+        lam=strength_of(lam, inputs.scores.dtype),
+        spread=spread,
+        label_smoothing=label_smoothing,
+        masked=inputs.valid is not None,
+    )
 
 
 def check_smoothing(value: Any) -> float:

@@ -157,10 +157,11 @@ class PRSLoss(ClassificationLoss):
 
     def _weighted_values(self, inputs: LossInputs, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sample_weight is None:
-            return self.values(inputs), None
+            return super()._weighted_values(inputs, None)
         weights = _weight_per_token(sample_weight, inputs)
         by_weight = self.reduction == "mean_with_sample_weight"
-        return _loss_per_token(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight), weights
+        values = _loss_per_token(inputs, self.lam, self.start, self.end, weights, count_weights=by_weight)
+        return inputs.mask_values(values), weights
 
 
 def _loss_per_token(

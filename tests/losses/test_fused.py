@@ -15,6 +15,12 @@ from tests.backends import BACKEND, compiled, gradient, needs_xla, on_jax, on_te
 pytestmark = needs_xla
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Compute few logits in one pass too."""
+    monkeypatch.setattr(fused, "FEW_LOGITS", 0)
+
+
 def draw(shape=(7, 6), scale=3.0, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(0, scale, shape).astype("float32"), rng.integers(0, shape[-1], shape[:-1]).astype("int32")
@@ -26,34 +32,125 @@ each_plan = pytest.mark.parametrize(
 )
 
 
-def loss(ids, z, scale=None, lam=0.3, spread="sum_of_squares", label_smoothing=0.0, plan=None):
-    scale = np.ones(ids.shape, "float32") if scale is None else scale
-    tensors = map(ops.convert_to_tensor, (ids, z, scale))
+def loss(labels, z, scale=None, lam=0.3, spread="sum_of_squares", label_smoothing=0.0, plan=None):
+    scale = np.ones(z.shape[:-1], "float32") if scale is None else scale
+    tensors = map(ops.convert_to_tensor, (labels, z, scale))
     return fused_drs_loss(*tensors, lam=lam, spread=spread, label_smoothing=label_smoothing, plan=plan)
+
+
+def draw_labels(shape, form):
+    """Return labels of a form, and the same as a distribution."""
+    _, ids = draw(shape)
+    y = reference.one_hot(ids, shape[-1])
+    if form == "ids":
+        return ids, y
+    if form == "soft":
+        y = np.random.default_rng(1).dirichlet(np.ones(shape[-1]), shape[:-1])
+    return y.astype("float32"), y
+
+
+each_form = pytest.mark.parametrize("form", ["ids", "one-hot", "soft"])
 
 
 @pytest.mark.short
 @each_plan
+@each_form
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["sum_of_squares", "variance"])
-@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 5), (1, 4)])
-def test_value_and_gradient_equal_the_formula(plan, shape, kind, label_smoothing):
-    z, ids = draw(shape)
-    y = reference.one_hot(ids, shape[-1])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 5), (1, 4), (5, 67)])
+def test_value_and_gradient_equal_the_formula(plan, shape, kind, label_smoothing, form):
+    z, _ = draw(shape)
+    labels, y = draw_labels(shape, form)
     loop = lambda z: reference.each(reference.drs_loss, y, z, kind=kind, label_smoothing=label_smoothing)
-    function = lambda z: loss(ids, z, spread=kind, label_smoothing=label_smoothing, plan=plan)
+    function = lambda z: loss(labels, z, spread=kind, label_smoothing=label_smoothing, plan=plan)
     np.testing.assert_allclose(values(function(z)), loop(z), rtol=1e-5)
-    np.testing.assert_allclose(gradient(function, z), reference.gradient(loop, z), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient(function, z), reference.gradient(loop, z), rtol=1e-4, atol=1e-4)
 
 
+@each_form
+@pytest.mark.parametrize("classes", [6, 67])
 @pytest.mark.parametrize("plan", [BlockPlan(None), BlockPlan(1), BlockPlan(3, logits_per_core=6)])
-def test_eager_program_equals_the_formula(plan):
-    z, ids = draw()
-    loop = lambda z: reference.each(reference.drs_loss, reference.one_hot(ids, 6), z)
-    inputs = map(ops.convert_to_tensor, (z, ids, np.ones(7, "float32"), np.float32(0.3), np.float32(0)))
-    got, grad = fused.value_and_gradient(plan, *inputs)
+def test_eager_program_equals_the_formula(plan, classes, form):
+    z, _ = draw((7, classes))
+    labels, y = draw_labels((7, classes), form)
+    loop = lambda z: reference.each(reference.drs_loss, y, z)
+    inputs = map(ops.convert_to_tensor, (z, labels, np.ones(7, "float32"), np.float32(0.3), np.float32(0)))
+    of = fused.Form("sum_of_squares", smooth=False, masked=True, sparse=form == "ids")
+    got, grad = fused.value_and_gradient(of, plan, *inputs)
     np.testing.assert_allclose(values(got), loop(z), rtol=1e-5)
-    np.testing.assert_allclose(values(grad), reference.gradient(loop, z), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values(grad), reference.gradient(loop, z), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.short
+@each_plan
+@pytest.mark.parametrize("kind", ["sum_of_squares", "variance"])
+def test_gradient_of_labels_equals_the_formula(plan, kind):
+    z, _ = draw()
+    labels, y = draw_labels(z.shape, "soft")
+    loop = lambda y: reference.each(reference.drs_loss, y, z, kind=kind, label_smoothing=0.1)
+    got = gradient(lambda y: loss(y, z, spread=kind, label_smoothing=0.1, plan=plan), labels)
+    np.testing.assert_allclose(got, reference.gradient(loop, y), rtol=1e-4, atol=1e-4)
+
+
+def product_with_gradient(function, vector, x):
+    """Return the sum of a vector times the gradient of a function, which can be differentiated."""
+    if BACKEND == "jax":
+        import jax
+
+        return ops.sum(jax.grad(function)(x) * vector)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = function(x)
+    return tf.reduce_sum(tape.gradient(value, x) * vector)
+
+
+@pytest.mark.short
+def test_mixed_derivatives_equal_the_formula():
+    z, _ = draw()
+    labels, y = draw_labels(z.shape, "soft")
+    vector = np.random.default_rng(2).normal(size=z.shape).astype("float32")
+    # How the gradient along a direction changes with the other argument, in both orders.
+    of_z = lambda z, y: np.sum(vector * reference.gradient(lambda z: reference.each(reference.drs_loss, y, z), z))
+    of_y = lambda z, y: np.sum(vector * reference.gradient(lambda y: reference.each(reference.drs_loss, y, z), y))
+    z_tensor, y_tensor = map(ops.convert_to_tensor, (z, labels))
+    total = lambda z, y: ops.sum(loss(y, z))
+    by_y = gradient(lambda y: product_with_gradient(lambda z: total(z, y), vector, z_tensor), labels)
+    by_z = gradient(lambda z: product_with_gradient(lambda y: total(z, y), vector, y_tensor), z)
+    expected = reference.gradient(lambda y: of_z(z, y), y, step=1e-3)
+    np.testing.assert_allclose(by_y, expected, rtol=1e-3, atol=1e-3)
+    expected = reference.gradient(lambda z: of_y(z, y), z, step=1e-3)
+    np.testing.assert_allclose(by_z, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.short
+@each_plan
+def test_wrong_distributions_are_nan_unless_masked(plan):
+    z, _ = draw()
+    labels, y = draw_labels(z.shape, "soft")
+    labels[1] *= 1.1
+    labels[2] = [-0.2, 1.2, 0, 0, 0, 0]
+    labels[4:6] = 0
+    z[4] = np.nan
+    scale = np.array([1, 1, 1, 1, 0, 1, 1], "float32")
+    got = values(loss(labels, z, scale, plan=plan))
+    np.testing.assert_array_equal(np.isnan(got), [False, True, True, False, False, True, False])
+    assert got[4] == 0
+    kept = [0, 3, 6]
+    np.testing.assert_allclose(got[kept], reference.each(reference.drs_loss, y[kept], z[kept]), rtol=1e-5)
+    grad = gradient(lambda z: loss(labels, z, scale, plan=plan), z)
+    np.testing.assert_array_equal(np.isnan(grad).all(axis=1), np.isnan(got))
+
+
+def test_few_logits_are_computed_as_the_formula_is_written(monkeypatch):
+    monkeypatch.undo()
+    few, many = (
+        read_inputs(ids, z, from_logits=True, ignore_class=None, axis=-1)
+        for z, ids in map(draw, [(128, 10), (128, 100)])
+    )
+    assert not fused.should_fuse(few, "log_softmax")
+    assert fused.should_fuse(many, "log_softmax")
 
 
 @each_plan
@@ -165,12 +262,13 @@ def nested_gradients(function, z, vector):
 def test_third_derivative_equals_the_formula():
     z, ids = draw((2, 64), scale=1.0)
     vector = np.random.default_rng(1).normal(size=z.shape).astype("float32")
-    # Label distributions are computed by the formula as it is written.
-    fused, plain = (
-        nested_gradients(lambda z, y=y: ops.sum(ops.exp(0.3 * drs_loss(y, z, 0.01, from_logits=True))), z, vector)
-        for y in (ids, reference.one_hot(ids, 64).astype("float32"))
+    inputs = lambda z: read_inputs(ids, z, from_logits=True, ignore_class=None, axis=-1)
+    plain = lambda z: DRSLoss(0.01, from_logits=True).values(inputs(z))
+    in_one_pass = lambda z: drs_loss(ids, z, 0.01, from_logits=True)
+    fused, formula = (
+        nested_gradients(lambda z, of=of: ops.sum(ops.exp(0.3 * of(z))), z, vector) for of in (in_one_pass, plain)
     )
-    for got, expected in zip(fused, plain, strict=True):
+    for got, expected in zip(fused, formula, strict=True):
         np.testing.assert_allclose(values(got), values(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -193,9 +291,10 @@ def test_forward_mode_equals_the_gradient():
     np.testing.assert_allclose(grad, np.sum(gradient(lambda z: loss(ids, z), z) * vector), rtol=1e-4)
 
 
-def test_is_used_for_ids_and_logits_of_many_classes():
-    z, ids = draw((7, fused.MIN_CLASSES))
-    y = reference.one_hot(ids, fused.MIN_CLASSES).astype("float32")
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_is_used_for_logits_in_log_space(classes):
+    z, ids = draw((7, classes))
+    y = reference.one_hot(ids, classes).astype("float32")
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
 
     def is_used(y, z, space="log_softmax", from_logits=True):
@@ -204,9 +303,8 @@ def test_is_used_for_ids_and_logits_of_many_classes():
 
     assert is_used(ids, z)
     assert not is_used(ids, z, space="softmax")
-    assert not is_used(y, z)
+    assert is_used(y, z)
     assert not is_used(ids, p, from_logits=False)
-    assert not is_used(ids % 63, z[:, :-1])
     got = values(drs_loss(ids, z, from_logits=True))
     np.testing.assert_allclose(got, reference.each(reference.drs_loss, y, z), rtol=1e-5)
 
@@ -245,16 +343,19 @@ def test_tensorflow_graph_compiles_it_by_xla():
     )
 
 
+@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("cores", [2, 64])
 @pytest.mark.parametrize("batch", [512, 509])
-def test_program_stores_no_second_array_of_that_size(batch, cores):
+def test_program_stores_no_second_array_of_that_size(batch, cores, sparse):
     classes = 32_000
-    program = fused.compiled_program(classes, "float32", BlockPlan(cores))
+    form = fused.Form("sum_of_squares", smooth=False, masked=False, sparse=sparse)
+    program = fused.compiled_program(classes, "float32", form, BlockPlan(cores))
+    label_shape, label_dtype = ((batch,), "int32") if sparse else ((batch, classes), "float32")
     if BACKEND == "jax":
         import jax
 
-        shapes = [jax.ShapeDtypeStruct((batch, classes), "float32")]
-        shapes += [jax.ShapeDtypeStruct((batch,), dtype) for dtype in ("int32", "float32")]
+        shapes = [jax.ShapeDtypeStruct((batch, classes), "float32"), jax.ShapeDtypeStruct(label_shape, label_dtype)]
+        shapes += [jax.ShapeDtypeStruct((batch,), "float32")]
         shapes += [jax.ShapeDtypeStruct((), "float32")] * 2
         temporary = jax.jit(program).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     else:
@@ -262,8 +363,9 @@ def test_program_stores_no_second_array_of_that_size(batch, cores):
 
         if tuple(map(int, tf.__version__.split(".")[:2])) < (2, 21):
             pytest.skip("older versions of XLA copy the gradient's buffer once more")
-        z, ids, scale = np.zeros((batch, classes), "float32"), np.zeros(batch, "int32"), np.ones(batch, "float32")
-        inputs = [ops.convert_to_tensor(x) for x in (z, ids, scale, np.float32(0.3), np.float32(0))]
+        z, labels = np.zeros((batch, classes), "float32"), np.zeros(label_shape, label_dtype)
+        numbers = np.ones(batch, "float32"), np.float32(0.3), np.float32(0)
+        inputs = [ops.convert_to_tensor(x) for x in (z, labels, *numbers)]
         temporary = peak_of_temporaries(program.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo"))
     assert temporary <= 0.02 * batch * classes * 4
 
