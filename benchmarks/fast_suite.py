@@ -47,8 +47,8 @@ DESIGN = {
 }
 TEST = {
     "digits, dense network, adversarial training": ("digits", 0.15, 0, "ce", "pgd", "dense", 1),
-    "MNIST, DRSLoss and noise": ("mnist", 0.2, 0.3, "drs", None, "cnn", 1),
     "CIFAR-10, adversarial training": ("cifar10", 8 / 255, 0, "ce", "fgsm", "cnn", 1),
+    "MNIST, DRSLoss and noise": ("mnist", 0.2, 0.3, "drs", None, "cnn", 1),
     "MNIST, rounded inputs": ("mnist", 0.1, 0, "ce", None, "rounded", 1),
 }
 EPOCHS = {"digits": 30, "mnist": 6, "cifar10": 8}
