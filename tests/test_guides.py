@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-GUIDES = sorted((Path(__file__).parents[1] / "docs" / "guides").glob("*.md"))
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+from tests.backends import BACKEND
+from tests.helpers import run_python
 
+FOLDER = Path(__file__).parents[1] / "docs" / "guides"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SEVERAL_DEVICES = FOLDER / "devices.md"
+GUIDES = sorted(set(FOLDER.glob("*.md")) - {SEVERAL_DEVICES})
 
 CASES = [
     pytest.param(
@@ -28,3 +32,15 @@ def test_the_code_of_a_guide_runs(path):
     assert 0 <= report.robust_accuracy <= report.clean_accuracy
     # The last report of each guide but this one is on the predictions of its model.
     assert report.clean_accuracy == 1 or path.stem == "language"
+
+
+@pytest.mark.more
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no replicas on torch")
+def test_the_guide_to_several_devices_runs(tmp_path):
+    blocks = BLOCK.findall(SEVERAL_DEVICES.read_text(encoding="utf-8"))
+    assert len(blocks) == 2
+    printed = run_python(blocks[BACKEND == "jax"], cwd=tmp_path).stdout
+    if BACKEND == "jax":
+        assert (tmp_path / "robust.keras").exists()
+    else:
+        assert "robust accuracy" in printed
