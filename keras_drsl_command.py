@@ -173,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--workers", type=_workers, help="processes:N, or ray, to attack batches of images in several processes"
     )
+    evaluate.add_argument(
+        "--precision", type=_number, help="end as soon as the interval reaches at most this far to each side, as 0.05"
+    )
+    evaluate.add_argument(
+        "--at-least", type=_number, help="end as soon as the robust accuracy is known to be above or below, as 0.6"
+    )
     evaluate.add_argument("--seed", type=_integer(0), default=0, help="of all randomness, by default 0")
     evaluate.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only every N-th image from the I-th on, 0 <= I < N"

@@ -16,6 +16,7 @@ from keras_drsl import _escape, _files, datasets
 from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, html, robustness_curve
 from keras_drsl.evaluation.reading import image_shape
 from keras_drsl.evaluation.rendering import summarize
+from keras_drsl.evaluation.results import in_report
 from keras_drsl.evaluation.state import read_state
 from keras_drsl.plotting import new_figure
 from keras_drsl.threat import ThreatModel
@@ -81,12 +82,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         state_path=args.state,
         keep_examples=args.keep or False,
         workers=args.workers,
+        precision=args.precision,
+        at_least=args.at_least,
         **options,
     )
     problems = _deliver(report, args)
     if args.state is not None:
         with _collect(problems, f"The state in {args.state!r} does not hold the result"):
-            if read_state(args.state)["broken_by"] != report.broken_by_row:
+            if in_report(read_state(args.state)["broken_by"]) != report.broken_by_row:
                 raise ValueError("it could not be written to the end")
     _write_html(report, args, Path(args.model).name, problems)
     if args.plot is not None:

@@ -72,6 +72,20 @@ def test_numbers_per_feature_and_an_output_are_read(tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_an_evaluation_ends_early(tmp_path, capsys):
+    x, y = inputs(300)
+    linear_model().save(tmp_path / "model.keras")
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    files = ["--state", tmp_path / "eval.state", "--out", tmp_path / "report.json"]
+    assert evaluate(tmp_path, "--eps", 0.05, "--at-least", 0.1, "--precision", 0.2, *files) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"stopped early    after \d+ of 300 examples\nat least 10.0%   yes\n", printed)
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert (settings["precision"], settings["at_least"], settings["num_given"]) == (0.2, 0.1, 300)
+    assert evaluate(tmp_path, "--eps", 0.05, "--precision", 0.7) == 2
+    assert "`precision` must be a number in (0, 0.5). Received: precision=0.7" in capsys.readouterr().err
+
+
 def test_a_curve_is_drawn(files, tmp_path):
     pytest.importorskip("matplotlib")
     assert evaluate(files, "--eps", "1/10", "--plot", tmp_path / "curve.png") == 0

@@ -10,6 +10,7 @@ from keras_drsl._typing import Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
 from keras_drsl.evaluation.kept import check_argument
 from keras_drsl.evaluation.report import RobustnessReport
+from keras_drsl.evaluation.stopping import stopping_rule
 from keras_drsl.evaluation.workers import check_workers
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
@@ -47,6 +48,8 @@ def evaluate_robustness(
     state_path: str | os.PathLike[str] | None = None,
     keep_examples: bool | str | os.PathLike[str] = False,
     workers: str | None = None,
+    precision: float | None = None,
+    at_least: float | None = None,
     verbose: int = 1,
 ) -> RobustnessReport:
     """Measure how robust a classifier is: the worst case of several attacks, with checks that test the result.
@@ -126,6 +129,12 @@ def evaluate_robustness(
         workers: `"processes:N"` to attack batches of examples in N processes of this machine, or `"ray"` as tasks of
             Ray: on the cluster that `ray.init(address=...)` connected, or else on this machine. The report is that of
             one process. Choose a `batch_size` that gives each worker several batches. None for this process.
+        precision: End as soon as the 95 % interval of the robust accuracy reaches at most this far to each side, in
+            (0, 0.5). Examples are then attacked in a random order, 64 at a time by all attacks, and the report is on
+            those that were. The interval is that of a confidence sequence: it is valid wherever the evaluation ends,
+            and wider than that of a full one. Such reports do not merge.
+        at_least: End as soon as this interval lies wholly above or wholly below a share in (0, 1]. With `precision`,
+            both rules must be met.
         verbose: 0 for no output, 1 to show progress on `sys.stderr`: a bar on a terminal, elsewhere a line per minute.
 
     Returns:
@@ -134,7 +143,7 @@ def evaluate_robustness(
     Raises:
         ValueError: If an argument is out of its range, inputs lie outside the valid range, labels do not match, the
             outputs of the model are neither logits nor probabilities or not finite, the state file belongs to another
-            evaluation, or the model cannot be sent to workers.
+            evaluation, the model cannot be sent to workers, or the examples are too few for the precision.
         ImportError: For workers without joblib or Ray.
         RuntimeError: If workers die again and again.
 
@@ -152,6 +161,7 @@ def evaluate_robustness(
     check_model("model", model)
     keep = check_argument(keep_examples, state_path)
     started = check_workers(workers)
+    stopping = stopping_rule(precision, at_least, shard=shard, workers=workers, task=task)
     evaluator = Evaluator(
         ThreatModel.from_arguments(eps, norm, clip_min, clip_max, threat, mask),
         suite=suite,
@@ -162,6 +172,7 @@ def evaluate_robustness(
         max_samples=max_samples,
         shard=shard,
         view=View(output, preprocessing, expectation_draws, attack_input, task, which, ignore_class),
+        stopping=stopping,
     )
     examples = evaluator.read_examples(model, x_or_dataset, y)
     with preserve_state(model, undefended, preprocessing, inputs=examples.x):

@@ -7,8 +7,9 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import CALLS
-from keras_drsl.evaluation.results import CLEAN, Check
+from keras_drsl.evaluation.results import CLEAN, LEFT_OUT, Check, in_report
 from keras_drsl.evaluation.state import State
+from keras_drsl.evaluation.stopping import StoppingRule
 from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.evaluation.workers import Job, Recipe, Workers, open_workers
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
@@ -61,8 +63,10 @@ class Evaluator:
         max_samples: int | None = None,
         shard: tuple[int, int] | None = None,
         view: View | None = None,
+        stopping: StoppingRule | None = None,
     ) -> None:
         self.threat = threat
+        self.stopping = stopping
         self.view = (view or View()).check()
         self.reader = Reader(threat, self.view)
         suite = check_suite(suite)
@@ -82,6 +86,8 @@ class Evaluator:
             else _validation.check_integer("max_samples", max_samples, at_least=1),
             "shard": None if shard is None else list(_check_shard(shard)),
         } | self.view.settings
+        if stopping is not None:
+            self.settings |= stopping.settings
 
     def check_examples(self, examples: Examples) -> Examples:
         """Return examples that fit the threat model, or raise `ValueError`."""
@@ -199,6 +205,9 @@ class Evaluator:
         if not (np.isfinite(logits).all() and np.isfinite(outputs).all()):
             raise ValueError("`model` must return finite outputs for all inputs. Received: NaN or infinite ones")
         settings = self.settings | {"outputs": model.outputs}
+        if self.stopping is not None:
+            self.stopping.check_count(len(examples.x))
+            settings["num_given"] = len(examples.x)
         provenance = _provenance(model, undefended, examples, pool)
         identity = self._identity(settings, provenance, outputs)
         if keep_examples:
@@ -206,7 +215,10 @@ class Evaluator:
         state = State(state_path, identity, len(examples.x))
         threat = self.threat if examples.layout is None else examples.layout.extend(self.threat)
         wrong = is_misclassified(outputs, examples.y)
-        state.broken_by = [CLEAN if is_wrong else name for is_wrong, name in zip(wrong, state.broken_by, strict=True)]
+        state.broken_by = [
+            CLEAN if is_wrong and name != LEFT_OUT else name
+            for is_wrong, name in zip(wrong, state.broken_by, strict=True)
+        ]
         state.broken_rounded = [bool(pair[0]) or pair[1] for pair in zip(wrong, state.broken_rounded, strict=True)]
         if outputs.ndim == 3:
             state.wrong = {CLEAN: count_wrong(outputs, examples.y).tolist()} | state.wrong
@@ -247,11 +259,14 @@ class Evaluator:
                 open_workers(workers, job, make_recipe) as opened,
             ):
                 run = _Run(context, state, opened, pool, names, progress, title, examples.num_labels, store)
-                run.run_all()
+                run.run_all(self.stopping)
             report = self._report(settings, names, state, examples, provenance, outputs.argmax(axis=-1))
             kept = None
             if store is not None:
                 kept = finish(context, store, state.broken_by, examples)
+                if LEFT_OUT in state.broken_by:
+                    attacked = np.array(state.broken_by) != LEFT_OUT
+                    kept = {name: values[attacked] for name, values in kept.items()}
                 report.checks.append(try_again(context, store, state.broken_by))
         except BaseException:
             if store is not None:
@@ -325,6 +340,9 @@ class Evaluator:
         if examples.files is not None:
             per_example |= {"file": examples.files.tolist(), "prediction": predictions.tolist()}
             provenance = provenance | {"classes": examples.class_names}
+        if LEFT_OUT in state.broken_by:
+            attacked = [by != LEFT_OUT for by in state.broken_by]
+            per_example = {name: list(compress(column, attacked)) for name, column in per_example.items()}
         checks = [Check(**state.checks[name]) for name in check_names]
         return RobustnessReport(settings, records, checks, per_example, provenance)
 
@@ -361,16 +379,23 @@ class _Run:
             self._todo[name] = float(runs * attack.num_evaluations)
         self._finished = 0.0
 
-    def run_all(self) -> None:
-        """Run the checks of before, the attacks, and the checks of after."""
+    def run_all(self, stopping: StoppingRule | None) -> None:
+        """Run the checks of before, the attacks, and the checks of after.
+
+        Args:
+            stopping: When the attacks may end before all examples are attacked, or None.
+        """
         before, after = (
             [name for name in self._checks if CHECKS[name].stage == stage] for stage in ("before", "after")
         )
         self.begin("checks_before")
         self.run_checks(before)
-        for name in self._context.attacks:
-            self.begin(name)
-            self.run_attack(name)
+        if stopping is not None:
+            self.run_parts(stopping)
+        else:
+            for name in self._context.attacks:
+                self.begin(name)
+                self.run_attack(name)
         self.begin("checks")
         self.run_checks(after)
 
@@ -382,17 +407,53 @@ class _Run:
 
     def run_attack(self, name: str) -> None:
         """Attack the examples that are robust so far, batch by batch."""
+        size = self._context.batch_size
+        robust = self._robust_before(name, np.arange(len(self._state.broken_by)))
+        batches = [(number, robust[start : start + size]) for number, start in enumerate(range(0, len(robust), size))]
+        done = self._state.done.get(name, 0)
+        self._show(name, min(done * size, len(robust)), len(robust))
+        for number in self._attack(name, batches[done:]):
+            self._show(name, min((number + 1) * size, len(robust)), len(robust))
+        self._finish(name, len(robust))
+
+    def run_parts(self, stopping: StoppingRule) -> None:
+        """Run all attacks on a few examples at a time, in a random order, until the rule is met."""
+        state, count = self._state, 0
+        parts = stopping.parts(len(state.broken_by), self._context.batch_size, self._context.seed)
+        for number, part in enumerate(parts):
+            for name in self._context.attacks:
+                robust = self._robust_before(name, part)
+                if state.done.get(name, 0) <= number:
+                    # An empty batch too, so that each attack is counted.
+                    list(self._attack(name, [(number, robust)] if len(robust) else []))
+            count += len(part)
+            attacked = np.concatenate(parts[: number + 1])
+            robust_so_far = sum(state.broken_by[row] is None for row in attacked)
+            self._progress.update(
+                f"{self._title}{count} of at most {len(state.broken_by)} images, "
+                f"{robust_so_far / count:.1%} of them robust",
+                done=count,
+                total=len(state.broken_by),
+            )
+            if stopping.is_met(robust_so_far, count):
+                break
+        for row in np.concatenate([*parts[number + 1 :], np.array([], int)]):
+            state.broken_by[row] = LEFT_OUT
+        state.save()
+        for name in self._context.attacks:
+            self._finish(name, 0)
+
+    def _robust_before(self, name: str, rows: Array) -> Array:
+        """Return which of some examples were robust when an attack began, also if it began before a kill."""
+        return np.array([row for row in rows if self._state.broken_by[row] in (None, name)], dtype=int)
+
+    def _attack(self, name: str, batches: list[tuple[int, Array]]) -> Iterator[int]:
+        """Attack batches of examples, record what is found, and yield the number of each batch when it is done."""
         context, state = self._context, self._state
-        # The examples that were robust when the attack began, also if it began before a kill.
-        robust = np.array([index for index, by in enumerate(state.broken_by) if by in (None, name)], dtype=int)
-        starts = range(0, len(robust), context.batch_size)
-        batches = [(number, robust[start : start + context.batch_size]) for number, start in enumerate(starts)]
         state.seconds.setdefault(name, 0.0)
         for numbers in (state.done, state.gradients, state.queries):
             numbers.setdefault(name, 0)
-        left = batches[state.done[name] :]
-        self._show(name, min(state.done[name] * context.batch_size, len(robust)), len(robust))
-        for (number, rows), found in zip(left, self._workers.run(name, left), strict=True):
+        for (number, rows), found in zip(batches, self._workers.run(name, batches), strict=True):
             x, y = context.x[rows], context.y[rows]
             self._record(name, rows, found.wrong)
             broken = found.wrong.astype(bool)
@@ -408,8 +469,7 @@ class _Run:
             state.queries[name] += found.queries
             state.seconds[name] += found.seconds
             state.save()
-            self._show(name, min((number + 1) * context.batch_size, len(robust)), len(robust))
-        self._finish(name, len(robust))
+            yield number
 
     def _keep(self, rows: Array, x_adv: Array, found: Array) -> None:
         """Keep the points of an attack or check, if the evaluation keeps examples, before the state counts them."""
@@ -512,7 +572,7 @@ def _read_again(
     expected = settings, {name: provenance[name] for name in facts}
     found = report.settings, {name: report.provenance.get(name) for name in facts}
     is_same = json.loads(json.dumps(expected)) == json.loads(json.dumps(found))
-    return report if is_same and report.broken_by_row == state.broken_by else None
+    return report if is_same and report.broken_by_row == in_report(state.broken_by) else None
 
 
 def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str]) -> dict[str, list[Any]]:

@@ -20,6 +20,32 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
     return centre - half_width if successes > 0 else 0.0, centre + half_width if successes < count else 1.0
 
 
+def confidence_sequence(successes: int, count: int) -> tuple[float, float]:
+    """Return a 95 % interval of a share that is valid after any number of examples, however the last one was chosen.
+
+    It holds the shares whose likelihood is at least 0.05 times its average over all shares in [0, 1]. With a
+    probability of 95 %, the true share is in the intervals of all counts. It is wider than Wilson's.
+
+    Args:
+        successes: How many of the examples count.
+        count: How many examples there are, drawn one after the other at random.
+
+    Reference: Waudby-Smith and Ramdas, "Confidence sequences for sampling without replacement", arXiv:2006.04347 (the
+    prior-posterior ratio).
+    """
+    failures = count - successes
+    # The density of the beta distribution that is the posterior of a uniform prior.
+    constant = math.lgamma(count + 2) - math.lgamma(successes + 1) - math.lgamma(failures + 1) - math.log(0.05)
+
+    def is_likely(share: float) -> bool:
+        logs = (number * math.log(part) for number, part in ((successes, share), (failures, 1 - share)) if number)
+        return constant + sum(logs) >= 0
+
+    best = successes / count
+    low = 0.0 if not successes else 1 - _last_where(lambda other: is_likely(1 - other), 1 - best, 1.0)
+    return low, 1.0 if not failures else _last_where(is_likely, best, 1.0)
+
+
 def of_ratio(wrong: Sequence[int], counts: Sequence[int]) -> tuple[float, float]:
     """Return the 95 % confidence interval of `1 - sum(wrong) / sum(counts)`, over the examples.
 

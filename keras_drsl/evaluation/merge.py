@@ -45,6 +45,8 @@ def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
 
 def _check_one_evaluation(reports: Sequence[EvaluationResults]) -> None:
     first = reports[0]
+    if any(report.may_stop_early for report in reports):
+        raise ValueError("`reports` must be of whole shards. Received: one that could end early")
     for other in reports[1:]:
         for key in ("model", "undefended", "data", "pool"):
             if first.provenance.get(key) != other.provenance.get(key):

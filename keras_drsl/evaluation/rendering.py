@@ -50,6 +50,7 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
         f"robust accuracy  {report.robust_accuracy:7.1%}   {bound}95 % interval {low:.1%} to {high:.1%}",
         *_rounded_line(report),
         f"clean accuracy   {report.clean_accuracy:7.1%}   {_examples(report)}",
+        *_early_lines(report),
         *_wrap(f"attacked with    {_threat(report)}", indent=17),
         *_class_lines(report),
         *_shards_line(report),
@@ -68,6 +69,19 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
     if verbose:
         lines += [f"\ncost             {cost}" for cost in _cost(report)]
     return "\n".join([*lines, *_check_lines(report, verbose)])
+
+
+def _early_lines(report: EvaluationResults) -> list[str]:
+    """Return the lines on a rule that could end the evaluation early: how far it came, and what it decided."""
+    lines = []
+    if report.stopped_early:
+        lines.append(f"stopped early    after {report.num_examples} of {report.settings['num_given']} examples")
+    share = report.settings.get("at_least")
+    if share is not None:
+        low, high = report.confidence_interval
+        answer = "yes" if low >= share else "no" if high < share else "undecided"
+        lines.append(f"at least {share:.1%}".ljust(17) + answer)
+    return lines
 
 
 def _check_lines(report: EvaluationResults, verbose: bool) -> list[str]:
@@ -181,6 +195,7 @@ def to_markdown(report: EvaluationResults) -> str:
         f"Robust accuracy **{report.robust_accuracy:.1%}**{bound} (95 % interval {low:.1%} to {high:.1%}), clean "
         f"{report.clean_accuracy:.1%}, on {report.num_examples} examples, {_escape.for_markdown(_threat(report))}"
         f"{'' if report.trustworthy else ' - **not trustworthy: a check failed**'}",
+        *(f"{' '.join(line.split())}." for line in _early_lines(report)),
         *([] if eight is None else [f"Against images rounded to 8 bits: **{eight:.1%}**, an upper bound."]),
         *(f"Cost: {cost}." for cost in _cost(report)),
         "",

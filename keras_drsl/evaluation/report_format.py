@@ -62,6 +62,9 @@ SETTINGS = {
     "batch_size": COUNT,
     "max_samples": schema.optional(COUNT),
     "outputs": schema.TEXT,
+    "precision": Rule("a number in (0, 0.5)", lambda value: schema.SHARE.obeys(value) and 0 < value < 0.5),
+    "at_least": Rule("a number in (0, 1]", lambda value: schema.SHARE.obeys(value) and value > 0),
+    "num_given": COUNT,
     "shard": SHARD,
     "shards": schema.list_of(SHARD),
 }

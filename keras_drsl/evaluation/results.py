@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_drsl._typing import Array, Status
-from keras_drsl.evaluation.intervals import of_ratio, wilson
+from keras_drsl.evaluation.intervals import confidence_sequence, of_ratio, wilson
 
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
+LEFT_OUT = "left out"  # what stands there for an example that an early end left out, until the report is made
 BY_SEVERITY: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")  # the outcomes of checks, the worst first
 
 DISTANCES = "minimal distances"  # what a curve of `minimal_distances` has for a suite
@@ -44,13 +45,18 @@ class ClassResult(NamedTuple):
         num_examples: The number of examples.
         clean_accuracy: The share that is classified correctly without an attack.
         robust_accuracy: The share that withstood everything.
-        confidence_interval: The 95 % confidence interval of the robust accuracy, by Wilson's method.
+        confidence_interval: The 95 % confidence interval of the robust accuracy, as in `RobustnessReport`.
     """
 
     num_examples: int
     clean_accuracy: float
     robust_accuracy: float
     confidence_interval: tuple[float, float]
+
+
+def in_report(broken_by: list[str | None]) -> list[str | None]:
+    """Return what broke the examples of a state, without those that an early end left out."""
+    return [name for name in broken_by if name != LEFT_OUT]
 
 
 class EvaluationResults:
@@ -118,7 +124,9 @@ class EvaluationResults:
         robust = Counter(label for label, name in pairs if name is None)
         wrong = Counter(label for label, name in pairs if name == CLEAN)
         return {
-            label: ClassResult(count, 1 - wrong[label] / count, robust[label] / count, wilson(robust[label], count))
+            label: ClassResult(
+                count, 1 - wrong[label] / count, robust[label] / count, self._interval(robust[label], count)
+            )
             for label, count in self.class_counts.items()
         }
 
@@ -150,12 +158,25 @@ class EvaluationResults:
     def confidence_interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the robust accuracy, by Wilson's method.
 
-        Of a model of positions it is that of a ratio of sums over examples: positions of one example resemble each
-        other.
+        Of an evaluation that may end early, it is that of a confidence sequence, which is wider. Of a model of
+        positions it is that of a ratio of sums over examples: positions of one example resemble each other.
         """
         if self.num_positions is not None:
             return of_ratio([row[-1] for row in self.per_example["wrong"]], self.per_example["positions"])
-        return wilson(self._count_broken_by(None), self.num_examples)
+        return self._interval(self._count_broken_by(None), self.num_examples)
+
+    def _interval(self, successes: int, count: int) -> tuple[float, float]:
+        return confidence_sequence(successes, count) if self.may_stop_early else wilson(successes, count)
+
+    @property
+    def may_stop_early(self) -> bool:
+        """Whether the evaluation had a `precision` or `at_least` that could end it early."""
+        return "num_given" in self.settings
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the evaluation ended before all examples were attacked: the report is on those that were."""
+        return self.may_stop_early and self.num_examples < self.settings["num_given"]
 
     @property
     def accuracy(self) -> dict[str, dict[str, float]]:
