@@ -1,8 +1,9 @@
-"""What DRSLoss and SoftmaxDiversity add to a whole training step.
+"""What DRSLoss and SoftmaxDiversity add to a whole training step, and what a step of adversarial training takes.
 
 A small CNN on images of 28 x 28, the same trained on images attacked by PGD in ten steps, and a wide softmax head of
-10,000 classes, each by `fit` as a user gets it by default, the losses taking turns. It prints milliseconds per step and
-the targets. About eight minutes on two cores.
+10,000 classes, each by `fit` as a user gets it by default, the losses taking turns. Then the step with PGD-10 beside
+that of other libraries, where they are installed: `AdversarialTrainerMadryPGD` of ART, and the loop of cleverhans's
+tutorial with its PGD. It prints milliseconds per step and the targets. About ten minutes on two cores.
 
     python -m benchmarks.step_overhead --out results
 """
@@ -12,11 +13,15 @@ from benchmarks import measure
 if __name__ == "__main__":
     ARGS = measure.parse_arguments(__doc__)
 
+import importlib.util
+import time
+
 import keras
 import numpy as np
 
 import keras_drsl
 
+EPS, ATTACK_STEPS = 0.1, 10
 LOSSES = {"cross_entropy": "sparse_categorical_crossentropy", "drs": keras_drsl.DRSLoss(0.3)}
 
 
@@ -32,7 +37,7 @@ def cnn():
 def adversarial_cnn():
     """Return the model of `cnn`, trained on attacked images."""
     model, *batch = cnn()
-    return keras_drsl.AdversarialTraining(model, 0.1), *batch
+    return keras_drsl.AdversarialTraining(model, EPS, steps=ATTACK_STEPS), *batch
 
 
 def wide_head():
@@ -64,6 +69,112 @@ def run_model(make, steps, rounds):
     return {"model": make.__name__, "steps": steps, "rounds": rounds, "seconds_a_step": seconds, "ratios": ratios}
 
 
+def of_this_package(model):
+    """Return what trains a model for an epoch."""
+    robust = keras_drsl.AdversarialTraining(model, EPS, steps=ATTACK_STEPS)
+    robust.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+    return lambda x, y, batch: robust.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
+
+
+def of_art(model):
+    """Return the same with ART's trainer."""
+    import tensorflow as tf
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+    from art.estimators.classification import TensorFlowV2Classifier
+
+    optimizer, loss_fn = keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy()
+
+    @tf.function
+    def train_step(model, x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
+        )
+
+    classifier = TensorFlowV2Classifier(
+        model, nb_classes=10, input_shape=model.input_shape[1:], loss_object=loss_fn, train_step=train_step,
+        clip_values=(0.0, 1.0),
+    )  # fmt: skip
+    step = 2.5 * EPS / ATTACK_STEPS
+    options = {"eps": EPS, "eps_step": step, "max_iter": ATTACK_STEPS, "num_random_init": 1}
+    return lambda x, y, batch: AdversarialTrainerMadryPGD(
+        classifier, nb_epochs=1, batch_size=batch, **options
+    ).fit(x, np.eye(10, dtype="float32")[y])  # fmt: skip
+
+
+def of_cleverhans(model):
+    """Return the same with the loop of cleverhans's tutorial: its PGD, then a compiled step."""
+    import tensorflow as tf
+    from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
+
+    optimizer, loss_fn = keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy()
+
+    @tf.function
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
+        )
+
+    # Its loss takes logits.
+    logits = keras.Model(model.inputs, model.layers[-1](model.layers[-2].output))
+    step = 2.5 * EPS / ATTACK_STEPS
+
+    def epoch(x, y, batch):
+        for start in range(0, len(x), batch):
+            part = tf.constant(x[start : start + batch])
+            x_adv = projected_gradient_descent(
+                logits, part, EPS, step, ATTACK_STEPS, np.inf, clip_min=0.0, clip_max=1.0, sanity_checks=False
+            )
+            train_step(x_adv, tf.constant(y[start : start + batch]))
+
+    return epoch
+
+
+def compare_libraries(steps, rounds):
+    """Measure the seconds per step of adversarial training, and of the first one, of each library that is installed."""
+    makers = {"keras_drsl": of_this_package}
+    if keras.config.backend() == "tensorflow":
+        makers |= {
+            name: make
+            for name, make in (("art", of_art), ("cleverhans", of_cleverhans))
+            if importlib.util.find_spec(name)
+        }
+    calls, first = {}, {}
+    for name, make in makers.items():
+        keras.utils.set_random_seed(0)
+        model, batch, shape, classes = cnn()
+        rng = np.random.default_rng(0)
+        x, y = rng.random((steps * batch, *shape), "float32"), rng.integers(0, classes, steps * batch)
+        train = make(model)
+        began = time.perf_counter()
+        train(x[:batch], y[:batch], batch)
+        first[name] = time.perf_counter() - began
+        calls[name] = lambda train=train, x=x, y=y, batch=batch: train(x, y, batch)
+    seconds = measure.interleave(calls, rounds)
+    seconds = {name: [value / steps for value in values] for name, values in seconds.items()}
+    for name, values in seconds.items():
+        rate = batch / measure.quartiles(values)[1]
+        print(
+            f"PGD-{ATTACK_STEPS} with {name}: {rate:.0f} images per second, first step {first[name]:.1f} s", flush=True
+        )
+    return {"batch": batch, "steps": steps, "rounds": rounds, "seconds_a_step": seconds, "first_step": first}
+
+
+def targets_of_libraries(row):
+    """Return the target of a step beside the fastest other library."""
+    seconds = row["seconds_a_step"]
+    others = [name for name in seconds if name != "keras_drsl"]
+    if not others:
+        return []
+    fastest = min(others, key=lambda name: measure.quartiles(seconds[name])[1])
+    found = measure.ratio(seconds["keras_drsl"], seconds[fastest])
+    name = f"a step of PGD-{ATTACK_STEPS} adversarial training / that of {fastest}"
+    return [{"name": name, "value": found["ratio"], "spread": found["spread"], "target": 0.8}]
+
+
 def main():
     steps, rounds = (2, 2) if ARGS.quick else (20, 21)
     # A step under attack takes ten times as long.
@@ -84,8 +195,10 @@ def main():
                 "spread": step["spread"],
             }
         )
-    targets = measure.verdict(targets)
-    measure.write(ARGS, "step_overhead", {"rows": rows, "targets": targets})
+    libraries = compare_libraries(max(steps // 5, 2), 2 if ARGS.quick else 9)
+    targets = measure.verdict(targets + targets_of_libraries(libraries))
+    packages = {"adversarial-robustness-toolbox", "cleverhans"} if len(libraries["first_step"]) > 1 else ()
+    measure.write(ARGS, "step_overhead", {"rows": rows, "libraries": libraries, "targets": targets}, packages)
 
 
 if __name__ == "__main__":
