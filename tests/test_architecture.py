@@ -7,6 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "keras_drsl"
 
+# Files that may import one more part than theirs.
+MAY_ALSO_IMPORT = {"training/linear_head.py": {"losses"}}
+
 # What each part of the package may import of the others.
 MAY_IMPORT = {
     "_typing": set(),
@@ -73,7 +76,8 @@ def files():
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_down(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert imports(path) - {part} <= MAY_IMPORT[part]
+    also = MAY_ALSO_IMPORT.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert imports(path) - {part} <= MAY_IMPORT[part] | also
 
 
 def test_training_and_evaluation_do_not_know_each_other():
@@ -82,6 +86,8 @@ def test_training_and_evaluation_do_not_know_each_other():
 
 
 def test_no_part_reaches_itself_through_others():
+    assert not any("training" in MAY_IMPORT[part] for parts in MAY_ALSO_IMPORT.values() for part in parts)
+
     def reachable(part, seen=()):
         for other in MAY_IMPORT[part] - {""}:
             assert other not in seen, f"{part} -> {other} closes a circle"

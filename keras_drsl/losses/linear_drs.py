@@ -14,7 +14,7 @@ from keras_drsl._validation import check_choice, check_integer
 from keras_drsl.losses.base import check_strength, strength_of
 from keras_drsl.losses.drs import check_smoothing, drs_loss
 from keras_drsl.losses.fused import MAX_PROGRAMS
-from keras_drsl.predictions import is_true_class, read_class_ids, to_dense
+from keras_drsl.predictions import ClassIds, is_true_class, read_class_ids, to_dense
 from keras_drsl.spread import SPREADS
 
 
@@ -94,36 +94,70 @@ def linear_drs_loss(
 
     features, kernel = to_dense("features", features), to_dense("kernel", kernel)
     bias = None if bias is None else to_dense("bias", bias)
-    size, classes = _check_shapes(features, kernel, bias)
+    classes = _check_shapes(features, kernel, bias)
     if any(isinstance(x, keras.KerasTensor) for x in (y_true, features, kernel, bias)):
         # In a functional model, whose operations are those of Keras.
         logits = ops.matmul(features, kernel) if bias is None else ops.add(ops.matmul(features, kernel), bias)
         options = {"spread": spread, "label_smoothing": label_smoothing, "ignore_class": ignore_class}
         return drs_loss(y_true, logits, lam, from_logits=True, **options)
-    bias = ops.zeros((classes,), kernel.dtype) if bias is None else bias
     labels = read_class_ids(y_true, features, classes, ignore_class=ignore_class)
-
-    head = _ChunkedHead(
-        chunk=min(chunk_size, classes),
-        size=size,
-        classes=classes,
-        dtypes=tuple(keras.backend.standardize_dtype(x.dtype) for x in (features, kernel, bias)),
+    return linear_values(
+        labels,
+        features,
+        kernel,
+        bias,
+        lam,
+        spread=spread,
+        label_smoothing=label_smoothing,
+        chunk_size=chunk_size,
     )
+
+
+def linear_values(
+    labels: ClassIds,
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    lam: Any,
+    *,
+    spread: str = "sum_of_squares",
+    label_smoothing: float = 0.0,
+    chunk_size: int = 8192,
+    transposed: bool = False,
+) -> Tensor:
+    """Compute the loss of a linear head from labels that were read, with arguments that were checked.
+
+    Args:
+        labels: The class ids.
+        features: Shape `(..., D)`.
+        kernel: Shape `(D, C)`, or `(C, D)` if `transposed`, as an embedding has it.
+        bias: Shape `(C,)`, or None.
+        lam: As in `linear_drs_loss`.
+        spread: As in `linear_drs_loss`.
+        label_smoothing: As in `linear_drs_loss`.
+        chunk_size: As in `linear_drs_loss`.
+        transposed: Whether the classes are the first axis of the kernel.
+
+    Returns:
+        One value per position, shape `(...)`.
+    """
+    bias = _bias_or_zeros(bias, kernel, transposed)
+    head = _chunked_head(features, kernel, bias, chunk_size, transposed)
     forward, backward = compiled_programs(head)
     scale = ops.reshape(labels.scale(head.compute_dtype), (-1,))
-    rows = ops.reshape(features, (-1, size)), ops.reshape(labels.ids, (-1,)), scale
+    rows = ops.reshape(features, (-1, head.size)), ops.reshape(labels.ids, (-1,)), scale
     # The scale of added rows is 0, so they are ignored.
     padded, *constants = _backend.pad_rows(*rows)
     lam = strength_of(lam, head.compute_dtype)
-    strength = lam / (classes - 1) if spread == "variance" else lam
+    strength = lam / (head.classes - 1) if spread == "variance" else lam
     numbers = (ops.cast(number, head.compute_dtype) for number in (strength, label_smoothing))
     values = _backend.custom_vjp(forward, backward, (padded, kernel, bias), (*constants, *numbers))
     values = ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(features)[:-1])
     return values if labels.valid is None else _backend.set_mask(values, labels.valid)
 
 
-def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """Return the number of features and of classes, or raise `ValueError` for shapes that do not match."""
+def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> int:
+    """Return the number of classes, or raise `ValueError` for shapes that do not match."""
     head = tuple(kernel.shape)
     bias_shape = head[1:] if bias is None else tuple(bias.shape)
     received = f"Received: features.shape={tuple(features.shape)}, kernel.shape={head}, bias.shape={bias_shape}"
@@ -133,11 +167,12 @@ def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> tupl
         raise ValueError(f"`kernel` must have at least two classes. {received}")
     if bias_shape != head[1:]:
         raise ValueError(f"`bias` must have the shape (C,). {received}")
-    return head[0], head[1]
+    classes: int = head[1]
+    return classes
 
 
 @dataclass(frozen=True)
-class _ChunkedHead:
+class ChunkedHead:
     """Compute the loss of a linear head and its gradient, a chunk of classes at a time.
 
     Attributes:
@@ -145,15 +180,23 @@ class _ChunkedHead:
         size: The number of features.
         classes: The number of classes.
         dtypes: The dtypes of features, kernel and bias.
+        transposed: Whether the kernel has the shape `(C, D)`.
     """
 
     chunk: int
     size: int
     classes: int
     dtypes: tuple[str, ...]
+    transposed: bool = False
+
+    @property
+    def kernel_shape(self) -> tuple[int, int]:
+        """The shape of the kernel."""
+        return (self.classes, self.size) if self.transposed else (self.size, self.classes)
 
     @property
     def compute_dtype(self) -> str:
+        """The dtype that logits are computed in."""
         return "float64" if self.dtypes[0] == "float64" else "float32"
 
     def over_chunks(self, step: Callable[[Any, int, Any], Any], state: Any) -> Any:
@@ -166,7 +209,11 @@ class _ChunkedHead:
         self, features: Tensor, kernel: Tensor, bias: Tensor, ids: Tensor, start: Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a chunk of the kernel, its logits, and which of them belong to true classes."""
-        part = ops.cast(ops.slice(kernel, (0, start), (self.size, width)), self.compute_dtype)
+        if self.transposed:
+            part = ops.transpose(ops.slice(kernel, (start, 0), (width, self.size)))
+        else:
+            part = ops.slice(kernel, (0, start), (self.size, width))
+        part = ops.cast(part, self.compute_dtype)
         logits = ops.matmul(features, part) + ops.cast(ops.slice(bias, (start,), (width,)), self.compute_dtype)[None]
         return part, logits, is_true_class(ids - start, width)
 
@@ -240,26 +287,87 @@ class _ChunkedHead:
                 - smoothing / self.classes
                 + ops.where(is_true, smoothing - 1, 2 * strength * (z - mean))
             )
-            of_part = ops.matmul(ops.transpose(features), of_logits)
+            if self.transposed:
+                of_part, place = ops.matmul(ops.transpose(of_logits), features), (start, 0)
+            else:
+                of_part, place = ops.matmul(ops.transpose(features), of_logits), (0, start)
             return (
                 of_features + ops.matmul(of_logits, ops.transpose(part)),
-                ops.slice_update(of_kernel, (0, start), ops.cast(of_part, self.dtypes[1])),
+                ops.slice_update(of_kernel, place, ops.cast(of_part, self.dtypes[1])),
                 ops.slice_update(of_bias, (start,), ops.cast(ops.sum(of_logits, axis=0), self.dtypes[2])),
             )
 
-        empty_kernel = ops.zeros((self.size, self.classes), self.dtypes[1])
+        empty_kernel = ops.zeros(self.kernel_shape, self.dtypes[1])
         state = (ops.zeros_like(features), empty_kernel, ops.zeros((self.classes,), self.dtypes[2]))
         of_features, of_kernel, of_bias = self.over_chunks(step, state)
         return ops.cast(of_features, self.dtypes[0]), of_kernel, of_bias
 
 
+def largest_others(
+    labels: ClassIds,
+    features: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    count: int,
+    *,
+    chunk_size: int,
+    transposed: bool,
+) -> Tensor:
+    """Return the classes of the largest non-true logits of each position, from the largest down.
+
+    Args:
+        labels: The class ids.
+        features: Shape `(..., D)`.
+        kernel: As in `linear_values`.
+        bias: As in `linear_values`.
+        count: How many.
+        chunk_size: As in `linear_values`.
+        transposed: As in `linear_values`.
+
+    Returns:
+        Int32, shape `(rows, count)`, with one row for each position.
+    """
+    bias = _bias_or_zeros(bias, kernel, transposed)
+    features, kernel, bias = (ops.stop_gradient(ops.convert_to_tensor(x)) for x in (features, kernel, bias))
+    head = _chunked_head(features, kernel, bias, chunk_size, transposed)
+    rows, ids = ops.cast(ops.reshape(features, (-1, head.size)), head.compute_dtype), ops.reshape(labels.ids, (-1,))
+
+    def step(start: Tensor, width: int, state: Any) -> Any:
+        largest, places = state
+        _, z, is_true = head.chunk_of_logits(rows, kernel, bias, ids, start, width)
+        found, where = ops.top_k(ops.where(is_true, -1e30, z), min(count, width))
+        values = ops.concatenate([largest, found], axis=-1)
+        candidates = ops.concatenate([places, ops.cast(where, "int32") + start], axis=-1)
+        largest, order = ops.top_k(values, count)
+        return largest, ops.take_along_axis(candidates, ops.cast(order, "int32"), axis=-1)
+
+    lowest = ops.full((ops.shape(rows)[0], count), -2e30, dtype=head.compute_dtype)
+    places: Tensor = head.over_chunks(step, (lowest, ops.cast(ops.zeros_like(lowest), "int32")))[1]
+    return places
+
+
+def _bias_or_zeros(bias: Tensor | None, kernel: Tensor, transposed: bool) -> Tensor:
+    return ops.zeros((kernel.shape[0 if transposed else 1],), kernel.dtype) if bias is None else bias
+
+
+def _chunked_head(features: Tensor, kernel: Tensor, bias: Tensor, chunk_size: int, transposed: bool) -> ChunkedHead:
+    size, classes = tuple(kernel.shape)[:: -1 if transposed else 1]
+    return ChunkedHead(
+        chunk=min(chunk_size, classes),
+        size=size,
+        classes=classes,
+        dtypes=tuple(keras.backend.standardize_dtype(x.dtype) for x in (features, kernel, bias)),
+        transposed=transposed,
+    )
+
+
 @lru_cache(maxsize=MAX_PROGRAMS)
-def compiled_programs(head: _ChunkedHead) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def compiled_programs(head: ChunkedHead) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the programs of the values and of the gradients. They are cached so that each is traced once."""
     rows = ((None,), head.compute_dtype)
     inputs = [
         ((None, head.size), head.dtypes[0]),
-        ((head.size, head.classes), head.dtypes[1]),
+        (head.kernel_shape, head.dtypes[1]),
         ((head.classes,), head.dtypes[2]),
         ((None,), "int32"),
         rows,

@@ -175,7 +175,19 @@ def _loss_per_token(
     if is_zero(lam):
         return values
     a = _mean_of_largest(inputs, start, end)
-    counts = ops.ones_like(a) if inputs.valid is None else ops.cast(inputs.valid, a.dtype)
+    return values + strength_of(lam, a.dtype) * recentralization(a, inputs.valid, weights, count_weights=count_weights)
+
+
+def recentralization(a: Tensor, valid: Tensor | None, weights: Tensor | None, *, count_weights: bool) -> Tensor:
+    """Return the penalty of each token, `-N log_softmax(a)`.
+
+    Args:
+        a: The mean of the largest non-true logits of each token, shape `(...)`.
+        valid: Bool, shape `(...)`, False for tokens that are ignored; None if none are.
+        weights: The sample weights of the tokens, shape `(...)`, or None.
+        count_weights: Whether `N` is the sum of the weights.
+    """
+    counts = ops.ones_like(a) if valid is None else ops.cast(valid, a.dtype)
     weights = counts if weights is None else counts * ops.cast(weights, a.dtype)
     lowest = smallest_number(a)
     # One more number, as there may be no tokens.
@@ -185,7 +197,7 @@ def _loss_per_token(
     total = ops.sum(weights * ops.exp(ops.where(weights > 0, a - top, 0.0)))
     log_softmax = a - top - ops.log(ops.where(total > 0, total, 1.0))
     number = ops.sum(weights if count_weights else counts)
-    return values - strength_of(lam, a.dtype) * number * log_softmax
+    return -number * log_softmax
 
 
 def _mean_of_largest(inputs: LossInputs, start: int, end: int) -> Tensor:

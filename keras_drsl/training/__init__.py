@@ -1,5 +1,6 @@
 """Adversarial training of any Keras classifier, and the parts of a training method."""
 
+from keras_drsl.training.linear_head import LinearHeadTraining
 from keras_drsl.training.methods import (
     ATTACK_LOSSES,
     METHODS,
@@ -22,6 +23,7 @@ __all__ = [
     "AdversarialTraining",
     "AttackedBatch",
     "CleanBatch",
+    "LinearHeadTraining",
     "Method",
     "Outputs",
     "consistency_penalty",
