@@ -16,7 +16,7 @@ from keras_drsl._typing import Array, Tensor
 
 NAME = "jax"
 HAS_XLA = True
-LOGITS_PER_CORE = 2**11, 2**15
+LOGITS_PER_CORE = 2**10, 2**17
 READS_WEIGHTS_EACH_CALL = False
 GATHERS_TRUE_LOGITS = False
 

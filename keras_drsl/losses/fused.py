@@ -168,7 +168,9 @@ def value_and_gradient(
         ones = ops.ones((classes, 1), dtype=logits.dtype)
         block, per_core = partial(_row_by_row, lambda x: ops.matmul(x, ones)), _backend.LOGITS_PER_CORE[1]
     per_core = plan.logits_per_core or per_core
-    most, least = (max(1, number // classes) for number in (plan.cores * per_core, min(SMALLEST_BLOCK, per_core)))
+    # Two cores share the rows of a block: of one row, they would share nothing.
+    fewest = min(plan.cores, 2)
+    most, least = (max(fewest, number // classes) for number in (plan.cores * per_core, min(SMALLEST_BLOCK, per_core)))
     return _in_blocks(partial(block, form, lam, smoothing), most, least, logits, labels, scale)
 
 
