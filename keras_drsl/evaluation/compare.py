@@ -271,6 +271,8 @@ def _as_reports(name: str, side: Any) -> list[RobustnessReport]:
 
 def _check_comparable(report: RobustnessReport, other: RobustnessReport) -> None:
     """Raise `ValueError` for reports that differ in more than their models."""
+    if any(some.may_stop_early for some in (report, other)):
+        raise ValueError("Reports must be of whole evaluations to be compared. Received: one that could end early")
     for name in SETTINGS:
         values = [some.settings.get(name) for some in (report, other)]
         if values[0] != values[1]:

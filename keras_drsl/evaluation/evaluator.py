@@ -29,7 +29,7 @@ from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import CALLS
 from keras_drsl.evaluation.results import CLEAN, LEFT_OUT, Check, in_report
 from keras_drsl.evaluation.state import State
-from keras_drsl.evaluation.stopping import StoppingRule
+from keras_drsl.evaluation.stopping import BETWEEN_LOOKS, StoppingRule
 from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.evaluation.workers import Job, Recipe, Workers, open_workers
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
@@ -419,16 +419,21 @@ class _Run:
     def run_parts(self, stopping: StoppingRule) -> None:
         """Run all attacks on a few examples at a time, in a random order, until the rule is met."""
         state, count = self._state, 0
-        parts = stopping.parts(len(state.broken_by), self._context.batch_size, self._context.seed)
+        parts = stopping.parts(len(state.broken_by), self._context.seed)
+        # What checks break afterwards does not move the end, also where the evaluation is repeated.
+        robust_names = {None, *(f"check:{name}" for name in self._checks if CHECKS[name].stage == "after")}
+        size = self._context.batch_size
+        per_part = -(-BETWEEN_LOOKS // size)
         for number, part in enumerate(parts):
             for name in self._context.attacks:
                 robust = self._robust_before(name, part)
-                if state.done.get(name, 0) <= number:
-                    # An empty batch too, so that each attack is counted.
-                    list(self._attack(name, [(number, robust)] if len(robust) else []))
+                batches = [(number * per_part + i, robust[i * size : (i + 1) * size]) for i in range(per_part)]
+                done = state.done.get(name, 0)
+                # Without batches too, so that each attack is counted.
+                list(self._attack(name, [batch for batch in batches if batch[0] >= done and len(batch[1])]))
             count += len(part)
             attacked = np.concatenate(parts[: number + 1])
-            robust_so_far = sum(state.broken_by[row] is None for row in attacked)
+            robust_so_far = sum(state.broken_by[row] in robust_names for row in attacked)
             self._progress.update(
                 f"{self._title}{count} of at most {len(state.broken_by)} images, "
                 f"{robust_so_far / count:.1%} of them robust",
@@ -503,21 +508,16 @@ class _Run:
             self._show(f"check:{name}", 0, count)
             if name not in state.checks:
                 began = time.perf_counter()
-                context = dataclasses.replace(
-                    self._context,
-                    broken_by=tuple(state.broken_by),
-                    audit=Audit(**state.audit),
-                    wrong={key: np.array(counts) for key, counts in state.wrong.items()},
-                )
+                context, ids = self._present_context(), self._context.ids
                 context.model.seed(context.seed, name)
                 outcome = run_check(name, context)
                 key = f"check:{name}"
-                rows = np.flatnonzero(np.isin(context.ids, list(outcome.broken)))
-                found = np.array([outcome.wrong.get(int(number), 1) for number in context.ids[rows]], int)
+                rows = np.flatnonzero(np.isin(ids, list(outcome.broken)))
+                found = np.array([outcome.wrong.get(int(number), 1) for number in ids[rows]], int)
                 self._record(key, rows, found)
-                with_point = np.array([int(number) in outcome.x_adv for number in context.ids[rows]], bool)
+                with_point = np.array([int(number) in outcome.x_adv for number in ids[rows]], bool)
                 if with_point.any():
-                    points = np.stack([outcome.x_adv[int(number)] for number in context.ids[rows[with_point]]])
+                    points = np.stack([outcome.x_adv[int(number)] for number in ids[rows[with_point]]])
                     self._keep(rows[with_point], points, found[with_point])
                 state.checks[name] = {
                     "name": name,
@@ -528,6 +528,21 @@ class _Run:
                 state.done[key], state.seconds[key] = self._num_robust(context), time.perf_counter() - began
                 state.save()
             self._finish(f"check:{name}", count)
+
+    def _present_context(self) -> EvaluationContext:
+        """Return the context of a check: what is known now, of the examples that an early end did not leave out."""
+        state = self._state
+        context = dataclasses.replace(
+            self._context,
+            broken_by=tuple(state.broken_by),
+            audit=Audit(**state.audit),
+            wrong={key: np.array(counts) for key, counts in state.wrong.items()},
+        )
+        if LEFT_OUT not in state.broken_by:
+            return context
+        rows = np.flatnonzero(np.array(state.broken_by) != LEFT_OUT)
+        arrays = {name: getattr(context, name)[rows] for name in ("x", "y", "ids", "logits")}
+        return dataclasses.replace(context, broken_by=tuple(in_report(state.broken_by)), **arrays)
 
     def _num_robust(self, context: EvaluationContext) -> int:
         """Return how many examples a check attacks, of those whose labels are all robust so far."""

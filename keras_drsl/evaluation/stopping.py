@@ -16,7 +16,7 @@ class StoppingRule(NamedTuple):
     """Say when an evaluation may end. Examples are attacked in a random order, a few at a time by all attacks.
 
     Attributes:
-        precision: The interval may be at most this much wider than 0 to each side; None for no such rule.
+        precision: How far the interval may reach from the share to each side; None for no such rule.
         at_least: The interval must lie wholly above or below this share; None for no such rule.
     """
 
@@ -36,7 +36,7 @@ class StoppingRule(NamedTuple):
             count: How many were attacked.
         """
         low, high = confidence_sequence(robust, count)
-        is_narrow = self.precision is None or (high - low) / 2 <= self.precision
+        is_narrow = self.precision is None or _reach(robust, count) <= self.precision
         is_decided = self.at_least is None or not low < self.at_least <= high
         return is_narrow and is_decided
 
@@ -44,18 +44,22 @@ class StoppingRule(NamedTuple):
         """Raise `ValueError` if this many examples can never give the precision."""
         if self.precision is None:
             return
-        low, high = confidence_sequence(count, count)
-        if (high - low) / 2 > self.precision:
+        if _reach(count, count) > self.precision:
             raise ValueError(
-                f"`precision` must be at least {(high - low) / 2:.4f} for {count} examples: their interval is never "
-                f"narrower than that to each side. Received: precision={self.precision}"
+                f"`precision` must be at least {_reach(count, count):.4f} for {count} examples: the interval of so few "
+                f"reaches at least as far. Received: precision={self.precision}"
             )
 
-    def parts(self, count: int, size: int, seed: int) -> list[Array]:
-        """Return the positions of the examples in a random order, as many at a time as `size` and a look allow."""
+    def parts(self, count: int, seed: int) -> list[Array]:
+        """Return the positions of the examples in a random order, as many at a time as lie between two looks."""
         order = np.random.default_rng(seed).permutation(count)
-        step = min(size, BETWEEN_LOOKS)
-        return [np.sort(order[start : start + step]) for start in range(0, count, step)]
+        return [np.sort(order[start : start + BETWEEN_LOOKS]) for start in range(0, count, BETWEEN_LOOKS)]
+
+
+def _reach(robust: int, count: int) -> float:
+    """Return how far the interval reaches from the share of robust examples, on the longer side."""
+    low, high = confidence_sequence(robust, count)
+    return max(robust / count - low, high - robust / count)
 
 
 def stopping_rule(precision: Any, at_least: Any, **others: Any) -> StoppingRule | None:

@@ -125,7 +125,8 @@ def fused_drs_loss(
     rows = ops.reshape(logits, (-1, classes)), label_rows, ops.reshape(scale, (-1,))
     # The scale of added rows is 0.
     padded = _backend.pad_rows(*rows)
-    numbers = ops.cast(lam, dtype), ops.cast(label_smoothing, dtype)
+    # Not `ops.cast`, which rounds a number to float32 first.
+    numbers = ops.convert_to_tensor(lam, dtype), ops.convert_to_tensor(label_smoothing, dtype)
     program = compiled_program(classes, dtype, form, plan)
     values = _backend.custom_gradient(program, partial(formula, form), *padded, *numbers)
     return ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(logits)[:-1])

@@ -150,7 +150,7 @@ def linear_values(
     padded, *constants = _backend.pad_rows(*rows)
     lam = strength_of(lam, head.compute_dtype)
     strength = lam / (head.classes - 1) if spread == "variance" else lam
-    numbers = (ops.cast(number, head.compute_dtype) for number in (strength, label_smoothing))
+    numbers = (ops.convert_to_tensor(number, head.compute_dtype) for number in (strength, label_smoothing))
     values = _backend.custom_vjp(forward, backward, (padded, kernel, bias), (*constants, *numbers))
     values = ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(features)[:-1])
     return values if labels.valid is None else _backend.set_mask(values, labels.valid)

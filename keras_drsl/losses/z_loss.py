@@ -79,7 +79,8 @@ class ZLoss(ClassificationLoss):
         if self.loss is None:
             return cross_entropy(inputs)
         self.loss._is_compiled = self._is_compiled
-        return self.loss.values(inputs)
+        values = self.loss._fused_values(inputs)
+        return self.loss.values(inputs) if values is None else values
 
     def get_config(self) -> dict[str, Any]:
         """Return all arguments, for saving."""

@@ -60,8 +60,8 @@ class LinearHeadTraining(keras.Model):
     def __init__(self, model: keras.Model, loss: Any, *, chunk_size: int = 8192, name: str | None = None) -> None:
         if not _backend.HAS_XLA:
             raise RuntimeError(f"`LinearHeadTraining` needs TensorFlow or JAX. Received: KERAS_BACKEND={_backend.NAME}")
-        super().__init__(name=name)
         head = _find_head(model)
+        super().__init__(name=name, dtype=model.dtype_policy)
         self.model = model
         inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
         self._features = keras.Model(inputs, head.features)
@@ -131,16 +131,25 @@ def _find_head(model: Any) -> _Head:
     )
     if has_softmax:
         operation, features = _made_by(features)
-    reversible = getattr(keras.layers, "ReversibleEmbedding", ())
-    if isinstance(operation, keras.layers.Dense) and operation.activation in (
-        keras.activations.linear,
-        keras.activations.softmax,
-    ):
-        has_softmax = has_softmax or operation.activation is keras.activations.softmax
-    elif not (reversible and isinstance(operation, reversible) and not getattr(operation, "logit_soft_cap", None)):
+    reversible = getattr(keras.layers, "ReversibleEmbedding", None)
+    is_known = any(
+        kind is not None and isinstance(operation, kind) and type(operation).call is kind.call
+        for kind in (keras.layers.Dense, reversible)
+    )
+    activation = getattr(operation, "activation", keras.activations.linear)
+    if activation is keras.activations.softmax and not has_softmax:
+        has_softmax, activation = True, keras.activations.linear
+    computes_more = (
+        activation is not keras.activations.linear
+        or getattr(operation, "logit_soft_cap", None)
+        or getattr(operation, "activity_regularizer", None) is not None
+        or getattr(operation, "quantization_mode", None) is not None
+    )
+    if not is_known or computes_more:
         raise ValueError(
             "`model` must end in a Dense layer without an activation or with a softmax, or in a ReversibleEmbedding "
-            f"without a soft cap. Received: a model that ends in {type(operation).__name__} {operation.name!r}"
+            "without a soft cap, and neither be quantized nor have an activity regularizer. "
+            f"Received: a model that ends in {type(operation).__name__} {operation.name!r}"
         )
     return _Head(operation, features, has_softmax)
 
@@ -163,7 +172,8 @@ class _HeadLoss(keras.losses.Loss):
 
     def __init__(self, head: _Head, loss: Any, chunk_size: int) -> None:
         loss = keras.losses.get(loss)
-        if not isinstance(loss, DRSLoss | PRSLoss | keras.losses.SparseCategoricalCrossentropy):
+        # Subclasses may have other formulas.
+        if type(loss) not in (DRSLoss, PRSLoss, keras.losses.SparseCategoricalCrossentropy):
             raise ValueError(
                 f"`loss` must be a DRSLoss, a PRSLoss or Keras's SparseCategoricalCrossentropy. Received: loss={loss!r}"
             )
@@ -187,6 +197,8 @@ class _HeadLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the reduced loss of class ids and features, shape `(..., D)`."""
+        if not isinstance(self._head.layer, keras.layers.Dense):
+            y_pred = ops.copy(y_pred)  # the logits of an embedding have no mask
         kernel, bias, transposed = self._head.weights
         options: dict[str, Any] = {"chunk_size": self._chunk_size, "transposed": transposed}
         classes = kernel.shape[0 if transposed else 1]

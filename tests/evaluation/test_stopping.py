@@ -5,8 +5,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from keras_drsl import RobustnessReport, evaluate_robustness
+from keras_drsl import RobustnessReport, compare, evaluate_robustness
 from keras_drsl.attacks import Attack
+from keras_drsl.evaluation import Outcome, check
 from keras_drsl.evaluation.intervals import confidence_sequence, wilson
 from tests.linear import exact_robust, inputs, linear_model
 
@@ -99,7 +100,7 @@ def test_ends_at_the_precision():
     robust = round(report.robust_accuracy * report.num_examples)
     low, high = report.confidence_interval
     assert (low, high) == confidence_sequence(robust, report.num_examples)
-    assert high - low <= 0.24
+    assert max(report.robust_accuracy - low, high - report.robust_accuracy) <= 0.12
     assert 64 <= report.num_examples < COUNT
     both = evaluate(precision=0.12, at_least=0.01)
     assert both.per_example == report.per_example
@@ -142,6 +143,37 @@ def test_continues_after_an_interruption(tmp_path, monkeypatch):
     assert Exact.num_batches == needed
 
 
+def test_the_size_of_batches_changes_nothing():
+    small, large = (evaluate(precision=0.12, batch_size=size) for size in (24, 256))
+    assert small.per_example == large.per_example
+
+
+def test_checks_see_what_was_attacked_and_do_not_move_the_end(tmp_path):
+    seen = []
+
+    @check()
+    def breaks_some(context):
+        seen.append((len(context.x), len(context.logits), len(context.broken_by)))
+        assert "left out" not in context.broken_by
+        return Outcome("pass", 0.0, "breaks some", broken=context.robust.ids[:40].tolist())
+
+    path = tmp_path / "eval.state"
+    options = {"precision": 0.15, "checks": [breaks_some], "state_path": path}
+    report = evaluate(**options)
+    count = report.num_examples
+    assert count < COUNT
+    assert seen == [(count, count, count)]
+    assert report.per_example["broken_by"].count("check:breaks_some") == 40
+    assert evaluate(**options).per_example == report.per_example
+    assert len(seen) == 1
+
+
+def test_reports_that_could_end_early_are_not_compared():
+    report = evaluate(precision=0.15)
+    with pytest.raises(ValueError, match="Received: one that could end early"):
+        compare(report, report)
+
+
 def test_keeps_and_saves_what_was_attacked(tmp_path):
     report = evaluate(precision=0.15, keep_examples=True)
     assert report.x_adv.shape == (report.num_examples, 4)
@@ -165,7 +197,7 @@ def test_keeps_and_saves_what_was_attacked(tmp_path):
         ({"precision": 0.1, "shard": (0, 2)}, "`shard` cannot be combined with `precision`"),
         ({"at_least": 0.5, "workers": "processes:2"}, "`workers` cannot be combined with `at_least`"),
         ({"at_least": 0.5, "task": "multilabel"}, "`task` cannot be combined with `at_least`"),
-        ({"precision": 0.001}, r"`precision` must be at least 0.0111 for 400 examples"),
+        ({"precision": 0.001}, r"`precision` must be at least 0.0222 for 400 examples"),
     ],
 )
 def test_refuses_what_cannot_end_early(options, message, tmp_path):

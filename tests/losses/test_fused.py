@@ -143,6 +143,16 @@ def test_wrong_distributions_are_nan_unless_masked(plan):
     np.testing.assert_array_equal(np.isnan(grad).all(axis=1), np.isnan(got))
 
 
+def test_a_subclass_with_another_formula_keeps_it():
+    class Twice(DRSLoss):
+        def values(self, inputs):
+            return 2 * super().values(inputs)
+
+    z, ids = draw()
+    expected = 2 * reference.each(reference.drs_loss, reference.one_hot(ids, 6), z)
+    np.testing.assert_allclose(values(Twice(from_logits=True, reduction=None)(ids, z)), expected, rtol=1e-5)
+
+
 def test_few_logits_are_computed_as_the_formula_is_written(monkeypatch):
     monkeypatch.undo()
     few, many = (

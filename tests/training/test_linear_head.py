@@ -17,17 +17,38 @@ needs_reversible = pytest.mark.skipif(
 )
 
 
+class Cosine(keras.layers.Dense):
+    """A head that is not linear."""
+
+    def call(self, inputs):
+        return super().call(keras.ops.normalize(inputs))
+
+
+class OwnLoss(DRSLoss):
+    """A loss with another formula."""
+
+    def values(self, inputs):
+        return 2 * super().values(inputs)
+
+
 def layers_of(head):
     """Return the layers of a model of tokens with one of several heads."""
     body = [keras.Input((5,)), keras.layers.Embedding(VOCABULARY, 8, mask_zero=head == "mask")]
-    if head in ("tied", "untied"):
-        embedding = keras.layers.ReversibleEmbedding(VOCABULARY, 8, tie_weights=head == "tied")
+    if head in ("tied", "untied", "tied mask"):
+        options = {"tie_weights": head != "untied", "mask_zero": head == "tied mask"}
+        embedding = keras.layers.ReversibleEmbedding(VOCABULARY, 8, **options)
         tokens = keras.Input((5,))
         hidden = keras.layers.Dense(8, "relu")(embedding(tokens))
         return keras.Model(tokens, embedding(hidden, reverse=True))
     hidden = keras.layers.Dense(16, "relu")
     if head == "softmax":
         return keras.Sequential([*body, hidden, keras.layers.Dense(VOCABULARY), keras.layers.Softmax()])
+    if head == "twice":
+        return keras.Sequential([*body, hidden, keras.layers.Dense(VOCABULARY, "softmax"), keras.layers.Softmax()])
+    if head == "own":
+        return keras.Sequential([*body, hidden, Cosine(VOCABULARY)])
+    if head == "regularized":
+        return keras.Sequential([*body, hidden, keras.layers.Dense(VOCABULARY, activity_regularizer="l2")])
     options = {"activation": "softmax" if head == "activation" else None, "use_bias": head != "no bias"}
     return keras.Sequential([*body, hidden, keras.layers.Dense(VOCABULARY, **options)])
 
@@ -96,7 +117,7 @@ def test_each_head_of_logits_is_found(head, name):
 @needs_xla
 @needs_reversible
 @pytest.mark.short
-@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("head", ["tied", "untied", "tied mask"])
 @pytest.mark.parametrize("name", ["drs", "prs"])
 def test_an_embedding_that_is_also_the_head_is_trained(head, name):
     assert_equal(*both(lambda: layers_of(head), LOSSES[name]))
@@ -116,6 +137,20 @@ def test_the_logits_behind_a_softmax_are_used(head):
         weights.append(model.get_weights())
     for expected, got in zip(*weights, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@needs_xla
+def test_mixed_precision_scales_the_loss_as_fit_does():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Embedding(50, 8), keras.layers.Dense(50)], name="half")
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        half = keras.Sequential([keras.Input((5,)), keras.layers.Embedding(50, 8), keras.layers.Dense(50)])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for made, scaled in ((model, False), (half, True)):
+        training = LinearHeadTraining(made, CROSS_ENTROPY)
+        training.compile("sgd")
+        assert isinstance(training.optimizer, keras.optimizers.LossScaleOptimizer) == scaled
 
 
 @needs_xla
@@ -148,6 +183,10 @@ def test_saves_the_plain_model(tmp_path):
             "Received: a model that ends in Dropout",
         ),
         (lambda: keras.Sequential([keras.layers.Dense(4)]), CROSS_ENTROPY, "`model` must be a functional model"),
+        (lambda: layers_of("twice"), DRSLoss(), "`model` must end in a Dense layer"),
+        (lambda: layers_of("own"), CROSS_ENTROPY, "Received: a model that ends in Cosine"),
+        (lambda: layers_of("regularized"), CROSS_ENTROPY, "nor have an activity regularizer"),
+        (lambda: layers_of("logits"), OwnLoss(from_logits=True), "`loss` must be a DRSLoss, a PRSLoss or Keras's"),
         (lambda: "model", CROSS_ENTROPY, "`model` must be a functional model.* Received: str"),
     ],
 )
