@@ -45,7 +45,7 @@ def wait_for_write(process, folder, name, count):
 
 
 @on_tensorflow
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.more), pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_evaluation_ends_with_the_same_report(kills, tmp_path):  # C10
     linear_model().save(tmp_path / "model.keras")
     x, y = inputs(40)

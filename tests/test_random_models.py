@@ -63,7 +63,7 @@ def test_the_average_is_that_of_the_probabilities(head):
     assert np.abs(classifier.logits(x) - found).max() > 0.01, "the next call must draw other numbers"
 
 
-@pytest.mark.parametrize("head", some_short(HEADS, more=("softmax", "unit")))
+@pytest.mark.parametrize("head", some_short(HEADS, more=("softmax", "unit", "sigmoid")))
 def test_the_verdict_is_that_of_the_model_without_noise(head):
     x, y, size = unit_inputs()
     model = random_model(head)
@@ -187,6 +187,7 @@ def test_noise_that_is_compiled_into_a_program_fails_a_check():
     assert found.status == "fail" or BACKEND == "torch"
 
 
+@pytest.mark.more
 def test_an_average_of_equal_answers_is_no_harder_to_attack():
     x = np.random.default_rng(0).random((120, 16)).astype("float32")
     model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(10)])

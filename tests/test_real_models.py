@@ -51,7 +51,11 @@ def settle(model, x):
 
 @pytest.mark.parametrize(
     "make",
-    [mobile_net, pytest.param(efficient_net, marks=pytest.mark.slow), pytest.param(res_net, marks=pytest.mark.slow)],
+    [
+        pytest.param(mobile_net, marks=pytest.mark.more),
+        pytest.param(efficient_net, marks=pytest.mark.slow),
+        pytest.param(res_net, marks=pytest.mark.slow),
+    ],
 )
 def test_applications_are_evaluated_trained_saved_and_loaded(make, tmp_path):
     keras.utils.set_random_seed(0)

@@ -25,7 +25,7 @@ def found_distances(*values):
     return MinimalDistances(values, np.zeros((len(values), 2)), range(len(values)), {"norm": "inf", "seed": 0})
 
 
-@pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=[2]))
+@pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=[2, 1]))
 def test_distances_are_exact_on_a_linear_model(norm):
     x, y = inputs(60)
     found = minimal_distances(linear_model(), x, y, norm=norm, **QUIET)

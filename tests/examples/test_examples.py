@@ -38,6 +38,7 @@ def test_an_example_stands_alone(path):
         assert not any(part.startswith("_") for name in names for part in name.split("."))
 
 
+@pytest.mark.more
 def test_a_tuner_chooses_by_robust_accuracy(tmp_path):
     pytest.importorskip("keras_tuner")
     small = ["--trials", "2", "--epochs", "2", "--held-out", "1100", "--suite", "quick", "--max-samples", "20"]

@@ -362,6 +362,7 @@ class TestInKeras:
             np.testing.assert_allclose(loss(ids, z), reference.each(reference.drs_loss, one_hot, z), rtol=1e-5)
         assert len(traces) == 1
 
+    @pytest.mark.more
     @on_tensorflow
     def test_two_replicas_train_the_same_weights_as_one(self):
         run_python(

@@ -153,7 +153,7 @@ def test_mnist_needs_the_choices_of_digits(tmp_path):
         compare_losses.main(["--quick", "--dataset", "mnist", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("dataset", ["digits", "digits_redrawn", "mnist"])
+@pytest.mark.parametrize("dataset", [pytest.param("digits", marks=pytest.mark.more), "digits_redrawn", "mnist"])
 @on_tensorflow_only
 def test_published_runs_are_found_and_tabled_again(dataset, tmp_path, monkeypatch):
     pytest.importorskip("scipy")
