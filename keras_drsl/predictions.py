@@ -75,7 +75,7 @@ class LossInputs(NamedTuple):
         Args:
             values: Shape `(...)`.
         """
-        return _mask_values(values, self.valid, self.in_range)
+        return mask_values(values, self.valid, self.in_range)
 
 
 def read_inputs(
@@ -130,7 +130,7 @@ class ClassIds(NamedTuple):
 
     def scale(self, dtype: str) -> Tensor:
         """Return the factor of each value, as `LossInputs.scale`."""
-        return _mask_values(ops.ones_like(self.ids, dtype=dtype), self.valid, self.in_range)
+        return mask_values(ops.ones_like(self.ids, dtype=dtype), self.valid, self.in_range)
 
 
 def read_class_ids(y_true: Tensor, features: Tensor, num_classes: int, *, ignore_class: int | None) -> ClassIds:
@@ -225,19 +225,22 @@ def logits_behind_softmax(y_pred: Tensor, from_logits: bool, axis: int) -> tuple
     return logits, True
 
 
-def is_true_class(class_ids: Tensor, num_classes: int) -> Tensor:
+def is_true_class(class_ids: Tensor, num_classes: int, *, axis: int = -1) -> Tensor:
     """Return which classes are the true ones. `ops.one_hot` looks at values on PyTorch, which `torch.func` may forbid.
 
     Args:
         class_ids: Int32, shape `(...)`.
         num_classes: The number of classes.
+        axis: Where the axis of the classes is added.
 
     Returns:
-        Bool, shape `(..., num_classes)`.
+        Bool, shape `(..., num_classes)`, or with the classes at `axis`.
     """
+    ids = ops.expand_dims(class_ids, axis)
     # Of the same rank, as JAX may be told to refuse others.
-    classes = ops.reshape(ops.arange(num_classes, dtype="int32"), (1,) * len(class_ids.shape) + (num_classes,))
-    return ops.equal(ops.expand_dims(class_ids, -1), classes)
+    shape = [1] * len(ids.shape)
+    shape[axis] = num_classes
+    return ops.equal(ids, ops.reshape(ops.arange(num_classes, dtype="int32"), shape))
 
 
 def shapes_match(shape: Shape, other: Shape) -> bool:
@@ -332,7 +335,8 @@ def _match_positions(labels: Tensor, mask: Tensor | None, like: Tensor) -> Tenso
     return ops.all(ops.stack([ops.ones_like(x, dtype="bool") for x in tensors]), axis=0)
 
 
-def _mask_values(values: Tensor, valid: Tensor | None, in_range: Tensor | None) -> Tensor:
+def mask_values(values: Tensor, valid: Tensor | None, in_range: Tensor | None) -> Tensor:
+    """Set values to 0 where they are not valid and to NaN where they are not in range, as `LossInputs.mask_values`."""
     if in_range is not None:
         # 1 or 0/0: NaN arises only where something is wrong. A product, so that the gradient is NaN too.
         right = ops.cast(in_range, values.dtype)

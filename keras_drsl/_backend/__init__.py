@@ -34,7 +34,6 @@ custom_gradient = _running.custom_gradient
 custom_vjp = _running.custom_vjp
 device_name = _running.device_name
 fori_loop = _running.fori_loop
-gather_rows = _running.gather_rows
 get_mask = _running.get_mask
 input_of_softmax = _running.input_of_softmax
 is_compiling = _running.is_compiling

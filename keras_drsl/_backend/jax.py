@@ -117,11 +117,6 @@ def device_name() -> str:
     return str(jax.devices()[0].device_kind)
 
 
-def gather_rows(x: Tensor, columns: Tensor) -> Tensor:
-    """Return one element per row."""
-    return keras.ops.take_along_axis(x, columns[:, None], axis=1)[:, 0]
-
-
 def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA."""
     compiled: Callable[..., Any] = jax.jit(program)

@@ -91,12 +91,6 @@ def device_name() -> str:
     return str(tf.config.experimental.get_device_details(cards[0]).get("device_name", "gpu")) if cards else "cpu"
 
 
-def gather_rows(x: Tensor, columns: Tensor) -> Tensor:
-    """Return one element per row: `x[i, columns[i]]`, shape `(rows,)`."""
-    # Older versions of `ops.take_along_axis` cannot be compiled for a number of rows not known while tracing.
-    return tf.gather(x, columns, batch_dims=1)
-
-
 def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA. It can be called eagerly, in a graph, or in a program that XLA compiles.
 

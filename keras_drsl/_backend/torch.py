@@ -75,11 +75,6 @@ def device_name() -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
-def gather_rows(x: Tensor, columns: Tensor) -> Tensor:
-    """Return one element per row."""
-    return keras.ops.take_along_axis(x, columns[:, None], axis=1)[:, 0]
-
-
 def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
     """Compile a program with XLA, which PyTorch does not have."""
     raise NotImplementedError("`jit` needs TensorFlow or JAX.")

@@ -418,7 +418,7 @@ class _Run:
 
     def run_parts(self, stopping: StoppingRule) -> None:
         """Run all attacks on a few examples at a time, in a random order, until the rule is met."""
-        state, count = self._state, 0
+        state, count, num_robust = self._state, 0, 0
         parts = stopping.parts(len(state.broken_by), self._context.seed)
         # What checks break afterwards does not move the end, also where the evaluation is repeated.
         robust_names = {None, *(f"check:{name}" for name in self._checks if CHECKS[name].stage == "after")}
@@ -432,18 +432,18 @@ class _Run:
                 # Without batches too, so that each attack is counted.
                 list(self._attack(name, [batch for batch in batches if batch[0] >= done and len(batch[1])]))
             count += len(part)
-            attacked = np.concatenate(parts[: number + 1])
-            robust_so_far = sum(state.broken_by[row] in robust_names for row in attacked)
+            num_robust += sum(state.broken_by[row] in robust_names for row in part)
             self._progress.update(
                 f"{self._title}{count} of at most {len(state.broken_by)} images, "
-                f"{robust_so_far / count:.1%} of them robust",
+                f"{num_robust / count:.1%} of them robust",
                 done=count,
                 total=len(state.broken_by),
             )
-            if stopping.is_met(robust_so_far, count):
+            if stopping.is_met(num_robust, count):
                 break
-        for row in np.concatenate([*parts[number + 1 :], np.array([], int)]):
-            state.broken_by[row] = LEFT_OUT
+        for part in parts[number + 1 :]:
+            for row in part:
+                state.broken_by[row] = LEFT_OUT
         state.save()
         for name in self._context.attacks:
             self._finish(name, 0)

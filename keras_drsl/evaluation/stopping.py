@@ -36,30 +36,24 @@ class StoppingRule(NamedTuple):
             count: How many were attacked.
         """
         low, high = confidence_sequence(robust, count)
-        is_narrow = self.precision is None or _reach(robust, count) <= self.precision
+        share = robust / count
+        is_narrow = self.precision is None or max(share - low, high - share) <= self.precision
         is_decided = self.at_least is None or not low < self.at_least <= high
         return is_narrow and is_decided
 
     def check_count(self, count: int) -> None:
         """Raise `ValueError` if this many examples can never give the precision."""
-        if self.precision is None:
-            return
-        if _reach(count, count) > self.precision:
+        least = 1 - confidence_sequence(count, count)[0]  # the interval is narrowest where all are robust
+        if self.precision is not None and least > self.precision:
             raise ValueError(
-                f"`precision` must be at least {_reach(count, count):.4f} for {count} examples: the interval of so few "
-                f"reaches at least as far. Received: precision={self.precision}"
+                f"`precision` must be at least {least:.4f} for {count} examples: the interval of so few reaches at "
+                f"least as far. Received: precision={self.precision}"
             )
 
     def parts(self, count: int, seed: int) -> list[Array]:
         """Return the positions of the examples in a random order, as many at a time as lie between two looks."""
         order = np.random.default_rng(seed).permutation(count)
         return [np.sort(order[start : start + BETWEEN_LOOKS]) for start in range(0, count, BETWEEN_LOOKS)]
-
-
-def _reach(robust: int, count: int) -> float:
-    """Return how far the interval reaches from the share of robust examples, on the longer side."""
-    low, high = confidence_sequence(robust, count)
-    return max(robust / count - low, high - robust / count)
 
 
 def stopping_rule(precision: Any, at_least: Any, **others: Any) -> StoppingRule | None:

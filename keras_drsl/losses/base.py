@@ -124,12 +124,7 @@ class ClassificationLoss(keras.losses.Loss):
         """Compute the reduced loss; the class docstring explains the arguments."""
         # Keras would cast labels to a floating dtype, which does not represent all class ids, and predictions to
         # tensors without mask and logits. So it only reduces the values.
-        values, valid, sample_weight = self._values_and_weights(y_true, y_pred, sample_weight)
-        if valid is not None:
-            values = _backend.set_mask(values, valid)
-            # On PyTorch, Keras multiplies weights by the mask in place.
-            sample_weight = None if sample_weight is None else ops.copy(sample_weight)
-        return Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)(values, values, sample_weight)
+        return reduce_values(self, *self._values_and_weights(y_true, y_pred, sample_weight))
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Compute one value per position, without sample weights and reduction.
@@ -236,6 +231,21 @@ def set_mask(values: Tensor, valid: Tensor | None) -> Tensor:
         valid: Bool, shape `(...)`, or None.
     """
     return values if valid is None else _backend.set_mask(values, valid)
+
+
+def reduce_values(loss: keras.losses.Loss, values: Tensor, valid: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Reduce values as Keras reduces those of a loss.
+
+    Args:
+        loss: The loss, with its reduction.
+        values: One value per position, shape `(...)`.
+        valid: Bool, shape `(...)`, or None.
+        weights: The sample weights, or None.
+    """
+    if valid is not None and weights is not None:
+        weights = ops.copy(weights)  # on PyTorch, Keras multiplies them by the mask in place
+    values = set_mask(values, valid)
+    return Reduction(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)(values, values, weights)
 
 
 def check_logits(name: str, inputs: LossInputs) -> None:

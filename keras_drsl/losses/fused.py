@@ -28,7 +28,7 @@ from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
-from keras_drsl.predictions import LossInputs, is_distribution, is_true_class
+from keras_drsl.predictions import LossInputs, is_distribution, is_true_class, mask_values
 from keras_drsl.spread import smallest_number, spread
 
 # Up to this many logits, the formula as it is written is as fast, and needs no separate compilation.
@@ -39,7 +39,7 @@ FEW_LOGITS = 2**13
 LONG_ROWS = 64
 
 # Deviations are measured from the largest non-true logit among the first classes, this many. See
-# `_value_and_gradient_of_rows`.
+# `_value_and_gradient`.
 NEARBY_CLASSES = 64
 
 # Programs for more numbers of classes than this replace the oldest ones. Each is compiled for at most four numbers of
@@ -195,10 +195,7 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor]:
     """Compute the values of some rows, and their gradient, with the classes at the first axis."""
     z = ops.transpose(logits)
-    if form.sparse:
-        y = ops.cast(ops.equal(ops.arange(z.shape[0], dtype="int32")[:, None], labels[None]), z.dtype)
-    else:
-        y = ops.transpose(labels)
+    y = ops.cast(is_true_class(labels, z.shape[0], axis=0), z.dtype) if form.sparse else ops.transpose(labels)
     total = partial(ops.sum, axis=0, keepdims=True)
     values, gradient = _value_and_gradient(total, 0, form, lam, smoothing, z, y, scale[None])
     return ops.squeeze(values, 0), ops.transpose(gradient)
@@ -238,9 +235,7 @@ def _value_and_gradient(
     smoothed, true_logit = y, total(y * z)
     if not form.sparse:
         right = ops.logical_or(scale == 0, is_distribution(y, mass, axis=axis, keepdims=True))
-        # 1 or 0/0: NaN arises only where something is wrong.
-        right = ops.cast(right, z.dtype)
-        scale = scale * (right / right)
+        scale = mask_values(scale, None, right)
     if form.smooth:
         mass = (1 - smoothing) * mass + smoothing
         smoothed = (1 - smoothing) * y + smoothing / classes

@@ -11,7 +11,7 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_choice, check_integer
-from keras_drsl.losses.base import check_strength, strength_of
+from keras_drsl.losses.base import check_strength, set_mask, strength_of
 from keras_drsl.losses.drs import check_smoothing, drs_loss
 from keras_drsl.losses.fused import MAX_PROGRAMS
 from keras_drsl.predictions import ClassIds, is_true_class, read_class_ids, to_dense
@@ -153,7 +153,7 @@ def linear_values(
     numbers = (ops.convert_to_tensor(number, head.compute_dtype) for number in (strength, label_smoothing))
     values = _backend.custom_vjp(forward, backward, (padded, kernel, bias), (*constants, *numbers))
     values = ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(features)[:-1])
-    return values if labels.valid is None else _backend.set_mask(values, labels.valid)
+    return set_mask(values, labels.valid)
 
 
 def _check_shapes(features: Tensor, kernel: Tensor, bias: Tensor | None) -> int:

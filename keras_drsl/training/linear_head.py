@@ -9,10 +9,10 @@ from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_integer
 from keras_drsl.losses import DRSLoss, PRSLoss
-from keras_drsl.losses.base import strength_of
+from keras_drsl.losses.base import reduce_values, strength_of
 from keras_drsl.losses.linear_drs import largest_others, linear_values
 from keras_drsl.losses.prs import recentralization
-from keras_drsl.predictions import ClassIds, Reduction, match_weights, read_class_ids
+from keras_drsl.predictions import ClassIds, match_weights, read_class_ids
 
 
 class LinearHeadTraining(keras.Model):
@@ -95,11 +95,13 @@ class _Head(NamedTuple):
     Attributes:
         layer: A `Dense` or `ReversibleEmbedding`.
         features: Its input, of a functional model.
+        classes: The number of classes.
         has_softmax: Whether a softmax follows.
     """
 
     layer: keras.layers.Layer
     features: keras.KerasTensor
+    classes: int
     has_softmax: bool
 
     @property
@@ -151,7 +153,7 @@ def _find_head(model: Any) -> _Head:
             "without a soft cap, and neither be quantized nor have an activity regularizer. "
             f"Received: a model that ends in {type(operation).__name__} {operation.name!r}"
         )
-    return _Head(operation, features, has_softmax)
+    return _Head(operation, features, outputs[0].shape[-1], has_softmax)
 
 
 def _made_by(output: keras.KerasTensor) -> tuple[keras.Operation, keras.KerasTensor]:
@@ -185,10 +187,9 @@ class _HeadLoss(keras.losses.Loss):
                 "probabilities, so `from_logits` must be False" if head.has_softmax else "logits: `from_logits=True`"
             )
             raise ValueError(f"`model` returns {needed} in `loss`. Received: from_logits={config['from_logits']}")
-        classes = head.weights[0].shape[0 if head.weights[2] else 1]
-        if isinstance(loss, PRSLoss) and loss.end > classes - 1:
+        if isinstance(loss, PRSLoss) and loss.end > head.classes - 1:
             raise ValueError(
-                f"`end` of the loss must be at most the number of non-true classes, {classes - 1}. "
+                f"`end` of the loss must be at most the number of non-true classes, {head.classes - 1}. "
                 f"Received: end={loss.end}"
             )
         super().__init__(name=loss.name, reduction=loss.reduction)
@@ -201,8 +202,7 @@ class _HeadLoss(keras.losses.Loss):
             y_pred = ops.copy(y_pred)  # the logits of an embedding have no mask
         kernel, bias, transposed = self._head.weights
         options: dict[str, Any] = {"chunk_size": self._chunk_size, "transposed": transposed}
-        classes = kernel.shape[0 if transposed else 1]
-        labels = read_class_ids(y_true, y_pred, classes, ignore_class=self._ignore_class)
+        labels = read_class_ids(y_true, y_pred, self._head.classes, ignore_class=self._ignore_class)
         loss = self._loss
         if isinstance(loss, DRSLoss):
             kind: dict[str, Any] = {"spread": loss.spread, "label_smoothing": loss.label_smoothing}
@@ -216,10 +216,7 @@ class _HeadLoss(keras.losses.Loss):
                 # Keras would not broadcast weights before it divides by their sum.
                 sample_weight = sample_weight + ops.zeros_like(values)
             values = values + self._penalty(labels, y_pred, sample_weight, options)
-        if labels.valid is not None:
-            values = _backend.set_mask(values, labels.valid)
-            sample_weight = None if sample_weight is None else ops.copy(sample_weight)
-        return Reduction(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)(values, values, sample_weight)
+        return reduce_values(loss, values, labels.valid, sample_weight)
 
     def _penalty(self, labels: ClassIds, features: Tensor, weights: Tensor | None, options: dict[str, Any]) -> Tensor:
         """Return the penalty of `PRSLoss` for each token, 0 for those that are ignored."""
