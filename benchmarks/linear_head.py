@@ -83,8 +83,8 @@ def losses_of_fit(quick):
     return list(LOSSES)[: 1 if quick else None] if HAS_HUB else []
 
 
-def steps_of_fit(quick, losses):
-    """Return functions that take one step of `fit` of GPT2, with its logits and without, by loss."""
+def steps_of_fit(quick, name):
+    """Return functions that take one step of `fit` of GPT2 with a loss, with its logits and without."""
     import keras_hub
 
     vocabulary, length, batch = (1_000, 16, 2) if quick else (50_257, 128, 8)
@@ -92,19 +92,18 @@ def steps_of_fit(quick, losses):
     ids, labels = rng.integers(0, vocabulary, (2, batch, length))
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     calls = {}
-    for name in losses:
-        for way in ("dense", "linear"):
-            keras.utils.set_random_seed(0)
-            backbone = keras_hub.models.GPT2Backbone(
-                vocabulary_size=vocabulary, num_layers=2, num_heads=4, hidden_dim=256, intermediate_dim=1024,
-                max_sequence_length=length,
-            )  # fmt: skip
-            model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
-            options = {"loss": LOSSES[name], "weighted_metrics": None}
-            if way == "linear":
-                model, options = LinearHeadTraining(model, LOSSES[name]), {}
-            model.compile(keras.optimizers.SGD(0.01), jit_compile=True, **options)
-            calls[f"{name}_{way}"] = lambda model=model: model.fit(inputs, labels, batch_size=batch, verbose=0)
+    for way in ("dense", "linear"):
+        keras.utils.set_random_seed(0)
+        backbone = keras_hub.models.GPT2Backbone(
+            vocabulary_size=vocabulary, num_layers=2, num_heads=4, hidden_dim=256, intermediate_dim=1024,
+            max_sequence_length=length,
+        )  # fmt: skip
+        model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+        options = {"loss": LOSSES[name], "weighted_metrics": None}
+        if way == "linear":
+            model, options = LinearHeadTraining(model, LOSSES[name]), {}
+        model.compile(keras.optimizers.SGD(0.01), jit_compile=True, **options)
+        calls[f"{name}_{way}"] = lambda model=model: model.fit(inputs, labels, batch_size=batch, verbose=0)
     return calls
 
 
@@ -112,7 +111,7 @@ def run_fit(quick):
     """Measure the time of a step of `fit` with each loss, in both ways."""
     rows = []
     for name in losses_of_fit(quick):
-        seconds = measure.interleave(steps_of_fit(quick, [name]), 2 if quick else 7)
+        seconds = measure.interleave(steps_of_fit(quick, name), 2 if quick else 7)
         rows.append({"loss": name, "seconds": seconds})
         medians = {way: measure.quartiles(values)[1] for way, values in seconds.items()}
         print("fit of GPT2, " + ", ".join(f"{way} {median:.3f} s" for way, median in medians.items()), flush=True)
@@ -141,7 +140,7 @@ def main():
         calls, gradients = contestants(*sizes[-1])
         peaks = {name: measure.peak_bytes(call) - gradients for name, call in calls.items()}
         for name in losses_of_fit(ARGS.quick):
-            peaks |= {way: measure.peak_bytes(call) for way, call in steps_of_fit(ARGS.quick, [name]).items()}
+            peaks |= {way: measure.peak_bytes(call) for way, call in steps_of_fit(ARGS.quick, name).items()}
         print(json.dumps(peaks))
         return
     rows = [run_size(*size, ARGS.quick) for size in sizes]

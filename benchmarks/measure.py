@@ -47,14 +47,11 @@ def parse_arguments(doc, arguments=None, *, data_dir=False, more=None):
     return args
 
 
-def available_cores():
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _device_name(args):
     if args.device == "cpu":
         __import__(args.backend)
+        from keras_drsl._backend._common import available_cores
+
         return f"{platform.machine()}, {available_cores()} cores"
     if args.backend == "jax":
         import jax

@@ -121,7 +121,7 @@ def adv_lib_fmn_distances(copy, x, y, norm, steps):
     return np.where(wrong, delta.norm(p=float(norm), dim=1).numpy(), np.inf)
 
 
-def art_classifier(model):
+def art_classifier(model, **options):
     import keras
     from art.estimators.classification import TensorFlowV2Classifier
 
@@ -131,6 +131,7 @@ def art_classifier(model):
         input_shape=model.input_shape[1:],
         loss_object=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         clip_values=(0.0, 1.0),
+        **options,
     )
 
 

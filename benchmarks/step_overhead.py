@@ -20,18 +20,19 @@ import keras
 import numpy as np
 
 import keras_drsl
+from benchmarks import rivals
 
 EPS, ATTACK_STEPS = 0.1, 10
 LOSSES = {"cross_entropy": "sparse_categorical_crossentropy", "drs": keras_drsl.DRSLoss(0.3)}
 
 
-def cnn():
+def cnn(activation="softmax"):
     """Return a model, its batch size, its input shape and its number of classes."""
     layers = [keras.Input((28, 28, 1))]
     for filters in (32, 64):
         layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu"), keras.layers.MaxPooling2D()]
     layers += [keras.layers.Flatten(), keras.layers.Dense(128, activation="relu")]
-    return keras.Sequential([*layers, keras.layers.Dense(10, activation="softmax")]), 128, (28, 28, 1), 10
+    return keras.Sequential([*layers, keras.layers.Dense(10, activation=activation)]), 128, (28, 28, 1), 10
 
 
 def adversarial_cnn():
@@ -72,63 +73,48 @@ def run_model(make, steps, rounds):
 def of_this_package(model):
     """Return what trains a model for an epoch."""
     robust = keras_drsl.AdversarialTraining(model, EPS, steps=ATTACK_STEPS)
-    robust.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+    robust.compile(keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return lambda x, y, batch: robust.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
 
 
-def of_art(model):
-    """Return the same with ART's trainer."""
+def compiled_step():
+    """Return a compiled training step of a model that returns logits, which these libraries leave to the caller."""
     import tensorflow as tf
-    from art.defences.trainer import AdversarialTrainerMadryPGD
-    from art.estimators.classification import TensorFlowV2Classifier
 
-    optimizer, loss_fn = keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy()
+    optimizer, loss_fn = keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     @tf.function
     def train_step(model, x, y):
         with tf.GradientTape() as tape:
             loss = loss_fn(y, model(x, training=True))
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
-        )
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
-    classifier = TensorFlowV2Classifier(
-        model, nb_classes=10, input_shape=model.input_shape[1:], loss_object=loss_fn, train_step=train_step,
-        clip_values=(0.0, 1.0),
-    )  # fmt: skip
+    return train_step
+
+
+def of_art(model):
+    """Return the same with ART's trainer."""
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+
+    classifier = rivals.art_classifier(model, train_step=compiled_step())
     step = 2.5 * EPS / ATTACK_STEPS
-    options = {"eps": EPS, "eps_step": step, "max_iter": ATTACK_STEPS, "num_random_init": 1}
-    return lambda x, y, batch: AdversarialTrainerMadryPGD(
-        classifier, nb_epochs=1, batch_size=batch, **options
-    ).fit(x, np.eye(10, dtype="float32")[y])  # fmt: skip
+    options = {"eps": EPS, "eps_step": step, "max_iter": ATTACK_STEPS, "num_random_init": 1, "nb_epochs": 1}
+
+    def epoch(x, y, batch):
+        AdversarialTrainerMadryPGD(classifier, batch_size=batch, **options).fit(x, np.eye(10, dtype="float32")[y])
+
+    return epoch
 
 
 def of_cleverhans(model):
     """Return the same with the loop of cleverhans's tutorial: its PGD, then a compiled step."""
-    import tensorflow as tf
-    from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
-
-    optimizer, loss_fn = keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy()
-
-    @tf.function
-    def train_step(x, y):
-        with tf.GradientTape() as tape:
-            loss = loss_fn(y, model(x, training=True))
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
-        )
-
-    # Its loss takes logits.
-    logits = keras.Model(model.inputs, model.layers[-1](model.layers[-2].output))
-    step = 2.5 * EPS / ATTACK_STEPS
+    train_step = compiled_step()
 
     def epoch(x, y, batch):
         for start in range(0, len(x), batch):
-            part = tf.constant(x[start : start + batch])
-            x_adv = projected_gradient_descent(
-                logits, part, EPS, step, ATTACK_STEPS, np.inf, clip_min=0.0, clip_max=1.0, sanity_checks=False
-            )
-            train_step(x_adv, tf.constant(y[start : start + batch]))
+            rows = slice(start, start + batch)
+            train_step(model, rivals.cleverhans_pgd(model, x[rows], y[rows], EPS, ATTACK_STEPS), y[rows])
 
     return epoch
 
@@ -145,7 +131,7 @@ def compare_libraries(steps, rounds):
     calls, first = {}, {}
     for name, make in makers.items():
         keras.utils.set_random_seed(0)
-        model, batch, shape, classes = cnn()
+        model, batch, shape, classes = cnn(activation=None)
         rng = np.random.default_rng(0)
         x, y = rng.random((steps * batch, *shape), "float32"), rng.integers(0, classes, steps * batch)
         train = make(model)
