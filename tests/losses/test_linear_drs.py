@@ -6,6 +6,8 @@ import pytest
 from keras import ops
 
 from keras_drsl import _backend, drs_loss, linear_drs_loss
+from keras_drsl.losses.linear_drs import largest_others, linear_values
+from keras_drsl.predictions import read_class_ids
 from tests import reference
 from tests.backends import BACKEND, compiled, gradient, needs_xla, on_tensorflow, values
 
@@ -72,6 +74,35 @@ def test_gradients_reach_the_variables_of_a_layer(eager):
     expected = gradients(lambda: drs_loss(ids, head(features), from_logits=True))
     for ours, dense in zip(got, expected, strict=True):
         np.testing.assert_allclose(values(ours), values(dense), rtol=1e-4, atol=1e-5)
+
+
+@needs_xla
+@pytest.mark.parametrize("chunk_size", [4, 23])
+def test_a_transposed_kernel_has_the_same_values_and_gradients(chunk_size):
+    features, kernel, bias, ids = draw()
+    labels = read_class_ids(ops.convert_to_tensor(ids), features, 23, ignore_class=None)
+    loss = lambda x: linear_values(labels, features, x, bias, 0.3, chunk_size=chunk_size, transposed=True)
+    upright = np.ascontiguousarray(kernel.T)
+    got = values(loss(ops.convert_to_tensor(upright)))
+    np.testing.assert_allclose(got, expected_loss(ids, features, kernel, bias, lam=0.3), rtol=1e-5)
+    loop = reference.gradient(lambda x: expected_loss(ids, features, x, bias, lam=0.3), kernel)
+    np.testing.assert_allclose(gradient(loss, upright), loop.T, rtol=1e-3, atol=1e-4)
+
+
+@needs_xla
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk_size", [4, 23])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_largest_others_are_those_of_a_sort(transposed, chunk_size, with_bias):
+    features, kernel, bias, ids = draw((2, 3))
+    logits = features.reshape(6, 5) @ kernel + (bias if with_bias else 0)
+    logits[np.arange(6), ids.ravel()] = -np.inf
+    labels = read_class_ids(ops.convert_to_tensor(ids), features, 23, ignore_class=None)
+    head = np.ascontiguousarray(kernel.T) if transposed else kernel
+    got = largest_others(
+        labels, features, head, bias if with_bias else None, 7, chunk_size=chunk_size, transposed=transposed
+    )
+    assert np.array_equal(values(got), np.argsort(-logits, axis=1)[:, :7])
 
 
 @needs_xla
