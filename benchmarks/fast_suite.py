@@ -94,6 +94,7 @@ def attack(model, x, y, eps, suite, seed):
     return {
         "seconds": time.perf_counter() - began,
         "robust": sum(name is None for name in report.per_example["broken_by"]),
+        "compile_seconds": report.compile_seconds,
         "gradients": report.num_gradients,
         "queries": report.num_queries,
     }

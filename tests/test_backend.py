@@ -229,13 +229,17 @@ def inference(model):
     return lambda x: model(x, training=False)
 
 
+def compile_function(function, variables):
+    return _backend.compile_function(function, variables, lambda seconds: None)
+
+
 def input_gradient(function, variables, x):
     """Compute the gradient of a function of the logits with respect to the input, in a compiled program."""
 
     def program(x):
         return _backend.value_and_gradient(lambda x: (ops.sum(ops.square(function(x)), axis=-1), ()), x)[2]
 
-    return values(_backend.compile_function(program, variables)(x))
+    return values(compile_function(program, variables)(x))
 
 
 class TestLogitsBehind:
@@ -249,7 +253,7 @@ class TestLogitsBehind:
         found = _backend.logits_behind(inference(model))
         expected = values(logits(x))
         np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-6)
-        compiled = _backend.compile_function(found, model.variables)
+        compiled = compile_function(found, model.variables)
         np.testing.assert_allclose(values(compiled(x)), expected, rtol=1e-6)
         grad = input_gradient(inference(logits), logits.variables, x)
         np.testing.assert_allclose(input_gradient(found, model.variables, x), grad, rtol=1e-5, atol=1e-6)
@@ -263,7 +267,7 @@ class TestLogitsBehind:
         model = OTHER_MODELS[name](small_model(activation=None))
         model(x)
         found = _backend.logits_behind(inference(model))
-        for function in (found, _backend.compile_function(found, model.variables)):
+        for function in (found, compile_function(found, model.variables)):
             with pytest.raises(LookupError, match="does not end in softmaxes"):
                 function(ops.convert_to_tensor(x))
 
@@ -279,7 +283,7 @@ class TestLogitsBehind:
         expected = log_of_average(z.astype("float64"), weights)
         found = _backend.logits_behind(inference(model))
         np.testing.assert_allclose(values(found(ops.convert_to_tensor(x))), expected, rtol=1e-5, atol=1e-4)
-        compiled = _backend.compile_function(found, model.variables)
+        compiled = compile_function(found, model.variables)
         np.testing.assert_allclose(values(compiled(x)), expected, rtol=1e-5, atol=1e-4)
         if name not in ("dot layer", "slices"):  # which are of 20 rows
             one_row = values(found(ops.convert_to_tensor(x[:1])))
@@ -298,7 +302,7 @@ class TestLogitsBehind:
         end, expected = OTHER_ENDS[name]
         model = Subclassed(logits, end)
         model(x)
-        found = values(_backend.compile_function(_backend.logits_behind(inference(model)), model.variables)(x))
+        found = values(compile_function(_backend.logits_behind(inference(model)), model.variables)(x))
         assert np.isfinite(found).all()
         expected = log_softmax(expected(values(logits(x))))
         # A probability of 0 has a finite logarithm below all others.
@@ -311,7 +315,7 @@ class TestLogitsBehind:
         x, _ = small_data()
         logits = small_model(activation=None, dtype=policy)
         model = keras.Sequential([logits, layers.Activation("softmax", dtype=dtype or policy)])
-        found = _backend.compile_function(_backend.logits_behind(inference(model)), model.variables)
+        found = compile_function(_backend.logits_behind(inference(model)), model.variables)
         got = values(ops.cast(found(x), "float32"))
         np.testing.assert_allclose(got, values(ops.cast(logits(x), "float32")), rtol=1e-2, atol=1e-2)
 
@@ -320,7 +324,7 @@ class TestLogitsBehind:
         x, _ = small_data()
         logits = small_model(activation=None)
         model = keras.Sequential([logits, layers.Softmax()])
-        compiled = _backend.compile_function(_backend.logits_behind(inference(model)), model.variables)
+        compiled = compile_function(_backend.logits_behind(inference(model)), model.variables)
         before = values(compiled(x))
         logits.set_weights([2 * weight for weight in logits.get_weights()])
         assert np.abs(values(compiled(x)) - before).max() > 0.1
@@ -336,7 +340,7 @@ class TestLogitsBehind:
         results = []
         for function in (found, inference(noisy)):
             noise.seed.state.assign([0, 0])
-            twice = _backend.compile_function(lambda x, function=function: (function(x), function(x)), model.variables)
+            twice = compile_function(lambda x, function=function: (function(x), function(x)), model.variables)
             results.append([values(output) for output in twice(x)])
         np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
         assert np.abs(results[0][0] - results[0][1]).max() > 0.1
@@ -358,7 +362,7 @@ class TestLogitsBehind:
                 total = lambda x: (ops.sum(ops.square(function(x)), axis=-1), ())
                 return {"x": rows["x"] + size * _backend.value_and_gradient(total, rows["x"])[2]}
 
-            program = _backend.multi_step(step, model.variables)
+            program = _backend.multi_step(step, model.variables, lambda seconds: None)
             results.append(values(program({"x": x}, np.full(3, 0.1, "float32"))["x"]))
         np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 

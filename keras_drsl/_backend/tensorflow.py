@@ -1,5 +1,6 @@
 """Define the functions of `_backend` for TensorFlow. Their docstrings hold for `jax.py` and `torch.py` too."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -135,13 +136,18 @@ def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def compile_function(
-    function: Callable[..., Any], variables: list[Any], *, free_axes: Callable[[int], int] = lambda index: 1
+    function: Callable[..., Any],
+    variables: list[Any],
+    compiled: Callable[[float], None],
+    *,
+    free_axes: Callable[[int], int] = lambda index: 1,
 ) -> Callable[..., Any]:
     """Compile a function for tensors of any number of rows.
 
     Args:
         function: Takes and returns nested structures of tensors.
         variables: The Keras variables it reads. Their values are read again in each call.
+        compiled: Is called with the seconds of each compilation.
         free_axes: Maps the index of an argument to how many of its first axes change their lengths from call to call.
 
     Returns:
@@ -160,19 +166,25 @@ def compile_function(
         ]
         key = tuple(tf.nest.flatten(signature))
         if key not in programs:
+            began = time.perf_counter()
             # Not compiled by XLA: on a processor, TensorFlow's own convolutions are several times faster.
-            programs[key] = tf.function(function, input_signature=signature, autograph=False)
+            program = tf.function(lambda *given: function(*given), input_signature=signature, autograph=False)
+            programs[key] = program.get_concrete_function()
+            compiled(time.perf_counter() - began)
         return programs[key](*arguments)
 
     return call
 
 
-def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> Callable[..., dict[str, Tensor]]:
+def multi_step(
+    step: Callable[..., dict[str, Tensor]], variables: list[Any], compiled: Callable[[float], None]
+) -> Callable[..., dict[str, Tensor]]:
     """Compile a program that runs several steps per call, to amortize dispatch overhead.
 
     Args:
         step: Maps `(rows, *arguments)` to the next rows, a dictionary of tensors.
         variables: The Keras variables it reads. Their values are read again in each call.
+        compiled: Is called with the seconds of each compilation.
 
     Returns:
         A function of the rows and the stacked arguments. It takes one step per element of their first axis.
@@ -189,7 +201,7 @@ def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> 
         return last
 
     # In the stacked arguments, both the number of steps and the number of rows differ from call to call.
-    return compile_function(steps, variables, free_axes=lambda index: 2 if index else 1)
+    return compile_function(steps, variables, compiled, free_axes=lambda index: 2 if index else 1)
 
 
 def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables: list[Any]) -> Tensor:

@@ -86,7 +86,11 @@ def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def compile_function(
-    function: Callable[..., Any], variables: list[Any], *, free_axes: Callable[[int], int] = lambda index: 1
+    function: Callable[..., Any],
+    variables: list[Any],
+    compiled: Callable[[float], None],
+    *,
+    free_axes: Callable[[int], int] = lambda index: 1,
 ) -> Callable[..., Any]:
     """Run a function eagerly and without gradients to its inputs."""
 
@@ -97,9 +101,11 @@ def compile_function(
     return without_gradient
 
 
-def multi_step(step: Callable[..., dict[str, Tensor]], variables: list[Any]) -> Callable[..., dict[str, Tensor]]:
+def multi_step(
+    step: Callable[..., dict[str, Tensor]], variables: list[Any], compiled: Callable[[float], None]
+) -> Callable[..., dict[str, Tensor]]:
     """Make a program of several steps per call."""
-    return step_by_step(compile_function(step, variables))
+    return step_by_step(compile_function(step, variables, compiled))
 
 
 def fori_loop(step: Callable[[Tensor], Tensor], times: int, x: Tensor, variables: list[Any]) -> Tensor:

@@ -26,7 +26,7 @@ from keras_drsl.evaluation.kept import HeldArrays, KeptFile, Store, finish, is_u
 from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
-from keras_drsl.evaluation.report_format import CALLS
+from keras_drsl.evaluation.report_format import COST
 from keras_drsl.evaluation.results import CLEAN, LEFT_OUT, Check, in_report
 from keras_drsl.evaluation.state import State
 from keras_drsl.evaluation.stopping import BETWEEN_LOOKS, StoppingRule
@@ -314,8 +314,7 @@ class Evaluator:
         predictions: Array,
     ) -> RobustnessReport:
         records = [
-            {"name": name, "settings": attack.settings}
-            | {key: getattr(state, key)[name] for key in ("seconds", *CALLS)}
+            {"name": name, "settings": attack.settings} | {key: getattr(state, key)[name] for key in ("seconds", *COST)}
             for name, attack in self.attacks.items()
         ]
         for name in (f"check:{name}" for name in check_names):
@@ -455,9 +454,9 @@ class _Run:
     def _attack(self, name: str, batches: list[tuple[int, Array]]) -> Iterator[int]:
         """Attack batches of examples, record what is found, and yield the number of each batch when it is done."""
         context, state = self._context, self._state
-        state.seconds.setdefault(name, 0.0)
-        for numbers in (state.done, state.gradients, state.queries):
-            numbers.setdefault(name, 0)
+        state.done.setdefault(name, 0)
+        for key in ("seconds", *COST):
+            getattr(state, key).setdefault(name, 0)
         for (number, rows), found in zip(batches, self._workers.run(name, batches), strict=True):
             x, y = context.x[rows], context.y[rows]
             self._record(name, rows, found.wrong)
@@ -470,9 +469,8 @@ class _Run:
             self._keep(rows, found.x_adv, found.wrong)
             state.audit = Audit(**state.audit).add(found.audit)._asdict()
             state.done[name] = number + 1
-            state.gradients[name] += found.gradients
-            state.queries[name] += found.queries
-            state.seconds[name] += found.seconds
+            for key in ("seconds", *COST):
+                getattr(state, key)[name] += getattr(found, key)
             state.save()
             yield number
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from keras_drsl.evaluation.report_format import CALLS, missing_shards, shards_of
+from keras_drsl.evaluation.report_format import COST, missing_shards, shards_of
 from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 
 
@@ -82,11 +82,19 @@ def _merge_attacks(reports: Sequence[EvaluationResults]) -> list[dict[str, Any]]
 
 def _add_up(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Join the records of one attack. Numbers that one of them lacks are left out."""
-    # As integers, because a sum of floats depends on their order.
-    seconds = sum(round(1e6 * record["seconds"]) for record in records) / 1e6
-    keys = [key for key in ("tried", *CALLS) if all(key in record for record in records)]
-    sums = {key: sum(record[key] for record in records) for key in keys}
-    return {"name": records[0]["name"], "settings": records[0]["settings"], "seconds": seconds, **sums}
+    keys = [key for key in ("seconds", "tried", *COST) if all(key in record for record in records)]
+    return {
+        "name": records[0]["name"],
+        "settings": records[0]["settings"],
+        **{key: _total([record[key] for record in records]) for key in keys},
+    }
+
+
+def _total(numbers: list[Any]) -> Any:
+    """Add up integers, or seconds as integers: a sum of floats depends on their order."""
+    if all(isinstance(number, int) for number in numbers):
+        return sum(numbers)
+    return sum(round(1e6 * number) for number in numbers) / 1e6
 
 
 def _merge_checks(reports: Sequence[EvaluationResults]) -> list[Check]:

@@ -67,7 +67,8 @@ def to_text(report: EvaluationResults, *, verbose: bool = False) -> str:
             f"{accuracy['cumulative']:>14.1%}{attack['seconds']:>10.1f}"
         )
     if verbose:
-        lines += [f"\ncost             {cost}" for cost in _cost(report)]
+        starts = "\n" + "cost".ljust(17), " " * 17
+        lines += [f"{start}{cost}" for start, cost in zip(starts, _cost(report), strict=False)]
     return "\n".join([*lines, *_check_lines(report, verbose)])
 
 
@@ -176,7 +177,10 @@ def _cost(report: EvaluationResults) -> list[str]:
     gradients, queries = report.num_gradients, report.num_queries
     if gradients is None or queries is None:
         return []
-    return [f"{gradients:,} gradients and {queries:,} further queries by attacks"]
+    lines = [f"{gradients:,} gradients and {queries:,} further queries by attacks"]
+    if report.compile_seconds is not None:
+        lines.append(f"{report.compile_seconds:.1f} seconds to compile them")
+    return lines
 
 
 def _wrap(text: str, indent: int = 4) -> list[str]:

@@ -22,8 +22,9 @@ class RobustnessReport(EvaluationResults):
 
     Args:
         settings: The threat model and all other arguments of the evaluation.
-        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; and `gradients`
-            and `queries`, on how many inputs it evaluated the model with and without a gradient.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; `gradients`
+            and `queries`, on how many inputs it evaluated the model with and without a gradient; and `compile_seconds`,
+            the part of the time in which programs were compiled.
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none

@@ -12,7 +12,7 @@ from keras_drsl.evaluation.schema import Rule
 from keras_drsl.threat import ThreatModel
 
 FORMAT = 2
-CALLS = ("gradients", "queries")  # of an attack; earlier reports lack them
+COST = ("gradients", "queries", "compile_seconds")  # of an attack; earlier reports lack them
 DERIVED = ("cumulative", "alone")  # what a report computes from the rest
 
 
@@ -75,7 +75,9 @@ ATTACK = {
     ),
     "settings": schema.DICT,
     "seconds": schema.SECONDS,
-    **dict.fromkeys(CALLS, POSITION),
+    "compile_seconds": schema.SECONDS,
+    "gradients": POSITION,
+    "queries": POSITION,
     "tried": POSITION,
     "cumulative": schema.SHARE,
     "alone": schema.optional(schema.SHARE),
@@ -196,7 +198,7 @@ def _check_structure(content: Any) -> None:
     schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
     schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_lack=OPTIONAL, may_hold_more=True)
     for position, attack in enumerate(content["attacks"]):
-        schema.check_fields(f"attacks[{position}]", attack, ATTACK, may_lack=CALLS)
+        schema.check_fields(f"attacks[{position}]", attack, ATTACK, may_lack=COST)
     for position, check in enumerate(content["checks"]):
         schema.check_fields(f"checks[{position}]", check, CHECK)
     _check_unique("attacks", names)

@@ -64,8 +64,9 @@ class EvaluationResults:
 
     Args:
         settings: The threat model and all other arguments of the evaluation.
-        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; and `gradients`
-            and `queries`, on how many inputs it evaluated the model with and without a gradient.
+        attacks: One dictionary per attack in the order they ran, with `name`, `settings` and `seconds`; `gradients`
+            and `queries`, on how many inputs it evaluated the model with and without a gradient; and `compile_seconds`,
+            the part of the time in which programs were compiled.
         checks: The outcome of each check.
         per_example: Dictionary of lists of equal length: `index`, the position of each example in the data set;
             `label`, its true class; `broken_by`, the name of the attack that first misclassified it, `"clean"` if none
@@ -207,7 +208,8 @@ class EvaluationResults:
         Steps, restarts and targets count one by one, and so do the calls of a random model that are averaged. Those of
         `Transfer` are of its second model. What checks compute does not count.
         """
-        return self._sum_of("gradients")
+        total: int | None = self._sum_of("gradients")
+        return total
 
     @property
     def num_queries(self) -> int | None:
@@ -215,7 +217,18 @@ class EvaluationResults:
 
         What checks compute does not count.
         """
-        return self._sum_of("queries")
+        total: int | None = self._sum_of("queries")
+        return total
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """How much of the time of the attacks TensorFlow or JAX compiled programs; None if it was not measured.
+
+        Each evaluation compiles its own, as the settings of layers may have changed since the last one. On PyTorch,
+        nothing is compiled.
+        """
+        total: float | None = self._sum_of("compile_seconds")
+        return total
 
     @property
     def trustworthy(self) -> bool:
@@ -227,7 +240,7 @@ class EvaluationResults:
         """How many positions of all examples count, for a model of positions; otherwise None."""
         return sum(self.per_example["positions"]) if "positions" in self.per_example else None
 
-    def _sum_of(self, key: str) -> int | None:
+    def _sum_of(self, key: str) -> Any | None:
         records = [attack for attack in self.attacks if not attack["name"].startswith("check:")]
         return sum(record[key] for record in records) if all(key in record for record in records) else None
 

@@ -34,6 +34,7 @@ FIELDS = {
     "wrong": schema.dict_of(schema.list_of(schema.integer(at_least=0))),
     "done": schema.dict_of(schema.integer(at_least=0)),
     "seconds": schema.dict_of(schema.SECONDS),
+    "compile_seconds": schema.dict_of(schema.SECONDS),
     "gradients": schema.dict_of(schema.integer(at_least=0)),
     "queries": schema.dict_of(schema.integer(at_least=0)),
     "audit": schema.dict_of(schema.NOT_NEGATIVE),
@@ -58,6 +59,7 @@ class State:
             Under `"clean"`, how many are without an attack; under `"checks_before"` and `"checks"`, after the checks.
         done: By attack, the number of batches that it has finished.
         seconds: By attack, the time that it took.
+        compile_seconds: By attack, how much of it programs were compiled.
         gradients: By attack, the number of gradients that it computed.
         queries: By attack, the number of inputs that it evaluated the model on without a gradient.
         audit: The fields of `keras_drsl.evaluation.context.Audit`.
@@ -75,6 +77,7 @@ class State:
         self.wrong: dict[str, list[int]] = {}
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.compile_seconds: dict[str, float] = {}
         self.gradients: dict[str, int] = {}
         self.queries: dict[str, int] = {}
         self.audit: dict[str, Any] = {}

@@ -40,7 +40,8 @@ class Found(NamedTuple):
         audit: A record of the perturbations.
         gradients: On how many inputs the model was evaluated with a gradient.
         queries: On how many without one.
-        seconds: The time that it took.
+        compile_seconds: The time that programs were compiled.
+        seconds: The time that it took, compilation included.
     """
 
     x_adv: Array
@@ -48,6 +49,7 @@ class Found(NamedTuple):
     audit: Audit
     gradients: int
     queries: int
+    compile_seconds: float
     seconds: float
 
 
@@ -88,9 +90,9 @@ class Job:
         with preserve_state(self.model.classifier, inputs=x), count_calls() as calls:
             self.model.seed(self.seed, name, number)
             x_adv = self.attacks[name](self.model.classifier, x, y, batch_size=self.batch_size, pool=self.pool)
-            num_gradients, num_queries = calls.gradients, calls.queries
+            cost = dataclasses.asdict(calls)
             wrong, audit = breaks(self.model, x_adv, x, y, self.threat)
-        return Found(x_adv, wrong, audit, num_gradients, num_queries, time.perf_counter() - began)
+        return Found(x_adv, wrong, audit, **cost, seconds=time.perf_counter() - began)
 
     def first_outputs(self) -> Array:
         """Return what the model returns for the first inputs, by which processes tell whether theirs is the same."""

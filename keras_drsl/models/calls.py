@@ -1,4 +1,4 @@
-"""The number of inputs that models are evaluated on: the cost of an attack."""
+"""What an attack costs: the number of inputs that models are evaluated on, and the time to compile programs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 @dataclass
 class Calls:
-    """How many inputs models were evaluated on.
+    """What calls of models cost.
 
     Attributes:
-        gradients: With a gradient.
-        queries: Without one.
+        gradients: On how many inputs models were evaluated with a gradient.
+        queries: On how many without one.
+        compile_seconds: How long their programs were compiled.
     """
 
     gradients: int = 0
     queries: int = 0
+    compile_seconds: float = 0.0
 
 
 # Of each thread its own, as two threads may share a classifier.
@@ -34,9 +36,10 @@ def count_calls() -> Iterator[Calls]:
         _CALLS.reset(token)
 
 
-def add_calls(*, gradients: int = 0, queries: int = 0) -> None:
+def add_calls(*, gradients: int = 0, queries: int = 0, compile_seconds: float = 0.0) -> None:
     """Add to the calls of the block that counts them, if there is one."""
     calls = _CALLS.get()
     if calls is not None:
         calls.gradients += gradients
         calls.queries += queries
+        calls.compile_seconds += compile_seconds

@@ -99,7 +99,7 @@ class Classifier:
         """Return the program of a key, and compile it if there is none. New ones replace the oldest ones."""
         program = self._programs.get(key)
         if program is None:
-            program = compile_(function, self.variables)
+            program = compile_(function, self.variables, lambda seconds: add_calls(compile_seconds=seconds))
             while len(self._programs) >= MAX_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = program

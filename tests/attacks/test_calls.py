@@ -123,6 +123,29 @@ def test_a_report_has_the_calls_of_its_attacks(tmp_path):
     assert f"{4 * COUNT} gradients and {12 * COUNT} further queries" in report.to_markdown()
 
 
+def test_a_report_has_the_time_of_compilation():
+    x, y = inputs(COUNT)
+    options = {"attacks": [PGD(1e-6, steps=3), Square(1e-6, queries=8)], "checks": [], "verbose": 0}
+    report = evaluate_robustness(linear_model(), x, y, eps=1e-6, **options)
+    parts = [(attack["compile_seconds"], attack["seconds"]) for attack in report.attacks]
+    if BACKEND == "torch":
+        assert [seconds for seconds, _ in parts] == [0.0, 0.0]
+    else:
+        # The model is tiny, so little else takes time.
+        assert all(seconds / 2 < compiling < seconds for compiling, seconds in parts)
+    assert report.compile_seconds == sum(seconds for seconds, _ in parts)
+    assert f"{report.compile_seconds:.1f} seconds to compile them" in report.to_text(verbose=True)
+
+
+def test_programs_are_compiled_once():
+    x, y = inputs(COUNT)
+    classifier = Classifier(linear_model())
+    for attack in (PGD(1e-6, steps=3), PGD(1e-7, steps=9, restarts=3)):
+        with count_calls() as calls:
+            attack(classifier, x, y)
+        assert (calls.compile_seconds > 0) == (attack.eps == 1e-6 and BACKEND != "torch")
+
+
 def test_each_averaged_answer_of_a_random_model_counts():
     x, y = inputs(COUNT)
     options = {"attacks": PGD(1e-6, steps=3), "checks": [], "verbose": 0, "expectation_draws": 5}

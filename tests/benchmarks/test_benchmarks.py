@@ -9,7 +9,16 @@ from tests.backends import BACKEND
 from tests.helpers import run_module
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ["attack_speed", "loss_speed", "step_overhead", "linear_head", "many_classes", "distances", "fast_suite"]
+BENCHMARKS = [
+    "attack_speed",
+    "loss_speed",
+    "step_overhead",
+    "linear_head",
+    "many_classes",
+    "distances",
+    "fast_suite",
+    "first_call",
+]
 
 
 @pytest.mark.slow
