@@ -15,7 +15,7 @@ def build(name, shape, noise=0):
     return preact_resnet(shape, *((16, 1) if name == "small_resnet" else (64, 2)))
 
 
-def small_cnn(shape, noise=0):
+def small_cnn(shape, noise=0, classes=10):
     """Return two convolutions and two dense layers; small images are pooled once only."""
     model = keras.Sequential([keras.Input(shape)])
     if noise > 0:
@@ -25,7 +25,7 @@ def small_cnn(shape, noise=0):
         model.add(keras.layers.MaxPooling2D(pool))
     model.add(keras.layers.Flatten())
     model.add(keras.layers.Dense(128, activation="relu"))
-    model.add(keras.layers.Dense(10, name="logits"))
+    model.add(keras.layers.Dense(classes, name="logits"))
     return model
 
 

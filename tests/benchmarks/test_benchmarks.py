@@ -15,6 +15,7 @@ BENCHMARKS = [
     "step_overhead",
     "linear_head",
     "many_classes",
+    "hundred_classes",
     "distances",
     "fast_suite",
     "first_call",
