@@ -5,7 +5,7 @@ in a pair of training. Every other class is a target of APGD on the margin, 25 s
 targets succeeded follows how many images the first k targets of an order would have left, without another attack.
 The order by logits takes the largest ones first. The other takes first the classes that are nearest on the model's
 linearization, among the 2 k of the largest logits, as `suite="fast"` does; that costs 2 k gradients more per image.
-About ten minutes on one core.
+About half an hour on one core.
 
     python -m benchmarks.hundred_classes --out results
 """
@@ -106,7 +106,7 @@ def measure_model(name, model, learned, test, seed):
 def main():
     learned, test = datasets.load("digits")
     learned = pairs(learned, 4000 if ARGS.quick else 20_000, 0)
-    test = pairs(test, 10 if ARGS.quick else 400, 1)
+    test = pairs(test, 10 if ARGS.quick else 200, 1)
     rows = [
         measure_model(name, model, learned, test, seed)
         for name, model in list(MODELS.items())[: 1 if ARGS.quick else None]

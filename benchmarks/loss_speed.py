@@ -9,25 +9,41 @@ makes a gradient can be faster. With torch installed, `authors_torch` and `autho
 the papers' published code; the second sorts each row.
 
     python -m benchmarks.loss_speed --backend tensorflow --out results
+
+With `--family`, the other forms and losses: DRSLoss on probabilities and in softmax space, and its peers, each against
+Keras's cross-entropy on the same predictions.
+
+    python -m benchmarks.loss_speed --backend tensorflow --out results --family
 """
 
+import importlib.util
 import json
 
 from benchmarks import measure
 
 if __name__ == "__main__":
-    ARGS = measure.parse_arguments(__doc__)
+    ARGS = measure.parse_arguments(
+        __doc__, more=lambda parser: parser.add_argument("--family", action="store_true", help="other forms and losses")
+    )
 
 import keras
 import numpy as np
 from keras import ops
 
 import keras_drsl
+from keras_drsl import losses as family
+from keras_drsl._backend._common import available_cores
 
 SIZES = [
     *((128, 10), (65_536, 10), (256, 100), (256, 1_000), (1_024, 1_000), (512, 32_000), (128, 262_144)),
     (32_768, 1_000),
 ]
+FAMILY_SIZES = [(128, 10), (65_536, 10), (256, 1_000), (1_024, 1_000)]
+FAMILY_RATIO = 1.15
+PEERS = (
+    *(family.ComplementObjective, family.GuidedComplementEntropy, family.LogitSqueezing, family.PRSLoss),
+    *(family.ProbabilisticallyCompactLoss, family.Squentropy, family.ZLoss),
+)
 OVER_CLASSES = [(256, classes) for classes in (10, 100, 1_000, 10_000, 32_000)]
 OVER_BATCH = [(batch, 1_000) for batch in (16, 64, 256, 1_024, 4_096)]
 MEMORY_SIZE = (512, 32_000)
@@ -43,11 +59,37 @@ class Formula(keras_drsl.DRSLoss):
         return None
 
 
-def contestants(batch, classes):
-    """Return functions without arguments that compute value and gradient, by name."""
+def draw(batch, classes):
+    """Return logits and class ids."""
     rng = np.random.default_rng(0)
-    z = rng.normal(0, 3, (batch, classes)).astype("float32")
-    ids = rng.integers(0, classes, batch)
+    return rng.normal(0, 3, (batch, classes)).astype("float32"), rng.integers(0, classes, batch)
+
+
+def calls_of(losses, z):
+    """Return functions without arguments that compute value and gradient of each loss, by name."""
+    return {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[keras.config.backend()](losses, z)
+
+
+def relatives(batch, classes):
+    """Return the calls of the family by name; `"p: "` begins the names of those on probabilities."""
+    z, ids = draw(batch, classes)
+    losses = {
+        "cross_entropy": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), ids),
+        "DRSLoss, softmax space": (keras_drsl.DRSLoss(LAM, space="softmax", from_logits=True), ids),
+        **{peer.__name__: (peer(from_logits=True), ids) for peer in PEERS},
+    }
+    of_probabilities = {
+        "p: cross_entropy": (keras.losses.SparseCategoricalCrossentropy(), ids),
+        "p: DRSLoss": (keras_drsl.DRSLoss(LAM), ids),
+        "p: DRSLoss, softmax space": (keras_drsl.DRSLoss(LAM, space="softmax"), ids),
+    }
+    p = ops.convert_to_numpy(ops.softmax(z, axis=-1))
+    return calls_of(losses, z) | calls_of(of_probabilities, p)
+
+
+def contestants(batch, classes):
+    """Return the calls of DRSLoss, PRSLoss and Keras's cross-entropy."""
+    z, ids = draw(batch, classes)
     losses = {
         "cross_entropy": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), ids),
         "drs": (keras_drsl.DRSLoss(LAM, from_logits=True), ids),
@@ -61,10 +103,10 @@ def contestants(batch, classes):
         smooth = {"from_logits": True, "label_smoothing": 0.1}
         losses["cross_entropy_smoothed"] = (keras.losses.CategoricalCrossentropy(**smooth), one_hot)
         losses["drs_smoothed"] = (keras_drsl.DRSLoss(LAM, **smooth), one_hot)
-    return {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[keras.config.backend()](losses, z, ids)
+    return calls_of(losses, z) | copies(z) | authors(z, ids)
 
 
-def _on_tensorflow(losses, z, ids):
+def _on_tensorflow(losses, z):
     import tensorflow as tf
 
     z = tf.constant(z)
@@ -81,14 +123,7 @@ def _on_tensorflow(losses, z, ids):
         for suffix, options in (("", {}), ("_xla", {"jit_compile": True})):
             program = tf.function(both, **options)
             calls[name + suffix] = lambda program=program, labels=labels: _finish(program(labels, z))
-    copy = tf.function(lambda z: (z[0, 0], z * 1.0001), jit_compile=True)
-    calls["copy_xla"] = lambda: _finish(copy(z))
-    try:
-        import torch
-    except ImportError:
-        return calls
-    torch.set_num_threads(2)
-    return calls | _authors(torch.tensor(z.numpy()), torch.tensor(ids))
+    return calls
 
 
 def _finish(outputs):
@@ -97,7 +132,7 @@ def _finish(outputs):
     return outputs[1][0, 0].numpy()
 
 
-def _on_jax(losses, z, ids):
+def _on_jax(losses, z):
     import jax
 
     z = jax.numpy.asarray(z)
@@ -106,21 +141,23 @@ def _on_jax(losses, z, ids):
         program = jax.jit(jax.value_and_grad(lambda z, labels, loss=loss: loss(labels, z)))
         labels = jax.numpy.asarray(labels)
         calls[name + "_xla"] = lambda program=program, labels=labels: jax.block_until_ready(program(z, labels))
-    copy = jax.jit(lambda z: (z[0, 0], z * 1.0001))
-    calls["copy_xla"] = lambda: jax.block_until_ready(copy(z))
     return calls
 
 
-def _on_torch(losses, z, ids):
+def _on_torch(losses, z):
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and ARGS.device == "gpu" else "cpu"
+    device = _torch_device()
     z = torch.tensor(z, device=device, requires_grad=True)
     calls = {}
     for name, (loss, labels) in losses.items():
         labels = torch.as_tensor(ops.convert_to_numpy(labels), device=device)
         calls[name] = lambda loss=loss, labels=labels: _torch_gradient(loss(labels, z), z)
-    return calls | _authors(z.detach(), torch.as_tensor(ids, device=device))
+    return calls
+
+
+def _torch_device():
+    return "cuda" if ARGS.device == "gpu" else "cpu"
 
 
 def _torch_gradient(value, z):
@@ -130,11 +167,32 @@ def _torch_gradient(value, z):
     return gradient[0, 0].item()
 
 
-def _authors(z, ids):
-    """Return the computations of both papers' code, by name."""
+def copies(z):
+    """Return the call that reads the logits and writes as many numbers, where there is XLA."""
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(z)
+        copy = tf.function(lambda x: (x[0, 0], x * 1.0001), jit_compile=True)
+        return {"copy_xla": lambda: _finish(copy(x))}
+    if keras.config.backend() == "jax":
+        import jax
+
+        x = jax.numpy.asarray(z)
+        copy = jax.jit(lambda x: (x[0, 0], x * 1.0001))
+        return {"copy_xla": lambda: jax.block_until_ready(copy(x))}
+    return {}
+
+
+def authors(z, ids):
+    """Return the computations of both papers' code, by name, where torch is installed."""
+    if keras.config.backend() == "jax" or importlib.util.find_spec("torch") is None:
+        return {}
     import torch
 
-    z = z.requires_grad_(True)
+    torch.set_num_threads(available_cores())
+    z = torch.tensor(z, device=_torch_device(), requires_grad=True)
+    ids = torch.as_tensor(ids, device=_torch_device())
 
     def drs():
         """Mean cross-entropy plus b times the sum, over batch and classes, of the squared centred non-true logits."""
@@ -153,9 +211,9 @@ def _authors(z, ids):
     return {"authors_torch": drs, "authors_prs_torch": prs}
 
 
-def run_size(batch, classes, quick):
-    """Measure the times of one size."""
-    calls = contestants(batch, classes)
+def run_size(make, batch, classes, quick):
+    """Measure the times of one size of the calls that `make` returns."""
+    calls = make(batch, classes)
     rounds = 3 if quick else int(np.clip(3e7 / (batch * classes), 9, 200))
     seconds = measure.interleave(calls, rounds)
     row = {"batch": batch, "classes": classes, "rounds": rounds, "seconds": seconds}
@@ -213,12 +271,36 @@ def compare(rows, memory):
     return targets
 
 
+def compare_family(rows):
+    """Return the targets of the family, as ratios of medians in this run."""
+    targets = []
+    for row in rows:
+        seconds = row["seconds"]
+        for name in seconds:
+            bare, suffix = name.removesuffix("_xla"), "_xla" if name.endswith("_xla") else ""
+            reference = f"{'p: ' if name.startswith('p: ') else ''}cross_entropy{suffix}"
+            if name == reference:
+                continue
+            what = f"{bare} / cross-entropy, {'XLA' if suffix else 'default'}, {row['batch']} x {row['classes']}"
+            measured = measure.ratio(seconds[name], seconds[reference])
+            targets.append(
+                {"name": what, "value": measured["ratio"], "spread": measured["spread"], "target": FAMILY_RATIO}
+            )
+    return targets
+
+
 def main():
+    if ARGS.family:
+        sizes = [(8, 10)] if ARGS.quick else FAMILY_SIZES
+        rows = [run_size(relatives, *size, ARGS.quick) for size in sizes]
+        record = {"rows": rows, "targets": measure.verdict(compare_family(rows))}
+        measure.write(ARGS, "loss_family", record, module="loss_speed")
+        return
     if ARGS.memory:
         print(json.dumps(memory(*((64, 1_000) if ARGS.quick else MEMORY_SIZE))))
         return
     sizes = [(8, 10), (4, 1_000)] if ARGS.quick else list(dict.fromkeys(SIZES + OVER_CLASSES + OVER_BATCH))
-    rows = [run_size(*size, ARGS.quick) for size in sizes]
+    rows = [run_size(contestants, *size, ARGS.quick) for size in sizes]
     needed = measure.memory_in_fresh_process(ARGS)
     shares = {name: round(share, 3) for name, share in (needed or {}).items()}
     print("memory beyond logits and gradient / logits:", shares)
