@@ -56,6 +56,7 @@ class LogitSqueezing(ClassificationLoss):
 
     hyperparameters = ("lam",)
     needs_logits = True
+    is_rowwise = True
 
     def __init__(self, lam: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
