@@ -6,9 +6,10 @@ processor's cache. The gradient is the only array of the size of the logits that
 
 `fused_drs_loss` computes a block from closed forms, and `blockwise_loss` that of any loss by automatic differentiation.
 The closed forms are those of the distribution-restrained softmax loss of logits, in log space. Symbols:
-`p = softmax(z)`; `y`: the label distribution, 1 for the true class and 0 for the others where labels are class ids; `a`:
-the label smoothing; `u = (1 - a) y + a / C`: the smoothed labels; `w = 1 - y`; `n = sum w`; `m = sum(w z) / n`: the mean
-of the non-true logits; `d = z - m`: their deviations; `c = lam` for the sum of squares, `c = lam / n` for the variance.
+`p = softmax(z)`; `y`: the label distribution, 1 for the true class and 0 for the others where labels are class ids;
+`a`: the label smoothing; `u = (1 - a) y + a / C`: the smoothed labels; `w = 1 - y`; `n = sum w`; `m = sum(w z) / n`:
+the mean of the non-true logits; `d = z - m`: their deviations; `c = lam` for the sum of squares, `c = lam / n` for the
+variance.
 
 - `value = sum(u) log(sum exp z) - sum(u z) + c sum(w d^2)`
 - `gradient = sum(u) p - u + 2 c w d`
