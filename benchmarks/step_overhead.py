@@ -3,7 +3,8 @@
 A small CNN on images of 28 x 28, the same trained on images attacked by PGD in ten steps, and a wide softmax head of
 10,000 classes, each by `fit` as a user gets it by default, the losses taking turns. Then the step with PGD-10 beside
 that of other libraries, where they are installed: `AdversarialTrainerMadryPGD` of ART, and the loop of cleverhans's
-tutorial with its PGD. It prints milliseconds per step and the targets. About ten minutes on two cores.
+tutorial with its PGD: time, time of the first step with its compilation, and memory. It prints milliseconds per step
+and the targets. About ten minutes on two cores.
 
     python -m benchmarks.step_overhead --out results
 """
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     ARGS = measure.parse_arguments(__doc__)
 
 import importlib.util
+import json
 import time
 
 import keras
@@ -119,8 +121,8 @@ def of_cleverhans(model):
     return epoch
 
 
-def compare_libraries(steps, rounds):
-    """Measure the seconds per step of adversarial training, and of the first one, of each library that is installed."""
+def trainers():
+    """Return by library that is installed what makes the training of a model."""
     makers = {"keras_drsl": of_this_package}
     if keras.config.backend() == "tensorflow":
         makers |= {
@@ -128,13 +130,32 @@ def compare_libraries(steps, rounds):
             for name, make in (("art", of_art), ("cleverhans", of_cleverhans))
             if importlib.util.find_spec(name)
         }
+    return makers
+
+
+def prepare(make, steps):
+    """Return what trains a new model on a data set of some batches, and the data set with the size of a batch."""
+    keras.utils.set_random_seed(0)
+    model, batch, shape, classes = cnn(activation=None)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((steps * batch, *shape), "float32"), rng.integers(0, classes, steps * batch)
+    return make(model), x, y, batch
+
+
+def memory():
+    """Measure the memory in MiB that a step needs, by library."""
+    needed = {}
+    for name, make in trainers().items():
+        train, x, y, batch = prepare(make, 1)
+        needed[name] = measure.peak_bytes(lambda train=train, x=x, y=y, batch=batch: train(x, y, batch)) / 2**20
+    return needed
+
+
+def compare_libraries(steps, rounds):
+    """Measure the seconds per step of adversarial training, and of the first one, of each library that is installed."""
     calls, first = {}, {}
-    for name, make in makers.items():
-        keras.utils.set_random_seed(0)
-        model, batch, shape, classes = cnn(activation=None)
-        rng = np.random.default_rng(0)
-        x, y = rng.random((steps * batch, *shape), "float32"), rng.integers(0, classes, steps * batch)
-        train = make(model)
+    for name, make in trainers().items():
+        train, x, y, batch = prepare(make, steps)
         began = time.perf_counter()
         train(x[:batch], y[:batch], batch)
         first[name] = time.perf_counter() - began
@@ -162,6 +183,9 @@ def targets_of_libraries(row):
 
 
 def main():
+    if ARGS.memory:
+        print(json.dumps(memory()))
+        return
     steps, rounds = (2, 2) if ARGS.quick else (20, 21)
     # A step under attack takes ten times as long.
     rows = [run_model(make, steps, rounds) for make in (cnn, wide_head)]
@@ -182,6 +206,8 @@ def main():
             }
         )
     libraries = compare_libraries(max(steps // 5, 2), 2 if ARGS.quick else 9)
+    libraries["memory_mib"] = measure.memory_in_fresh_process(ARGS)
+    print("memory of a step of PGD-10 in MiB:", libraries["memory_mib"])
     targets = measure.verdict(targets + targets_of_libraries(libraries))
     packages = {"adversarial-robustness-toolbox", "cleverhans"} if len(libraries["first_step"]) > 1 else ()
     measure.write(ARGS, "step_overhead", {"rows": rows, "libraries": libraries, "targets": targets}, packages)

@@ -109,9 +109,9 @@ def should_fuse(inputs: LossInputs) -> bool:
 
 
 def should_divide(inputs: LossInputs, options: dict[str, Any]) -> bool:
-    """Return whether to differentiate a loss in blocks: on a processor, with hyperparameters that stay as they are."""
-    variable = any(isinstance(value, keras.Variable) for value in options.values())
-    return not variable and should_fuse(inputs) and _backend.cpu_cores() is not None
+    """Return whether to differentiate a loss in blocks: on a processor, with hyperparameters that name a program."""
+    constant = all(isinstance(value, int | float | str | None) for value in options.values())
+    return constant and should_fuse(inputs) and _backend.cpu_cores() is not None
 
 
 def fused_drs_loss(
