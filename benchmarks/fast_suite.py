@@ -166,9 +166,8 @@ def main():
                 row["autoattack"] = autoattack(network, x, y, eps, seed)
             rows.append(row)
             print(row, flush=True)
-            measure.write(ARGS, name, {"rows": rows}, module="fast_suite")
-    record = {"rows": rows, "targets": measure.verdict(targets_of(rows))}
-    measure.write(ARGS, name, record, {"torchattacks"} if has_rival else (), module="fast_suite")
+            record = {"rows": rows, "targets": measure.verdict(targets_of(rows))}
+            measure.write(ARGS, name, record, {"torchattacks"} if has_rival else (), module="fast_suite")
 
 
 if __name__ == "__main__":

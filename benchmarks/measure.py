@@ -164,7 +164,7 @@ def command(args, module):
     """Return the command that repeats a run."""
     words = ["python", "-m", module, "--backend", args.backend, "--device", args.device]
     words += ["--dataset", args.dataset] if hasattr(args, "dataset") else []
-    words += ["--design"] * getattr(args, "design", False)
+    words += [f"--{name}" for name in ("design", "family") if getattr(args, name, False)]
     return " ".join(words + ["--quick"] * args.quick)
 
 

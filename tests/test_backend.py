@@ -407,3 +407,13 @@ class TestLogitsBehind:
                 np.testing.assert_allclose(got, values(logits(x)), rtol=1e-6)
         finally:
             jax.config.update("jax_softmax_custom_jvp", before)
+
+
+@on_jax
+def test_programs_run_within_others():
+    import jax
+
+    double = compile_function(lambda x: 2 * x, [])
+    assert float(jax.jit(double)(3.0)) == 6.0
+    assert float(jax.jit(jax.grad(double))(3.0)) == 2.0
+    assert float(double(np.float32(3.0))) == 6.0

@@ -26,7 +26,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def without_times(path):
     content = json.loads(path.read_text())
     for attack in content["attacks"]:
-        del attack["seconds"]
+        del attack["seconds"], attack["compile_seconds"]
     return content
 
 

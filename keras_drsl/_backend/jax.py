@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -143,7 +143,6 @@ def compile_function(
 ) -> Callable[..., Any]:
     """Compile a function for tensors of any number of rows, once per number."""
 
-    @partial(jax.jit, compiler_options=_quick_compilation())
     def stateless(values: list[Tensor], *arguments: Any) -> Any:
         seeds = [index for index, value in enumerate(values) if _is_seed(value)]
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
@@ -154,15 +153,20 @@ def compile_function(
         used = {index: new for index, old, new in zip(seeds, before, after, strict=True) if new is not old}
         return results, used
 
-    shapes = set()
+    program = jax.jit(stateless, compiler_options=_quick_compilation())
+    seen = set()
 
     def call(*arguments: Any) -> Any:
-        began, shape = time.perf_counter(), tuple(x.shape for x in jax.tree.leaves(arguments))
-        results, used = stateless([variable.value for variable in variables], *arguments)
-        if shape not in shapes:
-            # A call returns before its program has run, so this is the time of the compilation.
-            compiled(time.perf_counter() - began)
-            shapes.add(shape)
+        given = [variable.value for variable in variables], *arguments
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
+            results, used = stateless(*given)  # within another program, which is compiled as a whole
+        else:
+            began, key = time.perf_counter(), tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
+            results, used = program(*given)
+            if key not in seen:
+                # A call returns before its program has run, so this is the time of the compilation.
+                compiled(time.perf_counter() - began)
+                seen.add(key)
         # The next call must not draw the same random numbers.
         for index, value in used.items():
             variables[index].assign(value)
@@ -173,13 +177,15 @@ def compile_function(
 
 @cache
 def _quick_compilation() -> dict[str, Any] | None:
-    """Return options with which XLA compiles attacks on a processor in half the time; None where it has them not."""
+    """Return options with which XLA compiles attacks on a processor in half the time, or None if it lacks them."""
+    if jax.default_backend() != "cpu":
+        return None
     options = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:
         return None
-    return options if jax.default_backend() == "cpu" else None
+    return options
 
 
 def multi_step(

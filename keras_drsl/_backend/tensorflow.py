@@ -167,8 +167,11 @@ def compile_function(
         ]
         key = tuple(tf.nest.flatten(signature))
         if key not in programs:
+            if tf.config.functions_run_eagerly():
+                return function(*tf.nest.map_structure(tf.convert_to_tensor, arguments))
             began = time.perf_counter()
-            # Not compiled by XLA: on a processor, TensorFlow's own convolutions are several times faster.
+            # Not compiled by XLA: on a processor, TensorFlow's own convolutions are several times faster. In a lambda,
+            # as the signature of a partial function has its keywords, which a concrete function then asks for.
             program = tf.function(lambda *given: function(*given), input_signature=signature, autograph=False)
             programs[key] = program.get_concrete_function()
             compiled(time.perf_counter() - began)

@@ -456,7 +456,7 @@ class _Run:
         context, state = self._context, self._state
         state.done.setdefault(name, 0)
         for key in ("seconds", *COST):
-            getattr(state, key).setdefault(name, 0)
+            getattr(state, key).setdefault(name, 0.0 if key.endswith("seconds") else 0)
         for (number, rows), found in zip(batches, self._workers.run(name, batches), strict=True):
             x, y = context.x[rows], context.y[rows]
             self._record(name, rows, found.wrong)

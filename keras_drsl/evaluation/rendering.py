@@ -179,7 +179,7 @@ def _cost(report: EvaluationResults) -> list[str]:
         return []
     lines = [f"{gradients:,} gradients and {queries:,} further queries by attacks"]
     if report.compile_seconds is not None:
-        lines.append(f"{report.compile_seconds:.1f} seconds to compile them")
+        lines.append(f"{report.compile_seconds:.1f} seconds to compile attacks")
     return lines
 
 

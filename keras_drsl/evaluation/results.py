@@ -222,10 +222,10 @@ class EvaluationResults:
 
     @property
     def compile_seconds(self) -> float | None:
-        """How much of the time of the attacks TensorFlow or JAX compiled programs; None if it was not measured.
+        """How much of the time of the attacks TensorFlow traced programs or JAX compiled them; None if not measured.
 
-        Each evaluation compiles its own, as the settings of layers may have changed since the last one. On PyTorch,
-        nothing is compiled.
+        Programs that a check needed first do not count. Each evaluation compiles its own, as the settings of layers may
+        have changed since the last one. On PyTorch, nothing is compiled.
         """
         total: float | None = self._sum_of("compile_seconds")
         return total

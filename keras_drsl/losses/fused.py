@@ -36,6 +36,9 @@ from keras_drsl.spread import smallest_number, spread
 # Up to this many logits, the formula as it is written is as fast, and needs no separate compilation.
 FEW_LOGITS = 2**13
 
+# The same for losses that are differentiated in blocks: they gain less.
+FEW_DIFFERENTIATED = 2**17
+
 # A processor computes this many classes or more row by row. With fewer, it computes the rows side by side: a sum over
 # a few numbers does not fill its vector registers.
 LONG_ROWS = 64
@@ -90,12 +93,14 @@ class Blockwise(NamedTuple):
         options: The names and values of its hyperparameters.
         from_logits: Whether scores are logits.
         sparse: Whether labels are class ids.
+        epsilon: `keras.config.epsilon()`, by which Keras clips probabilities.
     """
 
     loss: Any
     options: tuple[tuple[str, Any], ...]
     from_logits: bool
     sparse: bool
+    epsilon: float
 
 
 def should_fuse(inputs: LossInputs) -> bool:
@@ -109,9 +114,14 @@ def should_fuse(inputs: LossInputs) -> bool:
 
 
 def should_divide(inputs: LossInputs, options: dict[str, Any]) -> bool:
-    """Return whether to differentiate a loss in blocks: on a processor, with hyperparameters that name a program."""
+    """Return whether to differentiate a loss in blocks: within a program, on a processor, of many logits.
+
+    Each value of a hyperparameter has a program of its own. A program that is compiled keeps the value anyway.
+    """
     constant = all(isinstance(value, int | float | str | None) for value in options.values())
-    return constant and should_fuse(inputs) and _backend.cpu_cores() is not None
+    if not constant or not _backend.is_compiling() or _backend.cpu_cores() is None or not should_fuse(inputs):
+        return False
+    return None in inputs.scores.shape or math.prod(inputs.scores.shape) > FEW_DIFFERENTIATED
 
 
 def fused_drs_loss(
@@ -150,22 +160,21 @@ def fused_drs_loss(
     return _run(program, partial(formula, form), labels, logits, scale, *numbers)
 
 
-def blockwise_loss(loss: Any, options: dict[str, Any], inputs: LossInputs, plan: BlockPlan | None = None) -> Tensor:
+def blockwise_loss(loss: Any, options: dict[str, Any], inputs: LossInputs) -> Tensor:
     """Compute a loss of each position, 0 at ignored positions and NaN at wrong ones.
 
     Args:
         loss: A class of `keras_drsl.losses.ClassificationLoss` whose value of a position depends on no other one.
         options: Its hyperparameters, by name.
         inputs: The labels and predictions.
-        plan: The size of the blocks, by default for the running device.
 
     Returns:
         Shape `(...)`, the dtype of the scores.
     """
     scores = inputs.scores
-    form = Blockwise(loss, tuple(options.items()), inputs.from_logits, inputs.sparse)
-    plan = BlockPlan(_backend.cpu_cores()) if plan is None else plan
-    program = compiled_program(scores.shape[-1], keras.backend.standardize_dtype(scores.dtype), form, plan)
+    form = Blockwise(loss, tuple(options.items()), inputs.from_logits, inputs.sparse, keras.config.epsilon())
+    dtype = keras.backend.standardize_dtype(scores.dtype)
+    program = compiled_program(scores.shape[-1], dtype, form, BlockPlan(_backend.cpu_cores()))
     return _run(program, partial(formula, form), inputs.labels, scores, inputs.scale)
 
 
@@ -192,7 +201,11 @@ def formula(form: Form | Blockwise, logits: Tensor, labels: Tensor, scale: Tenso
     if isinstance(form, Blockwise):
         # The scale of ignored positions is 0, and so is that of added rows.
         inputs = LossInputs(labels, logits, form.from_logits, valid=scale != 0, in_range=None)
-        return scale * form.loss(**dict(form.options), from_logits=form.from_logits).values(inputs)
+        # The formula reads the hyperparameters only.
+        loss = form.loss.__new__(form.loss)
+        vars(loss).update(form.options)
+        values = ops.cast(loss.values(inputs), logits.dtype)
+        return ops.where(scale == 0, ops.zeros_like(scale), scale * values)
     lam, smoothing = numbers
     y = _distribution(form, labels, logits)
     z = ops.where(ops.expand_dims(scale == 0, -1), 0.0, logits) if form.masked else logits
@@ -227,8 +240,9 @@ def differentiate(
         values, _, gradient = _backend.value_and_gradient(lambda x: (formula(form, x, labels, scale), ()), scores)
         return values, gradient
 
+    assert plan.cores is not None
     per_core = plan.logits_per_core or _backend.DIFFERENTIATED_PER_CORE[scores.shape[-1] >= LONG_ROWS]
-    return _in_blocks(block, plan.cores or 1, per_core, scores, labels, scale)
+    return _in_blocks(block, plan.cores, per_core, scores, labels, scale)
 
 
 def value_and_gradient(

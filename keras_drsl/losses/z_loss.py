@@ -58,6 +58,7 @@ class ZLoss(ClassificationLoss):
     hyperparameters = ("lam",)
     needs_logits = True
     is_rowwise = True
+    loss: ClassificationLoss | None = None
 
     def __init__(self, lam: float = 1e-4, *, loss: ClassificationLoss | None = None, **options: Any) -> None:
         if loss is not None:

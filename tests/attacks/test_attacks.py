@@ -128,11 +128,19 @@ def test_compiled_and_eager_results_agree(make):
 
     x, y = inputs(20)
     compiled = make(0.1)(linear_model(), x, y)
+    eager = []
+
+    def logits(x):
+        eager.append(tf.executing_eagerly())
+        return linear_model()(x)
+
     tf.config.run_functions_eagerly(True)
     try:
-        np.testing.assert_allclose(make(0.1)(linear_model(), x, y), compiled, atol=1e-6)
+        np.testing.assert_allclose(make(0.1)(logits, x, y), compiled, atol=1e-6)
     finally:
         tf.config.run_functions_eagerly(False)
+    assert eager
+    assert all(eager)
 
 
 def test_huge_logits_blind_the_cross_entropy_only():

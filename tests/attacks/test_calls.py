@@ -131,10 +131,9 @@ def test_a_report_has_the_time_of_compilation():
     if BACKEND == "torch":
         assert [seconds for seconds, _ in parts] == [0.0, 0.0]
     else:
-        # The model is tiny, so little else takes time.
-        assert all(seconds / 2 < compiling < seconds for compiling, seconds in parts)
+        assert all(0 < compiling < seconds for compiling, seconds in parts)
     assert report.compile_seconds == sum(seconds for seconds, _ in parts)
-    assert f"{report.compile_seconds:.1f} seconds to compile them" in report.to_text(verbose=True)
+    assert f"{report.compile_seconds:.1f} seconds to compile attacks" in report.to_text(verbose=True)
 
 
 def test_programs_are_compiled_once():

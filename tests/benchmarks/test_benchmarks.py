@@ -37,6 +37,16 @@ def test_a_benchmark_runs_and_writes_its_record(name, tmp_path):
         assert f"{target['value']:.3f}" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_family_of_losses_has_a_record_of_its_own(tmp_path):
+    run_module("benchmarks.loss_speed", "--quick", "--family", "--backend", BACKEND, "--out", tmp_path)
+    record = json.loads((tmp_path / f"loss_family_{BACKEND}_cpu.json").read_text())
+    assert record["command"] == f"python -m benchmarks.loss_speed --backend {BACKEND} --device cpu --family --quick"
+    assert {"DRSLoss, softmax space", "p: DRSLoss", "ZLoss"} <= {
+        name.removesuffix("_xla") for name in record["rows"][0]["seconds"]
+    }
+
+
 def test_a_missing_device_is_named():
     done = run_module("benchmarks.loss_speed", "--quick", "--backend", BACKEND, "--device", "gpu", check=False)
     if done.returncode == 0:

@@ -259,7 +259,7 @@ def shard(part, count, *, seconds, statuses, device="cpu"):
     broken_by = [None, "first", "clean", "check:first"] if part % 2 else ["first", None, None, "second"]
     report = make([part + count * place for place in range(4)], broken_by, shard=[part, count])
     for attack, time in zip(report.attacks, seconds, strict=True):
-        attack["seconds"] = time
+        attack |= {"seconds": time, "compile_seconds": time / 3}
     if part % 2:
         report.attacks.append({"name": "check:first", "settings": {}, "seconds": 0.1, "tried": 2})
     report.checks[:] = [Check(name, status, value, f"{name} of {part}") for name, (status, value) in statuses.items()]
@@ -308,6 +308,7 @@ def test_a_merged_report_has_worst_outcomes_and_sums(four):  # C1
         ("shards", "warn", "shards are missing, 2/6, 5/6: this report is on the others"),
     ]
     assert [attack["seconds"] for attack in merged.attacks] == [1.3, 333333333.47619, 0.2]
+    assert merged.compile_seconds == pytest.approx((1.3 + 333333333.47619) / 3)
     assert merged.provenance["device"] == ["cpu", "gpu"]
     assert merged.provenance["versions"] == {"keras": ["3.0", "3.1", "3.3", "3.4"], "numpy": "2"}
     assert "4 of 6 shards" in str(merged)

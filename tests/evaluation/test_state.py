@@ -61,6 +61,7 @@ def test_each_flipped_bit_is_found(evaluation, tmp_path):  # C5
         ("seconds", {"fgsm_ce": -1.0}),
         ("seconds", {"fgsm_ce": "1"}),
         ("seconds", []),
+        ("compile_seconds", {"fgsm_ce": -1.0}),
         ("gradients", {"fgsm_ce": -1}),
         ("queries", {"fgsm_ce": 0.5}),
         ("audit", {"outside": -1}),

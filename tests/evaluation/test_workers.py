@@ -44,7 +44,7 @@ def content(report):
         "per_example": found["per_example"],
         "checks": found["checks"],
         "attacks": [
-            {name: value for name, value in attack.items() if name != "seconds"} for attack in found["attacks"]
+            {name: value for name, value in attack.items() if "seconds" not in name} for attack in found["attacks"]
         ],
         "provenance": found["provenance"],
     }

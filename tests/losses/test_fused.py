@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_drsl import DRSLoss, _backend, drs_loss
-from keras_drsl.losses import ZLoss, fused
+from keras_drsl.losses import ClassificationLoss, ZLoss, fused
 from keras_drsl.losses.fused import BlockPlan, fused_drs_loss
 from keras_drsl.predictions import read_inputs
 from tests import reference
@@ -329,6 +329,8 @@ def test_closed_forms_are_used_for_logits_in_log_space(classes, monkeypatch):
 def small_blocks(monkeypatch):
     """Differentiate two or three rows at a time. Return the losses that are differentiated in blocks."""
     monkeypatch.setattr(_backend, "DIFFERENTIATED_PER_CORE", (8, 8))
+    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 0)
+    monkeypatch.setattr(_backend, "is_compiling", lambda: True)
     losses = []
     blockwise = fused.blockwise_loss
     monkeypatch.setattr(fused, "blockwise_loss", lambda loss, *args: losses.append(loss) or blockwise(loss, *args))
@@ -399,6 +401,63 @@ def test_a_derived_loss_is_not_divided_unless_it_says_so(small_blocks):
     got = values(Centred(from_logits=True, reduction=None)(ids, z))
     np.testing.assert_allclose(got, z.max(1) - z.max(1).mean(), rtol=1e-4, atol=1e-5)
     assert not small_blocks
+
+
+@pytest.mark.parametrize("base", [ClassificationLoss, DRSLoss])
+def test_a_loss_of_your_own_in_blocks(base, small_blocks):
+    class LogOfScale(base):
+        is_rowwise = True
+
+        def __init__(self, ignore_class=None):
+            super().__init__(from_logits=True, reduction=None, ignore_class=ignore_class)
+
+        def values(self, inputs):
+            return ops.log(ops.max(ops.abs(inputs.scores), axis=-1))
+
+    z, ids = draw((11, 6))
+    z[2], ids[2] = 0, -1  # the logarithm is infinite
+    got = values(LogOfScale(ignore_class=-1)(ids, z))
+    kept = np.arange(11) != 2
+    np.testing.assert_allclose(got, np.where(kept, np.log(np.abs(z).max(1) + ~kept), 0), rtol=1e-5)
+    assert small_blocks == [LogOfScale]
+
+
+def test_programs_follow_the_epsilon_of_keras(small_blocks):
+    x, ids = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "float32"), np.array([1, 1])
+    epsilon = keras.config.epsilon()
+    try:
+        for value in (1e-3, 1e-5):
+            keras.config.set_epsilon(value)
+            got = values(drs_loss(ids, x, space="softmax", lam=1e-9))
+            np.testing.assert_allclose(got[0], -np.log(value), rtol=1e-2)
+    finally:
+        keras.config.set_epsilon(epsilon)
+
+
+@on_jax
+def test_losses_in_blocks_with_64_bits(small_blocks):
+    import jax
+
+    z, ids = draw((11, 6))
+    case = BY_NAME["Squentropy"]
+    with jax.enable_x64(True):
+        got = values(case.make(from_logits=True, reduction=None)(ids, z))
+    np.testing.assert_allclose(got, case.expected(reference.one_hot(ids, 6), z), rtol=1e-5)
+    assert small_blocks
+
+
+def test_few_logits_and_eager_calls_are_not_divided(small_blocks, monkeypatch):
+    z, ids = draw((11, 6))
+    loss = ZLoss(from_logits=True)
+    monkeypatch.setattr(_backend, "is_compiling", lambda: False)
+    loss(ids, z)
+    monkeypatch.setattr(_backend, "is_compiling", lambda: True)
+    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 66)
+    loss(ids, z)
+    assert not small_blocks
+    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 65)
+    loss(ids, z)
+    assert small_blocks
 
 
 def test_a_variable_is_read_in_each_call(small_blocks):
