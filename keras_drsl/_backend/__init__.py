@@ -20,7 +20,6 @@ else:
         )
     _running = importlib.import_module(f"{__name__}.{keras.config.backend()}")
 
-DIFFERENTIATED_PER_CORE = _running.DIFFERENTIATED_PER_CORE
 NAME = _running.NAME
 GATHERS_TRUE_LOGITS = _running.GATHERS_TRUE_LOGITS
 HAS_XLA = _running.HAS_XLA

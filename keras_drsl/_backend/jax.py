@@ -18,7 +18,6 @@ from keras_drsl._typing import Array, Tensor
 NAME = "jax"
 HAS_XLA = True
 LOGITS_PER_CORE = 2**10, 2**17
-DIFFERENTIATED_PER_CORE = 2**12, 2**15
 READS_WEIGHTS_EACH_CALL = False
 GATHERS_TRUE_LOGITS = False
 

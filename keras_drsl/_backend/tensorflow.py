@@ -21,7 +21,6 @@ HAS_XLA = True
 
 # How many logits one core works on at a time in `losses/fused.py`, for few classes and for many: measured on two cores.
 LOGITS_PER_CORE = 2**13, 2**17
-DIFFERENTIATED_PER_CORE = 2**15, 2**15
 
 # Whether a compiled function reads the weights it closes over again in each call.
 READS_WEIGHTS_EACH_CALL = True

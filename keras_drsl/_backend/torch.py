@@ -15,7 +15,6 @@ from keras_drsl._typing import Array, Tensor
 NAME = "torch"
 HAS_XLA = False
 LOGITS_PER_CORE = 2**13, 2**17
-DIFFERENTIATED_PER_CORE = 2**15, 2**15
 READS_WEIGHTS_EACH_CALL = True
 GATHERS_TRUE_LOGITS = True
 

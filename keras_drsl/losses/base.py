@@ -11,7 +11,6 @@ from keras import ops
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_integer, check_non_negative
-from keras_drsl.losses import fused
 from keras_drsl.predictions import LossInputs, Reduction, match_weights, read_inputs
 from keras_drsl.spread import class_values, finite
 
@@ -48,9 +47,6 @@ class ClassificationLoss(keras.losses.Loss):
             that it is saved with the loss.
         needs_logits: Whether a constant added to all logits changes the value. Such a loss cannot be computed from
             probabilities, and raises an error where their logits cannot be found.
-        is_rowwise: Whether the value of a position depends on no other position, and on no attributes but the
-            hyperparameters. Value and gradient are then computed a block of positions at a time on a processor, which
-            is faster where there are many. A derived class does not inherit it, as its formula may be another one.
 
     Args:
         from_logits: Whether `y_pred` holds logits rather than probabilities. On TensorFlow the logits behind a softmax
@@ -94,7 +90,6 @@ class ClassificationLoss(keras.losses.Loss):
 
     hyperparameters: ClassVar[tuple[str, ...]] = ()
     needs_logits: ClassVar[bool] = False
-    is_rowwise: ClassVar[bool] = False
     _is_compiled = False
 
     def __init__(
@@ -171,9 +166,6 @@ class ClassificationLoss(keras.losses.Loss):
 
     def _fused_values(self, inputs: LossInputs) -> Tensor | None:
         """Compute the formula with its gradient in one pass, masked; None where there is no such program."""
-        options = {name: getattr(self, name) for name in self.hyperparameters}
-        if "is_rowwise" in vars(type(self)) and self.is_rowwise and fused.should_divide(inputs, options):
-            return fused.blockwise_loss(type(self), options, inputs)
         return None
 
     def __setattr__(self, name: str, value: Any) -> None:

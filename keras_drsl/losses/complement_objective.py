@@ -55,7 +55,6 @@ class ComplementObjective(ClassificationLoss):
     """
 
     hyperparameters = ("lam",)
-    is_rowwise = True
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)

@@ -193,7 +193,7 @@ class DRSLoss(ClassificationLoss):
 
     def _fused_values(self, inputs: LossInputs) -> Tensor | None:
         if type(self).values is not DRSLoss.values:  # another formula
-            return super()._fused_values(inputs)
+            return None
         if inputs.scores.shape[-1] == 2 and not is_zero(self.lam) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -215,12 +215,7 @@ def _formula(inputs: LossInputs, lam: Any, space: str, spread: str, label_smooth
 
 def _fused(inputs: LossInputs, lam: Any, space: str, spread: str, label_smoothing: float) -> Tensor | None:
     """Compute the loss in one pass, 0 at ignored positions and NaN at wrong ones; None where there is no program."""
-    if is_zero(lam):
-        return None
-    if space == "softmax" or not inputs.from_logits:
-        options = {"lam": lam, "space": space, "spread": spread, "label_smoothing": label_smoothing}
-        return fused.blockwise_loss(DRSLoss, options, inputs) if fused.should_divide(inputs, options) else None
-    if not fused.should_fuse(inputs):
+    if is_zero(lam) or not fused.should_fuse(inputs, space):
         return None
     # The program looks at label distributions itself.
     scale = inputs.scale if inputs.sparse else inputs._replace(in_range=inputs.lengths_match).scale

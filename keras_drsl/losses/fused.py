@@ -1,15 +1,13 @@
-"""Compute losses and their gradients together, in one pass over the logits.
+"""Compute the distribution-restrained softmax loss and its gradient together, in one pass over the logits.
 
-Automatic differentiation of a formula stores the softmax, its logarithm, a one-hot and a mask, each as large as the
-logits. Here value and gradient are computed together, one block of rows at a time, while the block is in the
-processor's cache. The gradient is the only array of the size of the logits that is stored.
+Automatic differentiation of the formula stores the softmax, its logarithm, a one-hot and a mask, each as large as the
+logits. Here value and gradient are computed together from closed forms, one block of rows at a time, while the block
+is in the processor's cache. The gradient is the only array of the size of the logits that is stored.
 
-`fused_drs_loss` computes a block from closed forms, and `blockwise_loss` that of any loss by automatic differentiation.
-The closed forms are those of the distribution-restrained softmax loss of logits, in log space. Symbols:
-`p = softmax(z)`; `y`: the label distribution, 1 for the true class and 0 for the others where labels are class ids;
-`a`: the label smoothing; `u = (1 - a) y + a / C`: the smoothed labels; `w = 1 - y`; `n = sum w`; `m = sum(w z) / n`:
-the mean of the non-true logits; `d = z - m`: their deviations; `c = lam` for the sum of squares, `c = lam / n` for the
-variance.
+The formulas are for logits, in log space. Symbols: `p = softmax(z)`; `y`: the label distribution, 1 for the true class
+and 0 for the others where labels are class ids; `a`: the label smoothing; `u = (1 - a) y + a / C`: the smoothed labels;
+`w = 1 - y`; `n = sum w`; `m = sum(w z) / n`: the mean of the non-true logits; `d = z - m`: their deviations;
+`c = lam` for the sum of squares, `c = lam / n` for the variance.
 
 - `value = sum(u) log(sum exp z) - sum(u z) + c sum(w d^2)`
 - `gradient = sum(u) p - u + 2 c w d`
@@ -35,9 +33,6 @@ from keras_drsl.spread import smallest_number, spread
 
 # Up to this many logits, the formula as it is written is as fast, and needs no separate compilation.
 FEW_LOGITS = 2**13
-
-# The same for losses that are differentiated in blocks: they gain less.
-FEW_DIFFERENTIATED = 2**17
 
 # A processor computes this many classes or more row by row. With fewer, it computes the rows side by side: a sum over
 # a few numbers does not fill its vector registers.
@@ -70,7 +65,7 @@ class BlockPlan(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Say which of the closed forms a program computes.
+    """Say which of the formulas a program computes.
 
     Attributes:
         spread: `"sum_of_squares"` or `"variance"`.
@@ -85,43 +80,14 @@ class Form(NamedTuple):
     sparse: bool
 
 
-class Blockwise(NamedTuple):
-    """Say which loss a program differentiates.
-
-    Attributes:
-        loss: Its class.
-        options: The names and values of its hyperparameters.
-        from_logits: Whether scores are logits.
-        sparse: Whether labels are class ids.
-        epsilon: `keras.config.epsilon()`, by which Keras clips probabilities.
-    """
-
-    loss: Any
-    options: tuple[tuple[str, Any], ...]
-    from_logits: bool
-    sparse: bool
-    epsilon: float
-
-
-def should_fuse(inputs: LossInputs) -> bool:
-    """Return whether to compute a loss in one pass: whether the inputs allow it, and XLA exists."""
+def should_fuse(inputs: LossInputs, space: str) -> bool:
+    """Return whether to compute the loss in one pass: whether the formula allows it, and XLA exists."""
     scores = inputs.scores
     if isinstance(scores, keras.KerasTensor) or not all(n is None or isinstance(n, int) for n in scores.shape):
         # The first cannot be computed, and a symbolic length of `jax.export` cannot be divided into blocks.
         return False
     few = None not in scores.shape and math.prod(scores.shape) <= FEW_LOGITS
-    return _backend.HAS_XLA and not few
-
-
-def should_divide(inputs: LossInputs, options: dict[str, Any]) -> bool:
-    """Return whether to differentiate a loss in blocks: within a program, on a processor, of many logits.
-
-    Each value of a hyperparameter has a program of its own. A program that is compiled keeps the value anyway.
-    """
-    constant = all(isinstance(value, int | float | str | None) for value in options.values())
-    if not constant or not _backend.is_compiling() or _backend.cpu_cores() is None or not should_fuse(inputs):
-        return False
-    return None in inputs.scores.shape or math.prod(inputs.scores.shape) > FEW_DIFFERENTIATED
+    return _backend.HAS_XLA and inputs.from_logits and space == "log_softmax" and not few
 
 
 def fused_drs_loss(
@@ -151,62 +117,23 @@ def fused_drs_loss(
     Returns:
         Shape `(...)`, the dtype of `logits`.
     """
+    classes = logits.shape[-1]
     dtype = keras.backend.standardize_dtype(logits.dtype)
     form = Form(spread, label_smoothing > 0, masked, sparse=len(labels.shape) < len(logits.shape))
     plan = BlockPlan(_backend.cpu_cores()) if plan is None else plan
-    program = compiled_program(logits.shape[-1], dtype, form, plan)
-    # Not `ops.cast`, which rounds a number to float32 first.
-    numbers = ops.convert_to_tensor(lam, dtype), ops.convert_to_tensor(label_smoothing, dtype)
-    return _run(program, partial(formula, form), labels, logits, scale, *numbers)
-
-
-def blockwise_loss(loss: Any, options: dict[str, Any], inputs: LossInputs) -> Tensor:
-    """Compute a loss of each position, 0 at ignored positions and NaN at wrong ones.
-
-    Args:
-        loss: A class of `keras_drsl.losses.ClassificationLoss` whose value of a position depends on no other one.
-        options: Its hyperparameters, by name.
-        inputs: The labels and predictions.
-
-    Returns:
-        Shape `(...)`, the dtype of the scores.
-    """
-    scores = inputs.scores
-    form = Blockwise(loss, tuple(options.items()), inputs.from_logits, inputs.sparse, keras.config.epsilon())
-    dtype = keras.backend.standardize_dtype(scores.dtype)
-    program = compiled_program(scores.shape[-1], dtype, form, BlockPlan(_backend.cpu_cores()))
-    return _run(program, partial(formula, form), inputs.labels, scores, inputs.scale)
-
-
-def _run(
-    program: Callable[..., Any],
-    formula: Callable[..., Tensor],
-    labels: Tensor,
-    scores: Tensor,
-    scale: Tensor,
-    *numbers: Tensor,
-) -> Tensor:
-    """Run a program on positions of any shape."""
-    classes = scores.shape[-1]
-    label_rows = ops.reshape(labels, (-1,) if len(labels.shape) < len(scores.shape) else (-1, classes))
-    rows = ops.reshape(scores, (-1, classes)), label_rows, ops.reshape(scale, (-1,))
+    label_rows = ops.reshape(labels, (-1,) if form.sparse else (-1, classes))
+    rows = ops.reshape(logits, (-1, classes)), label_rows, ops.reshape(scale, (-1,))
     # The scale of added rows is 0.
     padded = _backend.pad_rows(*rows)
-    values = _backend.custom_gradient(program, formula, *padded, *numbers)
-    return ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(scores)[:-1])
+    # Not `ops.cast`, which rounds a number to float32 first.
+    numbers = ops.convert_to_tensor(lam, dtype), ops.convert_to_tensor(label_smoothing, dtype)
+    program = compiled_program(classes, dtype, form, plan)
+    values = _backend.custom_gradient(program, partial(formula, form), *padded, *numbers)
+    return ops.reshape(values[: ops.shape(rows[0])[0]], ops.shape(logits)[:-1])
 
 
-def formula(form: Form | Blockwise, logits: Tensor, labels: Tensor, scale: Tensor, *numbers: Tensor) -> Tensor:
+def formula(form: Form, logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor) -> Tensor:
     """Compute the values of all rows as the formula is written."""
-    if isinstance(form, Blockwise):
-        # The scale of ignored positions is 0, and so is that of added rows.
-        inputs = LossInputs(labels, logits, form.from_logits, valid=scale != 0, in_range=None)
-        # The formula reads the hyperparameters only.
-        loss = form.loss.__new__(form.loss)
-        vars(loss).update(form.options)
-        values = ops.cast(loss.values(inputs), logits.dtype)
-        return ops.where(scale == 0, ops.zeros_like(scale), scale * values)
-    lam, smoothing = numbers
     y = _distribution(form, labels, logits)
     z = ops.where(ops.expand_dims(scale == 0, -1), 0.0, logits) if form.masked else logits
     smoothed = (1 - smoothing) * y + smoothing / logits.shape[-1]
@@ -220,35 +147,17 @@ def _distribution(form: Form, labels: Tensor, logits: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
-def compiled_program(
-    classes: int, dtype: str, form: Form | Blockwise, plan: BlockPlan
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def compiled_program(classes: int, dtype: str, form: Form, plan: BlockPlan) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the program of value and gradient. It is cached so that it is traced once."""
     labels = ((None,), "int32") if form.sparse else ((None, classes), dtype)
-    rows = ((None, classes), dtype), labels, ((None,), dtype)
-    if isinstance(form, Blockwise):
-        return _backend.jit(partial(differentiate, form, plan), *rows)
-    return _backend.jit(partial(value_and_gradient, form, plan), *rows, ((), dtype), ((), dtype))
-
-
-def differentiate(
-    form: Blockwise, plan: BlockPlan, scores: Tensor, labels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the values of all rows and their gradient by automatic differentiation, a block at a time."""
-
-    def block(scores: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        values, _, gradient = _backend.value_and_gradient(lambda x: (formula(form, x, labels, scale), ()), scores)
-        return values, gradient
-
-    assert plan.cores is not None
-    per_core = plan.logits_per_core or _backend.DIFFERENTIATED_PER_CORE[scores.shape[-1] >= LONG_ROWS]
-    return _in_blocks(block, plan.cores, per_core, scores, labels, scale)
+    specs = ((None, classes), dtype), labels, ((None,), dtype), ((), dtype), ((), dtype)
+    return _backend.jit(partial(value_and_gradient, form, plan), *specs)
 
 
 def value_and_gradient(
     form: Form, plan: BlockPlan, logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the values of all rows and their gradient from the closed forms."""
+    """Compute the values of all rows, and their gradient."""
     classes = logits.shape[-1]
     if plan.cores is None:
         # An accelerator's compiler fuses the operations and stores nothing; on several devices, each has its own rows.
@@ -259,8 +168,11 @@ def value_and_gradient(
         # A processor multiplies matrices faster than it adds the numbers of a row.
         ones = ops.ones((classes, 1), dtype=logits.dtype)
         block, per_core = partial(_row_by_row, lambda x: ops.matmul(x, ones)), _backend.LOGITS_PER_CORE[1]
-    block = partial(block, form, lam, smoothing)
-    return _in_blocks(block, plan.cores, plan.logits_per_core or per_core, logits, labels, scale)
+    per_core = plan.logits_per_core or per_core
+    # Two cores share the rows of a block: of one row, they would share nothing.
+    fewest = min(plan.cores, 2)
+    most, least = (max(fewest, number // classes) for number in (plan.cores * per_core, min(SMALLEST_BLOCK, per_core)))
+    return _in_blocks(partial(block, form, lam, smoothing), most, least, logits, labels, scale)
 
 
 def _row_by_row(
@@ -334,21 +246,18 @@ def _value_and_gradient(
 
 
 def _in_blocks(
-    block: Callable[..., tuple[Tensor, Tensor]], cores: int, per_core: int, logits: Tensor, *rows: Tensor
+    block: Callable[..., tuple[Tensor, Tensor]], most: int, least: int, logits: Tensor, *rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute `block` for a few rows at a time. The last block overlaps the one before, so that all have one size.
 
     Args:
         block: Maps some rows to their values and gradient.
-        cores: How many processor cores work on a block.
-        per_core: How many logits of a block one core works on where there are very many rows.
+        most: The number of rows of a block where there are very many.
+        least: The number of rows of a block where there are few.
         logits: Shape `(rows, classes)`.
         *rows: Tensors of the same length.
     """
     count, classes = ops.shape(logits)[0], logits.shape[-1]
-    # Two cores share the rows of a block: of one row, they would share nothing.
-    fewest = min(cores, 2)
-    most, least = (max(fewest, number // classes) for number in (cores * per_core, min(SMALLEST_BLOCK, per_core)))
     size: Any
     if isinstance(count, int):
         size = min(most, max(least, int(count * LARGEST_SHARE)))

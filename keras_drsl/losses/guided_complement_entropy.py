@@ -56,7 +56,6 @@ class GuidedComplementEntropy(ClassificationLoss):
     """
 
     hyperparameters = ("alpha",)
-    is_rowwise = True
 
     def __init__(self, alpha: float = 1 / 3, **options: Any) -> None:
         super().__init__(**options)

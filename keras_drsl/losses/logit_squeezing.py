@@ -56,7 +56,6 @@ class LogitSqueezing(ClassificationLoss):
 
     hyperparameters = ("lam",)
     needs_logits = True
-    is_rowwise = True
 
     def __init__(self, lam: float = 0.5, **options: Any) -> None:
         super().__init__(**options)

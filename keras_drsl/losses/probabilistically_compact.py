@@ -57,7 +57,6 @@ class ProbabilisticallyCompactLoss(ClassificationLoss):
     """
 
     hyperparameters = ("margin", "lam")
-    is_rowwise = True
 
     def __init__(self, margin: float = 0.995, lam: float = 0.05, **options: Any) -> None:
         super().__init__(**options)

@@ -52,7 +52,6 @@ class Squentropy(ClassificationLoss):
 
     hyperparameters = ("lam",)
     needs_logits = True
-    is_rowwise = True
 
     def __init__(self, lam: float = 1.0, **options: Any) -> None:
         super().__init__(**options)

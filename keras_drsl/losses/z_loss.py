@@ -57,8 +57,6 @@ class ZLoss(ClassificationLoss):
 
     hyperparameters = ("lam",)
     needs_logits = True
-    is_rowwise = True
-    loss: ClassificationLoss | None = None
 
     def __init__(self, lam: float = 1e-4, *, loss: ClassificationLoss | None = None, **options: Any) -> None:
         if loss is not None:
@@ -76,10 +74,6 @@ class ZLoss(ClassificationLoss):
         """Compute one value per position."""
         lam = strength_of(self.lam, inputs.scores.dtype)
         return self._base(inputs) + lam * ops.square(ops.logsumexp(inputs.safe_scores, axis=-1))
-
-    def _fused_values(self, inputs: LossInputs) -> Tensor | None:
-        # The other loss has its own program.
-        return super()._fused_values(inputs) if self.loss is None else None
 
     def _base(self, inputs: LossInputs) -> Tensor:
         if self.loss is None:

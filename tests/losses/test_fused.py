@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_drsl import DRSLoss, _backend, drs_loss
-from keras_drsl.losses import ClassificationLoss, ZLoss, fused
+from keras_drsl import DRSLoss, drs_loss
+from keras_drsl.losses import fused
 from keras_drsl.losses.fused import BlockPlan, fused_drs_loss
 from keras_drsl.predictions import read_inputs
 from tests import reference
 from tests.backends import BACKEND, compiled, gradient, needs_xla, on_jax, on_tensorflow, values
-from tests.losses.cases import softmax
-from tests.losses.family import BY_NAME, each_loss
 
 pytestmark = needs_xla
 
@@ -161,8 +159,8 @@ def test_few_logits_are_computed_as_the_formula_is_written(monkeypatch):
         read_inputs(ids, z, from_logits=True, ignore_class=None, axis=-1)
         for z, ids in map(draw, [(128, 10), (128, 100)])
     )
-    assert not fused.should_fuse(few)
-    assert fused.should_fuse(many)
+    assert not fused.should_fuse(few, "log_softmax")
+    assert fused.should_fuse(many, "log_softmax")
 
 
 @each_plan
@@ -304,171 +302,21 @@ def test_forward_mode_equals_the_gradient():
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
-def test_closed_forms_are_used_for_logits_in_log_space(classes, monkeypatch):
+def test_is_used_for_logits_in_log_space(classes):
     z, ids = draw((7, classes))
     y = reference.one_hot(ids, classes).astype("float32")
-    calls = []
-    monkeypatch.setattr(
-        fused, "fused_drs_loss", lambda *args, **kwargs: calls.append(args) or fused_drs_loss(*args, **kwargs)
-    )
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
 
-    def is_used(y, z, **options):
-        calls.clear()
-        drs_loss(y, z, **options)
-        return bool(calls)
+    def is_used(y, z, space="log_softmax", from_logits=True):
+        inputs = read_inputs(y, z, from_logits=from_logits, ignore_class=None, axis=-1)
+        return fused.should_fuse(inputs, space)
 
-    assert is_used(ids, z, from_logits=True)
-    assert not is_used(ids, z, from_logits=True, space="softmax")
-    assert is_used(y, z, from_logits=True)
-    assert not is_used(ids, softmax(z))
+    assert is_used(ids, z)
+    assert not is_used(ids, z, space="softmax")
+    assert is_used(y, z)
+    assert not is_used(ids, p, from_logits=False)
     got = values(drs_loss(ids, z, from_logits=True))
     np.testing.assert_allclose(got, reference.each(reference.drs_loss, y, z), rtol=1e-5)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Differentiate two or three rows at a time. Return the losses that are differentiated in blocks."""
-    monkeypatch.setattr(_backend, "DIFFERENTIATED_PER_CORE", (8, 8))
-    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 0)
-    monkeypatch.setattr(_backend, "is_compiling", lambda: True)
-    losses = []
-    blockwise = fused.blockwise_loss
-    monkeypatch.setattr(fused, "blockwise_loss", lambda loss, *args: losses.append(loss) or blockwise(loss, *args))
-    fused.compiled_program.cache_clear()
-    yield losses
-    fused.compiled_program.cache_clear()
-
-
-@pytest.mark.short
-@pytest.mark.parametrize("form", ["ids", "soft"])
-@each_loss
-def test_losses_in_blocks_equal_their_formulas(name, form, small_blocks):
-    case = BY_NAME[name]
-    z, _ = draw((11, 6))
-    labels, y = draw_labels((11, 6), form)
-    function = case.make(from_logits=True, reduction=None)
-    loop = lambda z: case.expected(y, z)
-    np.testing.assert_allclose(values(function(labels, z)), loop(z), rtol=1e-4, atol=1e-6)
-    slope = gradient(lambda z: function(labels, z), z)
-    np.testing.assert_allclose(slope, reference.gradient(loop, z), rtol=1e-3, atol=1e-4)
-    # One has closed forms, and the values of the other depend on all rows.
-    assert bool(small_blocks) == (name not in ("DRSLoss", "PRSLoss"))
-
-
-@pytest.mark.short
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("from_logits", [True, False])
-def test_the_softmax_space_and_probabilities_in_blocks(from_logits, label_smoothing, small_blocks):
-    z, ids = draw((11, 6))
-    x = z if from_logits else softmax(z)
-    for space in ("softmax", "log_softmax"):
-        options = {"space": space, "label_smoothing": label_smoothing}
-        function = lambda x: drs_loss(ids, x, from_logits=from_logits, **options)
-        got, slope = values(function(x)), gradient(function, x)
-        y = reference.one_hot(ids, 6)
-        expected = reference.each(reference.drs_loss, y, z, **options)
-        np.testing.assert_allclose(got, expected, rtol=1e-4)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused, "FEW_LOGITS", 10**9)
-            np.testing.assert_allclose(slope, gradient(function, x), rtol=1e-4, atol=1e-5)
-    assert len(small_blocks) >= (4 if not from_logits else 2)
-
-
-@pytest.mark.short
-def test_ignored_and_wrong_positions_in_blocks(small_blocks):
-    z, ids = draw((11, 6))
-    z[2], ids[5], ids[7] = np.nan, 6, -1
-    ids[2] = -1
-    loss = ZLoss(lam=0.2, from_logits=True, reduction=None, ignore_class=-1)
-    program = compiled(lambda ids, z: loss(ids, z))
-    got = values(program(*map(ops.convert_to_tensor, (ids, z))))
-    assert np.isnan(got[5])
-    assert np.array_equal(np.flatnonzero(got == 0), [2, 7])
-    ids[5] = 0
-    slope = gradient(lambda z: ZLoss(lam=0.2, from_logits=True, ignore_class=-1)(ids, z), z)
-    assert np.all(np.isfinite(slope))
-    assert np.all(slope[[2, 7]] == 0)
-    assert small_blocks
-
-
-def test_a_derived_loss_is_not_divided_unless_it_says_so(small_blocks):
-    class Centred(ZLoss):
-        def values(self, inputs):
-            largest = ops.max(inputs.scores, axis=-1)
-            return largest - ops.mean(largest)
-
-    z, ids = draw((11, 6))
-    got = values(Centred(from_logits=True, reduction=None)(ids, z))
-    np.testing.assert_allclose(got, z.max(1) - z.max(1).mean(), rtol=1e-4, atol=1e-5)
-    assert not small_blocks
-
-
-@pytest.mark.parametrize("base", [ClassificationLoss, DRSLoss])
-def test_a_loss_of_your_own_in_blocks(base, small_blocks):
-    class LogOfScale(base):
-        is_rowwise = True
-
-        def __init__(self, ignore_class=None):
-            super().__init__(from_logits=True, reduction=None, ignore_class=ignore_class)
-
-        def values(self, inputs):
-            return ops.log(ops.max(ops.abs(inputs.scores), axis=-1))
-
-    z, ids = draw((11, 6))
-    z[2], ids[2] = 0, -1  # the logarithm is infinite
-    got = values(LogOfScale(ignore_class=-1)(ids, z))
-    kept = np.arange(11) != 2
-    np.testing.assert_allclose(got, np.where(kept, np.log(np.abs(z).max(1) + ~kept), 0), rtol=1e-5)
-    assert small_blocks == [LogOfScale]
-
-
-def test_programs_follow_the_epsilon_of_keras(small_blocks):
-    x, ids = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "float32"), np.array([1, 1])
-    epsilon = keras.config.epsilon()
-    try:
-        for value in (1e-3, 1e-5):
-            keras.config.set_epsilon(value)
-            got = values(drs_loss(ids, x, space="softmax", lam=1e-9))
-            np.testing.assert_allclose(got[0], -np.log(value), rtol=1e-2)
-    finally:
-        keras.config.set_epsilon(epsilon)
-
-
-@on_jax
-def test_losses_in_blocks_with_64_bits(small_blocks):
-    import jax
-
-    z, ids = draw((11, 6))
-    case = BY_NAME["Squentropy"]
-    with jax.enable_x64(True):
-        got = values(case.make(from_logits=True, reduction=None)(ids, z))
-    np.testing.assert_allclose(got, case.expected(reference.one_hot(ids, 6), z), rtol=1e-5)
-    assert small_blocks
-
-
-def test_few_logits_and_eager_calls_are_not_divided(small_blocks, monkeypatch):
-    z, ids = draw((11, 6))
-    loss = ZLoss(from_logits=True)
-    monkeypatch.setattr(_backend, "is_compiling", lambda: False)
-    loss(ids, z)
-    monkeypatch.setattr(_backend, "is_compiling", lambda: True)
-    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 66)
-    loss(ids, z)
-    assert not small_blocks
-    monkeypatch.setattr(fused, "FEW_DIFFERENTIATED", 65)
-    loss(ids, z)
-    assert small_blocks
-
-
-def test_a_variable_is_read_in_each_call(small_blocks):
-    z, ids = draw((11, 6))
-    lam = keras.Variable(0.0)
-    loss = ZLoss(lam=lam, from_logits=True, reduction=None)
-    without = values(loss(ids, z))
-    lam.assign(0.2)
-    case = BY_NAME["ZLoss"]
-    np.testing.assert_allclose(values(loss(ids, z)), case.expected(reference.one_hot(ids, 6), z), rtol=1e-4)
-    assert not np.allclose(values(loss(ids, z)), without)
 
 
 @pytest.mark.parametrize("ignore_class", [None, 3])
