@@ -87,8 +87,7 @@ def train(model, x, y):
 
 def attack(model, x, y, eps, suite, seed):
     """Return what a suite found, and what it cost, with its compilation."""
-    fresh = keras.models.clone_model(model)  # a model keeps its compiled programs
-    fresh.set_weights(model.get_weights())
+    fresh = rivals.fresh_copy(model)
     began = time.perf_counter()
     report = keras_drsl.evaluate_robustness(fresh, x, y, eps=eps, suite=suite, checks=[], seed=seed, verbose=0)
     return {

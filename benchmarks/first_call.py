@@ -18,6 +18,7 @@ import keras
 from keras import layers
 
 import keras_drsl
+from benchmarks import rivals
 from keras_drsl import datasets
 from studies.recipes import make_loss
 
@@ -27,8 +28,7 @@ MOST_SECONDS = 4.0  # of compilation for the suite "standard" without checks
 
 def evaluate(model, x, y, **options):
     """Return the seconds of an evaluation of a new copy, those of the compilation of attacks, and what is robust."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    copy = rivals.fresh_copy(model)
     began = time.perf_counter()
     report = keras_drsl.evaluate_robustness(copy, x, y, eps=EPS, verbose=0, **options)
     seconds = time.perf_counter() - began

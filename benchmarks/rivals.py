@@ -42,6 +42,15 @@ def train(kind, x, y, *, epochs, eps, make=small_cnn):
     return model
 
 
+def fresh_copy(model):
+    """Return a copy with the same weights, which keeps none of the programs that were compiled for the model."""
+    import keras
+
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
 def torch_copy(model):
     """Return the network as a torch module with the same weights, for images with the channels first."""
     import torch

@@ -156,12 +156,12 @@ def compile_function(
     seen = set()
 
     def call(*arguments: Any) -> Any:
-        given = [variable.value for variable in variables], *arguments
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
-            results, used = stateless(*given)  # within another program, which is compiled as a whole
+        weights, leaves = [variable.value for variable in variables], jax.tree.leaves(arguments)
+        if any(isinstance(x, jax.core.Tracer) for x in (*weights, *leaves)):
+            results, used = stateless(weights, *arguments)  # within another program, which is compiled as a whole
         else:
-            began, key = time.perf_counter(), tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
-            results, used = program(*given)
+            began, key = time.perf_counter(), tuple((x.shape, x.dtype) for x in leaves)
+            results, used = program(weights, *arguments)
             if key not in seen:
                 # A call returns before its program has run, so this is the time of the compilation.
                 compiled(time.perf_counter() - began)
