@@ -224,8 +224,8 @@ class EvaluationResults:
     def compile_seconds(self) -> float | None:
         """How much of the time of the attacks TensorFlow traced programs or JAX compiled them; None if not measured.
 
-        Programs that a check needed first do not count. Each evaluation compiles its own, as the settings of layers may
-        have changed since the last one. On PyTorch, nothing is compiled.
+        Programs that a check needed first do not count, nor do those that a model keeps from an earlier evaluation. On
+        PyTorch, nothing is compiled.
         """
         total: float | None = self._sum_of("compile_seconds")
         return total

@@ -126,7 +126,8 @@ def test_a_report_has_the_calls_of_its_attacks(tmp_path):
 def test_a_report_has_the_time_of_compilation():
     x, y = inputs(COUNT)
     options = {"attacks": [PGD(1e-6, steps=3), Square(1e-6, queries=8)], "checks": [], "verbose": 0}
-    report = evaluate_robustness(linear_model(), x, y, eps=1e-6, **options)
+    model = linear_model()
+    report = evaluate_robustness(model, x, y, eps=1e-6, **options)
     parts = [(attack["compile_seconds"], attack["seconds"]) for attack in report.attacks]
     if BACKEND == "torch":
         assert [seconds for seconds, _ in parts] == [0.0, 0.0]
@@ -134,6 +135,8 @@ def test_a_report_has_the_time_of_compilation():
         assert all(0 < compiling < seconds for compiling, seconds in parts)
     assert report.compile_seconds == sum(seconds for seconds, _ in parts)
     assert f"{report.compile_seconds:.1f} seconds to compile attacks" in report.to_text(verbose=True)
+    # A model keeps its programs.
+    assert evaluate_robustness(model, x, y, eps=1e-6, **options).compile_seconds == 0.0
 
 
 def test_programs_are_compiled_once():
