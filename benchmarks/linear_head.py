@@ -103,7 +103,8 @@ def steps_of_fit(quick, name):
         if way == "linear":
             model, options = LinearHeadTraining(model, LOSSES[name]), {}
         model.compile(keras.optimizers.SGD(0.01), jit_compile=True, **options)
-        calls[f"{name}_{way}"] = lambda model=model: model.fit(inputs, labels, batch_size=batch, verbose=0)
+        data = measure.fit_arguments(inputs, labels, batch)
+        calls[f"{name}_{way}"] = lambda model=model, data=data: model.fit(**data, verbose=0)
     return calls
 
 

@@ -60,9 +60,8 @@ def run_model(make, steps, rounds):
             rng = np.random.default_rng(0)
             x = rng.random((steps * batch, *shape), "float32")
             y = rng.integers(0, classes, steps * batch)
-            calls[name + suffix] = lambda model=model, x=x, y=y, batch=batch: model.fit(
-                x, y, batch_size=batch, shuffle=False, verbose=0
-            )
+            data = measure.fit_arguments(x, y, batch)
+            calls[name + suffix] = lambda model=model, data=data: model.fit(**data, verbose=0)
     seconds = measure.interleave(calls, rounds)
     seconds = {name: [value / steps for value in values] for name, values in seconds.items()}
     medians = {name: measure.quartiles(values)[1] * 1e3 for name, values in seconds.items()}
@@ -76,7 +75,7 @@ def of_this_package(model):
     """Return what trains a model for an epoch."""
     robust = keras_drsl.AdversarialTraining(model, EPS, steps=ATTACK_STEPS)
     robust.compile(keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return lambda x, y, batch: robust.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
+    return lambda x, y, batch: robust.fit(**measure.fit_arguments(x, y, batch), verbose=0)
 
 
 def compiled_step():
