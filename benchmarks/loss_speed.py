@@ -3,10 +3,10 @@
 It prints milliseconds per call (medians of interleaved turns), the memory that a call needs beyond the gradient, and
 whether the targets are met; it writes JSON. About four minutes on two cores.
 
-`xla` is the whole computation compiled, as under `jit_compile=True`; the others are the default on TensorFlow without
-a GPU. `formula` is DRSLoss without its fused form. `copy` reads the logits and writes as many numbers: nothing that
-makes a gradient can be faster. With torch installed, `authors_torch` and `authors_prs_torch` are the computations of
-the papers' published code; the second sorts each row.
+`xla` is the whole computation compiled, as under `jit_compile=True`, and `compiled` by `torch.compile`. The others are
+the default on TensorFlow without a GPU, and eager on PyTorch. `formula` is DRSLoss without its fused form. `copy` reads
+the logits and writes as many numbers: nothing that makes a gradient can be faster. With torch installed,
+`authors_torch` and `authors_prs_torch` are the computations of the papers' published code; the second sorts each row.
 
     python -m benchmarks.loss_speed --backend tensorflow --out results
 
@@ -18,6 +18,7 @@ Keras's cross-entropy on the same predictions.
 
 import importlib.util
 import json
+import shutil
 
 from benchmarks import measure
 
@@ -153,6 +154,10 @@ def _on_torch(losses, z):
     for name, (loss, labels) in losses.items():
         labels = torch.as_tensor(ops.convert_to_numpy(labels), device=device)
         calls[name] = lambda loss=loss, labels=labels: _torch_gradient(loss(labels, z), z)
+        if name in ("cross_entropy", "drs") and shutil.which("c++"):
+            torch.compiler.reset()
+            program = torch.compile(lambda labels, z, loss=loss: loss(labels, z))
+            calls[f"{name}_compiled"] = lambda program=program, labels=labels: _torch_gradient(program(labels, z), z)
     return calls
 
 
@@ -242,10 +247,12 @@ def compare(rows, memory):
 
     for size in SIZES:
         target = 1.05 if size[0] * size[1] <= SMALL else 1.0
+        eager = 1.5 if keras.config.backend() == "torch" else target
         for labels, name in (("", "class ids"), ("_one_hot", "one-hot"), ("_smoothed", "one-hot, smoothed")):
-            for suffix, how in (("", "default"), ("_xla", "XLA")):
+            for suffix, how in (("", "default"), ("_xla", "XLA"), ("_compiled", "torch.compile")):
                 of = f"DRSLoss / cross-entropy, {name}, {how},"
-                add(of, size, f"drs{labels}{suffix}", f"cross_entropy{labels}{suffix}", target)
+                others = f"drs{labels}{suffix}", f"cross_entropy{labels}{suffix}"
+                add(of, size, *others, target if suffix else eager)
         if size[0] * size[1] >= 512 * 32_000:
             add("DRSLoss XLA / copy,", size, "drs_xla", "copy_xla", 2.2)
     add(

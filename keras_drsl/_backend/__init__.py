@@ -26,6 +26,7 @@ HAS_XLA = _running.HAS_XLA
 LOGITS_PER_CORE = _running.LOGITS_PER_CORE
 READS_WEIGHTS_EACH_CALL = _running.READS_WEIGHTS_EACH_CALL
 
+allows_custom_gradient = _running.allows_custom_gradient
 bucket_size = _running.bucket_size
 compile_function = _running.compile_function
 concrete_value = _running.concrete_value

@@ -265,6 +265,11 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
     return values, auxiliary, gradient
 
 
+def allows_custom_gradient(*tensors: Tensor) -> bool:
+    """Return True: programs take all tensors."""
+    return True
+
+
 def custom_gradient(
     value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
     formula: Callable[..., Tensor],

@@ -251,6 +251,11 @@ def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tens
     return values, auxiliary, tape.gradient(values, x, unconnected_gradients="zero")
 
 
+def allows_custom_gradient(*tensors: Tensor) -> bool:
+    """Return whether `custom_gradient` takes these tensors."""
+    return True
+
+
 def custom_gradient(
     value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
     formula: Callable[..., Tensor],

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from keras_drsl._backend._common import repeat_random as repeat_random
@@ -14,21 +15,30 @@ from keras_drsl._typing import Array, Tensor
 
 NAME = "torch"
 HAS_XLA = False
-LOGITS_PER_CORE = 2**13, 2**17
+LOGITS_PER_CORE = 2**18, 2**18
 READS_WEIGHTS_EACH_CALL = True
 GATHERS_TRUE_LOGITS = True
 
 
 def concrete_value(x: Tensor) -> Array | None:
     """Return the values of a tensor, or None where they cannot be seen."""
+    return keras.ops.convert_to_numpy(x) if _holds_values(x) else None
+
+
+def _holds_values(x: Tensor) -> bool:
     # Other classes, such as fake tensors, have no values or have them elsewhere.
     if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or x.is_meta:
-        return None
+        return False
     try:
-        values: Array = keras.ops.convert_to_numpy(x)
+        x.data_ptr()
     except RuntimeError:  # under a transformation of `torch.func`
-        return None
-    return values
+        return False
+    return True
+
+
+def allows_custom_gradient(*tensors: Tensor) -> bool:
+    """Return whether `custom_gradient` takes these tensors: they have values, and no derivative in forward mode."""
+    return all(_holds_values(x) and forward_ad.unpack_dual(x).tangent is None for x in tensors)
 
 
 def is_compiling() -> bool:
@@ -66,8 +76,8 @@ def set_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def cpu_cores() -> int | None:
-    """Return how many processor cores compute a program of `jit`, which PyTorch does not have."""
-    raise NotImplementedError("`cpu_cores` needs TensorFlow or JAX.")
+    """Return how many processor cores compute, or None on a graphics card."""
+    return None if torch.cuda.is_available() else torch.get_num_threads()
 
 
 def device_name() -> str:
@@ -81,8 +91,8 @@ def jit(program: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
 
 
 def pad_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Add rows of zeros. Only programs of `jit` need it."""
-    raise NotImplementedError("`pad_rows` needs TensorFlow or JAX.")
+    """Return the tensors: nothing is compiled for a number of rows."""
+    return tensors
 
 
 def compile_function(
@@ -148,8 +158,35 @@ def custom_gradient(
     x: Tensor,
     *others: Tensor,
 ) -> Tensor:
-    """Compute values with a gradient of their own. Only programs of `jit` need it."""
-    raise NotImplementedError("`custom_gradient` needs TensorFlow or JAX.")
+    """Compute one value per row of `x` with a gradient that is computed together with the values."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others))):
+        return formula(x, *others)
+    values: Tensor = _CustomGradient.apply(value_and_gradient, formula, x, *others)
+    return values
+
+
+class _CustomGradient(torch.autograd.Function):
+    """Hold values whose gradient with respect to the first tensor is known. Other derivatives are the formula's."""
+
+    @staticmethod
+    def forward(ctx: Any, value_and_gradient: Any, formula: Any, *tensors: Tensor) -> Tensor:
+        values, gradient = value_and_gradient(*tensors)
+        ctx.formula = formula
+        ctx.save_for_backward(gradient, *tensors)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        create_graph = torch.is_grad_enabled()
+        if not create_graph and not any(needed[1:]):
+            return None, None, gradient * upstream[:, None], *[None] * len(needed[1:])
+        inputs = [x for x, is_needed in zip(tensors, needed, strict=True) if is_needed]
+        with torch.enable_grad():
+            values = ctx.formula(*tensors)
+            found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=create_graph, allow_unused=True))
+        return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
 def custom_vjp(

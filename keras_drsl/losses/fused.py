@@ -12,6 +12,8 @@ and 0 for the others where labels are class ids; `a`: the label smoothing; `u = 
 - `value = sum(u) log(sum exp z) - sum(u z) + c sum(w d^2)`
 - `gradient = sum(u) p - u + 2 c w d`
 
+PyTorch runs its operations one by one; `fused_torch.py` computes the same there with fewer arrays.
+
 All other derivatives, as the second ones and those with respect to label distributions, are those of the formula as it
 is written, `formula`.
 
@@ -81,13 +83,14 @@ class Form(NamedTuple):
 
 
 def should_fuse(inputs: LossInputs, space: str) -> bool:
-    """Return whether to compute the loss in one pass: whether the formula allows it, and XLA exists."""
+    """Return whether to compute the loss in one pass: whether the formula and the backend allow it."""
     scores = inputs.scores
     if isinstance(scores, keras.KerasTensor) or not all(n is None or isinstance(n, int) for n in scores.shape):
         # The first cannot be computed, and a symbolic length of `jax.export` cannot be divided into blocks.
         return False
     few = None not in scores.shape and math.prod(scores.shape) <= FEW_LOGITS
-    return _backend.HAS_XLA and inputs.from_logits and space == "log_softmax" and not few
+    in_log_space = inputs.from_logits and space == "log_softmax"
+    return in_log_space and not few and _backend.allows_custom_gradient(scores, inputs.labels)
 
 
 def fused_drs_loss(
@@ -149,6 +152,10 @@ def _distribution(form: Form, labels: Tensor, logits: Tensor) -> Tensor:
 @lru_cache(maxsize=MAX_PROGRAMS)
 def compiled_program(classes: int, dtype: str, form: Form, plan: BlockPlan) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the program of value and gradient. It is cached so that it is traced once."""
+    if not _backend.HAS_XLA:
+        from keras_drsl.losses import fused_torch
+
+        return partial(fused_torch.value_and_gradient, form, plan)
     labels = ((None,), "int32") if form.sparse else ((None, classes), dtype)
     specs = ((None, classes), dtype), labels, ((None,), dtype), ((), dtype), ((), dtype)
     return _backend.jit(partial(value_and_gradient, form, plan), *specs)

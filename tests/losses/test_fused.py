@@ -10,9 +10,7 @@ from keras_drsl.losses import fused
 from keras_drsl.losses.fused import BlockPlan, fused_drs_loss
 from keras_drsl.predictions import read_inputs
 from tests import reference
-from tests.backends import BACKEND, compiled, gradient, needs_xla, on_jax, on_tensorflow, values
-
-pytestmark = needs_xla
+from tests.backends import BACKEND, compiled, gradient, needs_xla, on_jax, on_tensorflow, on_torch, values
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +96,11 @@ def product_with_gradient(function, vector, x):
         import jax
 
         return ops.sum(jax.grad(function)(x) * vector)
+    if BACKEND == "torch":
+        import torch
+
+        x = x.requires_grad_()
+        return torch.sum(torch.autograd.grad(function(x), x, create_graph=True)[0] * torch.tensor(vector))
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -124,6 +127,7 @@ def test_mixed_derivatives_equal_the_formula():
     np.testing.assert_allclose(by_z, expected, rtol=1e-3, atol=1e-3)
 
 
+@needs_xla  # PyTorch knows the values, and `read_inputs` raises an error
 @pytest.mark.short
 @each_plan
 def test_wrong_distributions_are_nan_unless_masked(plan):
@@ -194,7 +198,8 @@ def test_upstream_gradient_scales_each_row(plan):
     z, ids = draw()
     weights = np.arange(7, dtype="float32")
     expected = gradient(lambda z: loss(ids, z, plan=plan), z) * weights[:, None]
-    np.testing.assert_allclose(gradient(lambda z: loss(ids, z, plan=plan) * weights, z), expected, rtol=1e-6)
+    weighted = lambda z: loss(ids, z, plan=plan) * ops.convert_to_tensor(weights)
+    np.testing.assert_allclose(gradient(weighted, z), expected, rtol=1e-6)
 
 
 @each_plan
@@ -208,23 +213,9 @@ def test_second_derivative_equals_the_formula(plan, kind):
         lambda z: weights * reference.each(reference.drs_loss, y, z, kind=kind), z, step=1e-4
     )
     expected = (grad(z + 1e-3 * vector) - grad(z - 1e-3 * vector)) / 2e-3
-    total = lambda z: ops.sum(loss(ids, z, spread=kind, plan=plan) * weights)
-    if BACKEND == "jax":
-        import jax
-
-        got = jax.grad(lambda z: ops.sum(jax.grad(total)(z) * vector))(ops.convert_to_tensor(z))
-    else:
-        import tensorflow as tf
-
-        z_tensor = tf.constant(z)
-        with tf.GradientTape() as outer:
-            outer.watch(z_tensor)
-            with tf.GradientTape() as inner:
-                inner.watch(z_tensor)
-                value = total(z_tensor)
-            product = tf.reduce_sum(inner.gradient(value, z_tensor) * vector)
-        got = outer.gradient(product, z_tensor)
-    np.testing.assert_allclose(values(got), expected, rtol=1e-3, atol=1e-4)
+    total = lambda z: ops.sum(loss(ids, z, spread=kind, plan=plan) * ops.convert_to_tensor(weights))
+    got = gradient(lambda z: product_with_gradient(total, vector, z), z)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("classes", [1_000, 32_000, 262_144])
@@ -241,9 +232,9 @@ def test_equal_logits_far_below_the_true_one_are_exact(classes):
 def test_takes_an_empty_batch():
     z = np.zeros((0, 70), "float32")
     ids = np.zeros(0, "int32")
+    assert gradient(lambda z: loss(ids, z), z).shape == (0, 70)
     program = compiled(lambda z: loss(ids, z, spread="variance"))
     assert values(program(ops.convert_to_tensor(z))).shape == (0,)
-    assert gradient(lambda z: loss(ids, z), z).shape == (0, 70)
 
 
 def nested_gradients(function, z, vector):
@@ -254,6 +245,13 @@ def nested_gradients(function, z, vector):
         first = lambda z: ops.sum(jax.grad(function)(z) * vector)
         second = lambda z: ops.sum(jax.grad(first)(z) * vector)
         return first(z), second(z), jax.grad(second)(z)
+    if BACKEND == "torch":
+        import torch
+
+        z = ops.convert_to_tensor(z).requires_grad_()
+        first = product_with_gradient(function, vector, z)
+        second = product_with_gradient(lambda _: first, vector, z)
+        return first.detach(), second.detach(), torch.autograd.grad(second, z)[0]
     import tensorflow as tf
 
     z = tf.constant(z)
@@ -353,6 +351,7 @@ def test_tensorflow_graph_compiles_it_by_xla():
     )
 
 
+@needs_xla
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("cores", [2, 64])
 @pytest.mark.parametrize("batch", [512, 509])
@@ -411,6 +410,41 @@ def peak_of_temporaries(hlo):
             alive = {result: (amount, last) for result, (amount, last) in alive.items() if last > number}
         peak_of_all += peak
     return peak_of_all
+
+
+@on_torch
+@pytest.mark.short
+@pytest.mark.parametrize("form", ["ids", "one-hot"])
+def test_torch_stores_one_array_of_that_size(form):
+    import torch
+
+    z, _ = draw((64, 1_000))
+    labels, _ = draw_labels(z.shape, form)
+    z = ops.convert_to_tensor(z).requires_grad_()
+    stored = {}
+
+    def pack(x):
+        stored[x.data_ptr()] = x.numel()
+        return x
+
+    labels = ops.convert_to_tensor(labels)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss(labels, z).sum()
+    own = [count for pointer, count in stored.items() if pointer not in (z.data_ptr(), labels.data_ptr())]
+    assert sum(own) <= 1.02 * z.numel()
+
+
+@on_torch
+def test_torch_transforms_use_the_formula():
+    import torch
+
+    z, ids = draw()
+    labels, z = map(ops.convert_to_tensor, (ids, z))
+    function = lambda z: drs_loss(labels, z, from_logits=True).sum()
+    expected = gradient(lambda z: drs_loss(labels, z, from_logits=True), values(z))
+    np.testing.assert_allclose(values(torch.func.grad(function)(z)), expected, rtol=1e-4, atol=1e-5)
+    _, tangent = torch.func.jvp(function, (z,), (torch.ones_like(z),))
+    np.testing.assert_allclose(values(tangent), expected.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_takes_float16_logits():
