@@ -76,8 +76,8 @@ def set_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def cpu_cores() -> int | None:
-    """Return how many processor cores compute, or None on a graphics card."""
-    return None if torch.cuda.is_available() else torch.get_num_threads()
+    """Return how many processor cores compute tensors that are not on a graphics card."""
+    return int(torch.get_num_threads())
 
 
 def device_name() -> str:

@@ -23,13 +23,14 @@ Reference: arXiv:2303.12363 for the loss. The computation in blocks is our own.
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
+from keras_drsl.losses.forms import BlockPlan, Form
 from keras_drsl.predictions import LossInputs, is_distribution, is_true_class, mask_values
 from keras_drsl.spread import smallest_number, spread
 
@@ -52,34 +53,6 @@ MAX_PROGRAMS = 32
 # many logits.
 LARGEST_SHARE = 1 / 256
 SMALLEST_BLOCK = 3 * 2**15
-
-
-class BlockPlan(NamedTuple):
-    """Set the size of the blocks of rows.
-
-    Attributes:
-        cores: How many processor cores work on a block; None for one block of all rows.
-        logits_per_core: How many logits of a block one core works on; None for what is fastest on the backend.
-    """
-
-    cores: int | None
-    logits_per_core: int | None = None
-
-
-class Form(NamedTuple):
-    """Say which of the formulas a program computes.
-
-    Attributes:
-        spread: `"sum_of_squares"` or `"variance"`.
-        smooth: Whether labels are smoothed.
-        masked: Whether logits may be arbitrary where the scale is 0.
-        sparse: Whether labels are class ids. Label distributions are checked.
-    """
-
-    spread: str
-    smooth: bool
-    masked: bool
-    sparse: bool
 
 
 def should_fuse(inputs: LossInputs, space: str) -> bool:

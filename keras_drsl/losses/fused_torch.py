@@ -4,25 +4,21 @@ There is no compiler that fuses operations, so most of them write into an array 
 the processor's cache from the first operation to the last.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from keras_drsl import _backend
 from keras_drsl._typing import Tensor
-
-if TYPE_CHECKING:
-    from keras_drsl.losses.fused import BlockPlan, Form
+from keras_drsl.losses.forms import BlockPlan, Form
 
 
 def value_and_gradient(
-    form: "Form", plan: "BlockPlan", logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor
+    form: Form, plan: BlockPlan, logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the values of all rows, and their gradient."""
     rows, classes = logits.shape
     values, gradient = logits.new_empty(rows), torch.empty_like(logits)
     size = max(rows, 1)
-    if plan.cores is not None:
+    if plan.cores is not None and logits.device.type == "cpu":
         size = max(1, plan.cores * (plan.logits_per_core or _backend.LOGITS_PER_CORE[1]) // classes)
     for start in range(0, rows, size):
         some = slice(start, start + size)
@@ -31,7 +27,7 @@ def value_and_gradient(
 
 
 def _block(
-    form: "Form", logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor, gradient: Tensor
+    form: Form, logits: Tensor, labels: Tensor, scale: Tensor, lam: Tensor, smoothing: Tensor, gradient: Tensor
 ) -> Tensor:
     """Write the gradient of some rows into `gradient`, and return their values, shape `(rows, 1)`."""
     classes = logits.shape[1]
