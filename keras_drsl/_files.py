@@ -1,10 +1,11 @@
 """Files that are either complete or absent."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,43 @@ def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool) -
         OSError: If the file cannot be written, as on a full disk.
     """
     write(check_new("path", path, overwrite=overwrite), json.dumps(content, indent=1) + "\n")
+
+
+def write_checked(path: str | os.PathLike[str], format_: str, content: dict[str, Any]) -> None:
+    """Write content so that `read_checked` notices any damage.
+
+    The file has two lines of JSON: the format with the SHA-256 of the second line, and the content.
+    """
+    body = json.dumps(content).encode()
+    write(path, (_header(format_, body) + body + b"\n").decode())
+
+
+def read_checked(path: str | os.PathLike[str], format_: str, earlier: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of a file of `write_checked`.
+
+    Args:
+        path: The file.
+        format_: The format that it must have.
+        earlier: The formats of earlier versions, with the last version that reads each.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged or has another format.
+    """
+    raw = Path(path).read_bytes()
+    _, _, rest = raw.partition(b"\n")
+    body = rest.removesuffix(b"\n")
+    if raw != _header(format_, body) + body + b"\n":
+        for name, version in earlier.items():
+            if raw.startswith(json.dumps({"format": name})[:-1].encode()):
+                raise ValueError(f"written by an earlier version; keras-drsl {version} is the last that reads it")
+        raise ValueError("the file is damaged or no state: its checksum does not match")
+    content: dict[str, Any] = json.loads(body)
+    return content
+
+
+def _header(format_: str, body: bytes) -> bytes:
+    return json.dumps({"format": format_, "sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"
 
 
 def _real(path: Path) -> Path:

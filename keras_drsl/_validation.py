@@ -45,3 +45,13 @@ def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
         rule = "an integer" if at_least is None else f"an integer of {at_least} or more"
         raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
     return int(value)
+
+
+def check_shard(shard: Any) -> tuple[int, int] | None:
+    """Return `(i, n)`, or None for None, or raise `ValueError` unless `0 <= i < n`."""
+    if shard is None:
+        return None
+    is_pair = isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(part, int) for part in shard)
+    if not is_pair or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"`shard` must be (i, n) with 0 <= i < n. Received: shard={shard!r}")
+    return shard[0], shard[1]

@@ -10,7 +10,7 @@ from keras import layers
 
 import keras_drsl
 from keras_drsl import cli, datasets, evaluate_robustness, robustness_curve
-from keras_drsl.evaluation.intervals import wilson
+from keras_drsl._intervals import wilson
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("PIL")

@@ -14,10 +14,10 @@ from keras import layers, ops
 
 import keras_drsl
 from keras_drsl import AdversarialTraining, RobustnessMonitor, cli, evaluate_robustness, robustness_curve
+from keras_drsl._intervals import of_ratio, wilson
 from keras_drsl.attacks import APGD, PGD, Square
 from keras_drsl.attacks.objectives import objective, share_wrong
 from keras_drsl.evaluation import Outcome, check
-from keras_drsl.evaluation.intervals import of_ratio, wilson
 from tests.backends import values
 from tests.helpers import some_short
 

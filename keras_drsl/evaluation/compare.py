@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_drsl import _escape, _files
+from keras_drsl._intervals import exact_mcnemar, paired_difference, paired_mean, welch
 from keras_drsl._typing import Array
-from keras_drsl.evaluation.intervals import exact_mcnemar, paired_difference, paired_mean, welch
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import CLEAN, UPPER_BOUND

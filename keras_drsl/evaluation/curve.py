@@ -10,9 +10,9 @@ import keras
 import numpy as np
 
 from keras_drsl import _files, _validation
+from keras_drsl._intervals import of_ratio, wilson
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.evaluation.evaluator import Evaluator
-from keras_drsl.evaluation.intervals import of_ratio, wilson
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions

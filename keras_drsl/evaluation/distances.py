@@ -10,6 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_drsl import _files, _validation
+from keras_drsl._intervals import median_ranks
+from keras_drsl._progress import Progress
 from keras_drsl._typing import Array, Norm, Numbers, Tensor
 from keras_drsl.attacks import APGD
 from keras_drsl.attacks.base import Batch
@@ -17,8 +19,6 @@ from keras_drsl.attacks.fmn import find_small_perturbations
 from keras_drsl.attacks.gradients import target_class
 from keras_drsl.evaluation.curve import RobustnessCurve
 from keras_drsl.evaluation.evaluator import Evaluator
-from keras_drsl.evaluation.intervals import median_ranks
-from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import DISTANCES
 from keras_drsl.models.heads import View

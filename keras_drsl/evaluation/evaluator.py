@@ -4,11 +4,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _backend, _validation
+from keras_drsl import _validation
 from keras_drsl._data import Examples, digest, read_labels
+from keras_drsl._progress import Progress
 from keras_drsl._typing import Array
 from keras_drsl.attacks import Pool
 from keras_drsl.evaluation.checks import CHECKS, applies, choose, run_check
 from keras_drsl.evaluation.context import MAX_EXAMPLES, Audit, EvaluationContext
 from keras_drsl.evaluation.kept import HeldArrays, KeptFile, Store, finish, is_unfinished, score, try_again
-from keras_drsl.evaluation.progress import Progress
 from keras_drsl.evaluation.reading import Reader
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import COST
@@ -33,7 +31,7 @@ from keras_drsl.evaluation.stopping import BETWEEN_LOOKS, StoppingRule
 from keras_drsl.evaluation.suites import check_suite, make_attacks
 from keras_drsl.evaluation.workers import Job, Recipe, Workers, open_workers
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
-from keras_drsl.models.fingerprint import fingerprint
+from keras_drsl.models.fingerprint import fingerprint, provenance
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import NUM_TRIED, LogitsModel, find_logits_of
 from keras_drsl.models.state import check_model, owner
@@ -75,6 +73,7 @@ class Evaluator:
         # Attacks without gradients come last: the images that they break withstood the others.
         self.attacks = dict(sorted(by_name.items(), key=lambda item: not item[1].needs_gradient))
         self.checks, self._listed = choose(checks, suite)
+        part = _validation.check_shard(shard)
         self.settings: dict[str, Any] = {
             **threat.to_dict(),
             "suite": suite if attacks is None else "custom",
@@ -84,7 +83,7 @@ class Evaluator:
             "max_samples": None
             if max_samples is None
             else _validation.check_integer("max_samples", max_samples, at_least=1),
-            "shard": None if shard is None else list(_check_shard(shard)),
+            "shard": part and list(part),
         } | self.view.settings
         if stopping is not None:
             self.settings |= stopping.settings
@@ -604,13 +603,6 @@ def _join_labels(per_row: dict[str, list[Any]], num_labels: int, names: list[str
     }
 
 
-def _check_shard(shard: Any) -> tuple[int, int]:
-    is_pair = isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(part, int) for part in shard)
-    if not is_pair or not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"`shard` must be (i, n) with 0 <= i < n. Received: shard={shard!r}")
-    return shard[0], shard[1]
-
-
 def _provenance(
     model: LogitsModel, undefended: LogitsModel | None, examples: Examples, pool: Pool | None
 ) -> dict[str, Any]:
@@ -618,18 +610,7 @@ def _provenance(
     pool_facts = None
     if pool is not None:
         pool_facts = {"digest": pool.digest, "num_images": pool.num_images, "empty_classes": pool.empty_classes}
-    versions = {"python": platform.python_version()}
-    for package in ("keras-drsl", "keras", _backend.NAME, "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a folder that was not installed
-            versions[package] = "unknown"
     return {
-        "model": fingerprint(owner(model.model)),
         "undefended": None if undefended is None else fingerprint(owner(undefended.model)),
-        "data": examples.digest,
         "pool": pool_facts,
-        "versions": versions,
-        "backend": _backend.NAME,
-        "device": _backend.device_name(),
-    }
+    } | provenance(owner(model.model), examples.digest)

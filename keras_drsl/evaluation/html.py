@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from keras_drsl import _escape
+from keras_drsl._intervals import wilson
 from keras_drsl._typing import Array
 from keras_drsl.evaluation import gallery
-from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.rendering import ADVICE, attack_label, by_severity, count_checks, waterfall
 from keras_drsl.evaluation.results import UPPER_BOUND, Check, EvaluationResults
 from keras_drsl.plotting import norm_label

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from keras_drsl import _schema
 from keras_drsl._renamed import RENAMED, new_name
-from keras_drsl.evaluation import schema
+from keras_drsl._schema import Rule
 from keras_drsl.evaluation.results import BY_SEVERITY, CLEAN, Check, EvaluationResults
-from keras_drsl.evaluation.schema import Rule
 from keras_drsl.threat import ThreatModel
 
 FORMAT = 2
@@ -21,34 +21,34 @@ def _is_shard(value: Any) -> bool:
     return is_pair and 0 <= value[0] < value[1]
 
 
-POSITION = schema.integer(at_least=0)
-COUNT = schema.integer(at_least=1)
-SHARD = schema.optional(Rule("[i, n] with 0 <= i < n", _is_shard))
-NAME_OR_POSITION = Rule("a text or a position", lambda value: schema.TEXT.obeys(value) or POSITION.obeys(value))
+POSITION = _schema.integer(at_least=0)
+COUNT = _schema.integer(at_least=1)
+SHARD = _schema.optional(Rule("[i, n] with 0 <= i < n", _is_shard))
+NAME_OR_POSITION = Rule("a text or a position", lambda value: _schema.TEXT.obeys(value) or POSITION.obeys(value))
 REPORT = {
     "format": Rule(str(FORMAT), lambda value: type(value) is int and value == FORMAT),
-    "clean_accuracy": schema.SHARE,
-    "robust_accuracy": schema.SHARE,
-    "confidence_interval": schema.list_of(schema.SHARE),
+    "clean_accuracy": _schema.SHARE,
+    "robust_accuracy": _schema.SHARE,
+    "confidence_interval": _schema.list_of(_schema.SHARE),
     "num_examples": COUNT,
-    "trustworthy": schema.BOOL,
-    "settings": schema.DICT,
-    "attacks": schema.list_of(schema.DICT),
-    "checks": schema.list_of(schema.DICT),
-    "provenance": schema.DICT,
-    "per_example": schema.dict_of(schema.LIST),
+    "trustworthy": _schema.BOOL,
+    "settings": _schema.DICT,
+    "attacks": _schema.list_of(_schema.DICT),
+    "checks": _schema.list_of(_schema.DICT),
+    "provenance": _schema.DICT,
+    "per_example": _schema.dict_of(_schema.LIST),
 }
 SETTINGS = {
     "eps": Rule(
         "a positive number, or nested lists of numbers",
-        lambda value: schema.NUMBERS.obeys(value) and (isinstance(value, list) or value > 0),
+        lambda value: _schema.NUMBERS.obeys(value) and (isinstance(value, list) or value > 0),
     ),
     "norm": Rule('"inf", 2 or 1', lambda value: value == "inf" or (type(value) is int and value in (1, 2))),
-    "suite": schema.NAME,
-    "clip_min": schema.NUMBERS,
-    "clip_max": schema.NUMBERS,
-    "mask": Rule("nested lists of true and false", lambda value: schema.is_nested(value, schema.BOOL.obeys)),
-    "preprocessing": schema.NAME,
+    "suite": _schema.NAME,
+    "clip_min": _schema.NUMBERS,
+    "clip_max": _schema.NUMBERS,
+    "mask": Rule("nested lists of true and false", lambda value: _schema.is_nested(value, _schema.BOOL.obeys)),
+    "preprocessing": _schema.NAME,
     "expectation_draws": COUNT,
     "output": NAME_OR_POSITION,
     "attack_input": NAME_OR_POSITION,
@@ -56,60 +56,61 @@ SETTINGS = {
     "which": POSITION,
     "ignore_class": Rule("an integer", lambda value: type(value) is int),
     "checks": Rule(
-        "a suite or a list of names", lambda value: schema.TEXT.obeys(value) or schema.list_of(schema.TEXT).obeys(value)
+        "a suite or a list of names",
+        lambda value: _schema.TEXT.obeys(value) or _schema.list_of(_schema.TEXT).obeys(value),
     ),
     "seed": POSITION,
     "batch_size": COUNT,
-    "max_samples": schema.optional(COUNT),
-    "outputs": schema.TEXT,
-    "precision": Rule("a number in (0, 0.5)", lambda value: schema.SHARE.obeys(value) and 0 < value < 0.5),
-    "at_least": Rule("a number in (0, 1]", lambda value: schema.SHARE.obeys(value) and value > 0),
+    "max_samples": _schema.optional(COUNT),
+    "outputs": _schema.TEXT,
+    "precision": Rule("a number in (0, 0.5)", lambda value: _schema.SHARE.obeys(value) and 0 < value < 0.5),
+    "at_least": Rule("a number in (0, 1]", lambda value: _schema.SHARE.obeys(value) and value > 0),
     "num_given": COUNT,
     "shard": SHARD,
-    "shards": schema.list_of(SHARD),
+    "shards": _schema.list_of(SHARD),
 }
 REQUIRED_SETTINGS = ("eps", "norm", "suite")
 ATTACK = {
     "name": Rule(
-        f"a text that is neither empty nor {CLEAN!r}", lambda value: schema.NAME.obeys(value) and value != CLEAN
+        f"a text that is neither empty nor {CLEAN!r}", lambda value: _schema.NAME.obeys(value) and value != CLEAN
     ),
-    "settings": schema.DICT,
-    "seconds": schema.SECONDS,
-    "compile_seconds": schema.SECONDS,
+    "settings": _schema.DICT,
+    "seconds": _schema.SECONDS,
+    "compile_seconds": _schema.SECONDS,
     "gradients": POSITION,
     "queries": POSITION,
     "tried": POSITION,
-    "cumulative": schema.SHARE,
-    "alone": schema.optional(schema.SHARE),
+    "cumulative": _schema.SHARE,
+    "alone": _schema.optional(_schema.SHARE),
 }
 CHECK = {
-    "name": schema.NAME,
+    "name": _schema.NAME,
     "status": Rule(f"one of {', '.join(BY_SEVERITY)}", lambda value: value in BY_SEVERITY),
-    "value": schema.optional(schema.NUMBER),
-    "message": schema.TEXT,
+    "value": _schema.optional(_schema.NUMBER),
+    "message": _schema.TEXT,
 }
 PROVENANCE = {
-    "model": schema.TEXT,
-    "undefended": schema.optional(schema.TEXT),
-    "data": schema.TEXT,
-    "pool": schema.optional(schema.DICT),
-    "classes": schema.list_of(schema.TEXT),
-    "versions": schema.DICT,
+    "model": _schema.TEXT,
+    "undefended": _schema.optional(_schema.TEXT),
+    "data": _schema.TEXT,
+    "pool": _schema.optional(_schema.DICT),
+    "classes": _schema.list_of(_schema.TEXT),
+    "versions": _schema.DICT,
 }
-LABELS = schema.list_of(Rule("0 or 1", lambda value: type(value) is int and value in (0, 1)))
+LABELS = _schema.list_of(Rule("0 or 1", lambda value: type(value) is int and value in (0, 1)))
 PER_EXAMPLE = {
-    "file": schema.list_of(schema.TEXT),
-    "prediction": schema.list_of(POSITION),
-    "index": schema.list_of(POSITION),
+    "file": _schema.list_of(_schema.TEXT),
+    "prediction": _schema.list_of(POSITION),
+    "index": _schema.list_of(POSITION),
     "label": Rule(
         "a list of class ids, or of lists of 0 and 1",
-        lambda value: schema.list_of(POSITION).obeys(value) or schema.list_of(LABELS).obeys(value),
+        lambda value: _schema.list_of(POSITION).obeys(value) or _schema.list_of(LABELS).obeys(value),
     ),
-    "broken_by": schema.list_of(schema.optional(schema.NAME)),
-    "broken_by_label": schema.list_of(schema.list_of(schema.optional(schema.NAME))),
-    "broken_rounded": schema.list_of(schema.BOOL),
-    "positions": schema.list_of(COUNT),
-    "wrong": schema.list_of(schema.list_of(POSITION)),
+    "broken_by": _schema.list_of(_schema.optional(_schema.NAME)),
+    "broken_by_label": _schema.list_of(_schema.list_of(_schema.optional(_schema.NAME))),
+    "broken_rounded": _schema.list_of(_schema.BOOL),
+    "positions": _schema.list_of(COUNT),
+    "wrong": _schema.list_of(_schema.list_of(POSITION)),
 }
 OPTIONAL = ("file", "prediction", "label", "broken_rounded", "broken_by_label", "positions", "wrong")  # of PER_EXAMPLE
 
@@ -152,7 +153,7 @@ def read_results(text: str) -> EvaluationResults:
         ValueError: If the text is no report, breaks a rule, or contradicts itself.
     """
     content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    schema.check_value("report", content, schema.DICT)
+    _schema.check_value("report", content, _schema.DICT)
     if type(content.get("format")) is int and content["format"] == 1:
         try:
             content = _from_format_1(content)
@@ -190,17 +191,17 @@ def missing_shards(shards: list[tuple[int, int] | None]) -> tuple[int, Iterator[
 
 def _check_structure(content: Any) -> None:
     """Check every field by itself, and what fields say about each other, except for the accuracies."""
-    schema.check_fields("report", content, REPORT)
+    _schema.check_fields("report", content, REPORT)
     settings, names = content["settings"], [attack.get("name") for attack in content["attacks"]]
-    schema.check_fields(
+    _schema.check_fields(
         "settings", settings, SETTINGS, may_lack=set(SETTINGS) - set(REQUIRED_SETTINGS), may_hold_more=True
     )
-    schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
-    schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_lack=OPTIONAL, may_hold_more=True)
+    _schema.check_fields("provenance", content["provenance"], PROVENANCE, may_lack=PROVENANCE, may_hold_more=True)
+    _schema.check_fields("per_example", content["per_example"], PER_EXAMPLE, may_lack=OPTIONAL, may_hold_more=True)
     for position, attack in enumerate(content["attacks"]):
-        schema.check_fields(f"attacks[{position}]", attack, ATTACK, may_lack=COST)
+        _schema.check_fields(f"attacks[{position}]", attack, ATTACK, may_lack=COST)
     for position, check in enumerate(content["checks"]):
-        schema.check_fields(f"checks[{position}]", check, CHECK)
+        _schema.check_fields(f"checks[{position}]", check, CHECK)
     _check_unique("attacks", names)
     _check_unique("checks", [check["name"] for check in content["checks"]])
     _check_examples(content["per_example"], [CLEAN, *names])
@@ -334,7 +335,7 @@ def _check_equal(where: str, expected: Any, received: Any) -> None:
     elif isinstance(expected, list) and isinstance(received, list) and len(expected) == len(received):
         for position, pair in enumerate(zip(expected, received, strict=True)):
             _check_equal(f"{where}[{position}]", *pair)
-    elif schema.is_number(expected) and schema.is_number(received):
+    elif _schema.is_number(expected) and _schema.is_number(received):
         # Another version or processor may round differently.
         if not (expected == received or math.isclose(expected, received, rel_tol=1e-9, abs_tol=1e-12)):
             raise ValueError(f"`{where}` must be {expected}, as the examples say. Received: {received}")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_drsl._intervals import confidence_sequence, of_ratio, wilson
 from keras_drsl._typing import Array, Status
-from keras_drsl.evaluation.intervals import confidence_sequence, of_ratio, wilson
 
 CLEAN = "clean"  # what broke an example that is misclassified without an attack
 LEFT_OUT = "left out"  # what stands there for an example that an early end left out, until the report is made

@@ -1,15 +1,13 @@
 """The progress of an evaluation, saved so that a killed one continues where it was."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from keras_drsl import _files
-from keras_drsl.evaluation import schema
+from keras_drsl import _files, _schema
 from keras_drsl.evaluation.results import BY_SEVERITY, Check
 
 FORMAT = "keras-drsl evaluation 2"
@@ -29,23 +27,21 @@ def _is_outcome(value: Any) -> bool:
 
 
 FIELDS = {
-    "broken_by": schema.list_of(schema.optional(schema.NAME)),
-    "broken_rounded": schema.list_of(schema.BOOL),
-    "wrong": schema.dict_of(schema.list_of(schema.integer(at_least=0))),
-    "done": schema.dict_of(schema.integer(at_least=0)),
-    "seconds": schema.dict_of(schema.SECONDS),
-    "compile_seconds": schema.dict_of(schema.SECONDS),
-    "gradients": schema.dict_of(schema.integer(at_least=0)),
-    "queries": schema.dict_of(schema.integer(at_least=0)),
-    "audit": schema.dict_of(schema.NOT_NEGATIVE),
-    "checks": schema.dict_of(schema.Rule("the outcome of a check", _is_outcome)),
+    "broken_by": _schema.list_of(_schema.optional(_schema.NAME)),
+    "broken_rounded": _schema.list_of(_schema.BOOL),
+    "wrong": _schema.dict_of(_schema.list_of(_schema.integer(at_least=0))),
+    "done": _schema.dict_of(_schema.integer(at_least=0)),
+    "seconds": _schema.dict_of(_schema.SECONDS),
+    "compile_seconds": _schema.dict_of(_schema.SECONDS),
+    "gradients": _schema.dict_of(_schema.integer(at_least=0)),
+    "queries": _schema.dict_of(_schema.integer(at_least=0)),
+    "audit": _schema.dict_of(_schema.NOT_NEGATIVE),
+    "checks": _schema.dict_of(_schema.Rule("the outcome of a check", _is_outcome)),
 }
 
 
 class State:
     """Keep the progress of an evaluation, in a file or in memory.
-
-    The file has two lines of JSON: the format with the SHA-256 of the second line, and the content.
 
     Args:
         path: The file to keep it in, or None to keep it in memory only.
@@ -112,8 +108,7 @@ class State:
 
     def _write(self, path: str | os.PathLike[str]) -> None:
         content = {"identity": self._identity} | {name: getattr(self, name) for name in FIELDS}
-        body = json.dumps(content).encode()
-        _files.write(path, (_header(body) + body + b"\n").decode())
+        _files.write_checked(path, FORMAT, content)
 
     def _load(self, path: Path) -> None:
         content = read_state(path)
@@ -137,27 +132,11 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If the file is damaged or holds no state.
     """
     try:
-        raw = Path(path).read_bytes()
-        _, _, rest = raw.partition(b"\n")
-        body = rest.removesuffix(b"\n")
-        if raw != _header(body) + body + b"\n":
-            _refuse_earlier_formats(raw)
-            raise ValueError("the file is damaged or no state: its checksum does not match")
-        content: dict[str, Any] = json.loads(body)
-        schema.check_fields("state", content, {"identity": schema.DICT} | FIELDS)
+        content = _files.read_checked(path, FORMAT, EARLIER_FORMATS)
+        _schema.check_fields("state", content, {"identity": _schema.DICT} | FIELDS)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             "`state_path` must hold the state of an evaluation, or be a path where nothing exists. "
             f"Received: state_path={str(path)!r} ({error})"
         ) from error
     return content
-
-
-def _header(body: bytes) -> bytes:
-    return json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"
-
-
-def _refuse_earlier_formats(raw: bytes) -> None:
-    for name, version in EARLIER_FORMATS.items():
-        if raw.startswith(json.dumps({"format": name})[:-1].encode()):
-            raise ValueError(f"written by an earlier version; keras-drsl {version} is the last that reads it")

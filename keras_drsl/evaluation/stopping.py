@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_drsl._intervals import confidence_sequence
 from keras_drsl._typing import Array
 from keras_drsl._validation import check_number
-from keras_drsl.evaluation.intervals import confidence_sequence
 
 # How many examples all attacks finish before the interval is looked at.
 BETWEEN_LOOKS = 64

@@ -1,11 +1,15 @@
-"""A fingerprint that tells models apart."""
+"""What tells models and runs apart."""
 
 import hashlib
 import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 from keras import ops
+
+from keras_drsl import _backend
 
 
 def fingerprint(model: Any) -> str:
@@ -26,6 +30,34 @@ def fingerprint(model: Any) -> str:
     nameless = _replace_names(config, {})
     digest.update(json.dumps(nameless, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()
+
+
+def provenance(model: Any, data: str) -> dict[str, Any]:
+    """Return model, data, versions and device, for a reader who wants to repeat a run.
+
+    Args:
+        model: A Keras model or any function.
+        data: The digest of the data.
+    """
+    return {
+        "model": fingerprint(model),
+        "data": data,
+        "versions": {"python": platform.python_version()}
+        | package_versions("keras-drsl", "keras", _backend.NAME, "numpy"),
+        "backend": _backend.NAME,
+        "device": _backend.device_name(),
+    }
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of installed packages by name, "unknown" for those that were not installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # such as this one, run from a folder
+            versions[package] = "unknown"
+    return versions
 
 
 def _replace_names(value: Any, names: dict[str, str]) -> Any:

@@ -11,8 +11,8 @@ import pytest
 
 import keras_drsl
 from keras_drsl import RobustnessReport, cli, compare
+from keras_drsl._intervals import exact_mcnemar, paired_difference, paired_mean, welch
 from keras_drsl.evaluation import Check
-from keras_drsl.evaluation.intervals import exact_mcnemar, paired_difference, paired_mean, welch
 from tests.linear import WEIGHTS, inputs, linear_model
 
 stats = pytest.importorskip("scipy.stats")

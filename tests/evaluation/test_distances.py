@@ -9,10 +9,10 @@ import pytest
 from keras import ops
 
 from keras_drsl import MinimalDistances, minimal_distances
+from keras_drsl._intervals import median_ranks
 from keras_drsl.attacks import APGD, PGD
 from keras_drsl.attacks.base import Batch
 from keras_drsl.evaluation.distances import PRECISION
-from keras_drsl.evaluation.intervals import median_ranks
 from keras_drsl.models import Classifier
 from tests.helpers import some_short
 from tests.layers import Random

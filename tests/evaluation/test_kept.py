@@ -12,9 +12,9 @@ import pytest
 from keras import layers
 
 from keras_drsl import RobustnessReport, cli, evaluate_robustness
+from keras_drsl._intervals import wilson
 from keras_drsl.attacks import APGD, Attack
 from keras_drsl.evaluation import Outcome, check, kept
-from keras_drsl.evaluation.intervals import wilson
 from tests.helpers import run_python
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 import keras_drsl
+from keras_drsl import _progress as module
+from keras_drsl._progress import Progress, duration
 from keras_drsl.attacks import PGD, Noise
-from keras_drsl.evaluation import progress as module
-from keras_drsl.evaluation.progress import Progress, duration
 from tests.linear import inputs, linear_model
 
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from keras_drsl import RobustnessReport
-from keras_drsl.evaluation import Check, rendering, schema
+from keras_drsl import RobustnessReport, _schema
+from keras_drsl._intervals import wilson
+from keras_drsl.evaluation import Check, rendering
 from keras_drsl.evaluation.checks import CHECKS
-from keras_drsl.evaluation.intervals import wilson
 from tests.helpers import set_nested
 
 BROKEN_BY = [None, None, None, "clean", "first", "first", "second", None, None, "second"]
@@ -436,10 +436,10 @@ def test_the_text_says_how_many_examples_each_class_has(labels, text):
 @pytest.mark.parametrize(
     ("rule", "obeys", "breaks"),
     [
-        (schema.SHARE, [0, 0.5, 1], [-0.1, 1.1, math.nan, True, "0.5", None]),
-        (schema.SECONDS, [0, 1e10], [-1e-9, 2e10, math.inf, "1"]),
-        (schema.NOT_NEGATIVE, [0, 7.5], [-0.1, math.nan, False]),
-        (schema.NAME, ["a"], ["", 1, None]),
+        (_schema.SHARE, [0, 0.5, 1], [-0.1, 1.1, math.nan, True, "0.5", None]),
+        (_schema.SECONDS, [0, 1e10], [-1e-9, 2e10, math.inf, "1"]),
+        (_schema.NOT_NEGATIVE, [0, 7.5], [-0.1, math.nan, False]),
+        (_schema.NAME, ["a"], ["", 1, None]),
     ],
 )
 def test_rules_hold_at_their_limits(rule, obeys, breaks):

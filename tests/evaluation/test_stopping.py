@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from keras_drsl import RobustnessReport, compare, evaluate_robustness
+from keras_drsl._intervals import confidence_sequence, wilson
 from keras_drsl.attacks import Attack
 from keras_drsl.evaluation import Outcome, check
-from keras_drsl.evaluation.intervals import confidence_sequence, wilson
 from tests.linear import exact_robust, inputs, linear_model
 
 COUNT = 400

@@ -5,10 +5,10 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_drsl._intervals import wilson
 from keras_drsl._typing import Array
 from keras_drsl.evaluation.checks.registry import Outcome, check, grade
 from keras_drsl.evaluation.context import MAX_EXAMPLES, EvaluationContext
-from keras_drsl.evaluation.intervals import wilson
 from keras_drsl.evaluation.results import CLEAN
 from keras_drsl.models.classifier import Classifier, compute_rounding, is_misclassified, margins
 

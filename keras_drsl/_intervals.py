@@ -20,30 +20,52 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
     return centre - half_width if successes > 0 else 0.0, centre + half_width if successes < count else 1.0
 
 
-def confidence_sequence(successes: int, count: int) -> tuple[float, float]:
-    """Return a 95 % interval of a share that is valid after any number of examples, however the last one was chosen.
+def confidence_sequence(successes: int, count: int, alpha: float = 0.05) -> tuple[float, float]:
+    """Return an interval of a share that is valid after any number of examples, however the last one was chosen.
 
-    It holds the shares whose likelihood is at least 0.05 times its average over all shares in [0, 1]. With a
-    probability of 95 %, the true share is in the intervals of all counts. It is wider than Wilson's.
+    It holds the shares whose likelihood is at least `alpha` times its average over all shares in [0, 1]. With a
+    probability of `1 - alpha`, the true share is in the intervals of all counts. It is wider than Wilson's.
 
     Args:
         successes: How many of the examples count.
         count: How many examples there are, drawn one after the other at random.
+        alpha: The probability of error, in (0, 1).
 
     Reference: Waudby-Smith and Ramdas, "Confidence sequences for sampling without replacement", arXiv:2006.04347 (the
     prior-posterior ratio).
     """
     failures = count - successes
     # The density of the beta distribution that is the posterior of a uniform prior.
-    constant = math.lgamma(count + 2) - math.lgamma(successes + 1) - math.lgamma(failures + 1) - math.log(0.05)
+    constant = math.lgamma(count + 2) - math.lgamma(successes + 1) - math.lgamma(failures + 1) - math.log(alpha)
 
     def is_likely(share: float) -> bool:
-        logs = (number * math.log(part) for number, part in ((successes, share), (failures, 1 - share)) if number)
-        return constant + sum(logs) >= 0
+        parts = [(number, part) for number, part in ((successes, share), (failures, 1 - share)) if number]
+        # The bisection may reach 0 or 1.
+        logs = [number * math.log(part) for number, part in parts if part > 0]
+        return len(logs) == len(parts) and constant + sum(logs) >= 0
 
     best = successes / count
     low = 0.0 if not successes else 1 - _last_where(lambda other: is_likely(1 - other), 1 - best, 1.0)
     return low, 1.0 if not failures else _last_where(is_likely, best, 1.0)
+
+
+def is_outside_sequence(share: float, successes: Array, counts: Array, alpha: float) -> Array:
+    """Return where a share is not in the `confidence_sequence` of some successes, of so many examples.
+
+    Args:
+        share: The share, in (0, 1).
+        successes: How many of the examples count, any shape.
+        counts: How many examples there are, of the same shape.
+        alpha: The probability of error, in (0, 1).
+
+    Raises:
+        ImportError: Without SciPy.
+    """
+    from scipy.special import gammaln
+
+    failures = counts - successes
+    constant = gammaln(counts + 2) - gammaln(successes + 1) - gammaln(failures + 1) - math.log(alpha)
+    return np.asarray(constant + successes * math.log(share) + failures * math.log1p(-share) < 0)
 
 
 def of_ratio(wrong: Sequence[int], counts: Sequence[int]) -> tuple[float, float]:
