@@ -6,6 +6,7 @@ example.
 """
 
 from keras_drsl.losses.base import ClassificationLoss, cross_entropy, logits_of
+from keras_drsl.losses.bilateral_softmax import BilateralSoftmaxLoss
 from keras_drsl.losses.complement_objective import ComplementObjective
 from keras_drsl.losses.drs import DRSLoss, drs_loss
 from keras_drsl.losses.guided_complement_entropy import GuidedComplementEntropy
@@ -18,6 +19,7 @@ from keras_drsl.losses.z_loss import ZLoss
 from keras_drsl.predictions import LossInputs
 
 __all__ = [
+    "BilateralSoftmaxLoss",
     "ClassificationLoss",
     "ComplementObjective",
     "DRSLoss",

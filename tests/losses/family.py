@@ -56,6 +56,12 @@ FAMILY = [
     ),
     Case(keras_drsl.LogitSqueezing, {"lam": 0.2}, reference.logit_squeezing, NEGATIVE),
     Case(keras_drsl.ZLoss, {"lam": 0.2}, reference.z_loss, NEGATIVE),
+    Case(
+        keras_drsl.BilateralSoftmaxLoss,
+        {"positive_temperature": 0.7, "negative_temperature": 0.4},
+        reference.bilateral_softmax,
+        dict.fromkeys(("positive_temperature", "negative_temperature"), (0.0, "a positive number")),
+    ),
 ]
 BY_NAME = {case.loss.__name__: case for case in FAMILY}
 each_loss = pytest.mark.parametrize("name", BY_NAME)
