@@ -68,30 +68,43 @@ class InnerAttack:
         if self.method.random_copies:
             clean, adversarial = x + self._random_delta(x, scale), x + self._random_delta(x, scale)
         if self.method.loss_fn is not None:
-            loss_fn = per_sample(self.method.loss_fn)
-            adversarial = ops.stop_gradient(self._search(classifier, batch, loss_fn, scale))
+            loss_fn, start = per_sample(self.method.loss_fn), self._start(x, scale)
+            clean = start if self.method.slope else x
+            adversarial = ops.stop_gradient(self._search(classifier, batch, loss_fn, start, scale))
             entropy = per_sample(cross_entropy)
             loss_increase = entropy(classifier(adversarial), batch) - entropy(logits, batch)
         is_correct = per_sample(_is_correct)(logits, batch)
         return AttackedBatch(clean, adversarial, is_correct, ops.stop_gradient(loss_increase))
 
-    def _search(self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, scale: Tensor) -> Tensor:
-        """Return the point after the last step."""
-        x, norm = batch.x, self.threat.norm
-        bounds = self.threat.tensors._replace(eps=scale * self.threat.radius)
-
-        def step(x_adv: Tensor) -> Tensor:
-            _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
-            x_adv = x_adv + scale * self.step_size * steepest_ascent(replace_nonfinite(gradient), norm, bounds.scale)
-            return project(x_adv, x, bounds, norm)
-
+    def _start(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return the point before the first step."""
         if self.method.start_near_input:
             spread = ops.convert_to_tensor(np.asarray(self.threat.span, dtype="float32"))
             delta = 0.001 * spread * keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
+        elif self.method.start_radius == 0:
+            return x
         else:
-            delta = self._random_delta(x, scale)
-        start = project(x + delta, x, bounds, norm)
+            delta = self.method.start_radius * self._random_delta(x, scale)
+        return self._clip(x + delta, x, scale)
+
+    def _search(
+        self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, start: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return the point after the last step."""
+        length = self.step_size * (1.0 if self.method.slope else scale)
+
+        def step(x_adv: Tensor) -> Tensor:
+            _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
+            direction = steepest_ascent(replace_nonfinite(gradient), self.threat.norm, self.threat.tensors.scale)
+            return self._clip(x_adv + length * direction, batch.x, scale)
+
         return _backend.fori_loop(step, self.steps, start, classifier.variables)
+
+    def _clip(self, x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        if not self.method.clips:
+            return x_adv
+        bounds = self.threat.tensors._replace(eps=scale * self.threat.radius)
+        return project(x_adv, x, bounds, self.threat.norm)
 
     def _random_delta(self, x: Tensor, scale: Tensor) -> Tensor:
         bounds = self.threat.tensors._replace(eps=scale * self.threat.radius)

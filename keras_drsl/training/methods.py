@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from keras import ops
 
 from keras_drsl._typing import Tensor
+from keras_drsl._validation import check_non_negative
 from keras_drsl.attacks.objectives import objective
 
 
@@ -72,6 +73,16 @@ def cross_entropy(logits: Tensor, batch: CleanBatch) -> Tensor:
         batch: The clean batch.
     """
     return objective("ce", logits, batch.y, None, targeted=False)
+
+
+def compiled_loss(logits: Tensor, batch: CleanBatch) -> Tensor:
+    """Stand for the loss given to `compile`, which `AdversarialTraining` puts in its place.
+
+    Args:
+        logits: The logits at the current point of the attack, shape `(batch, C)`.
+        batch: The clean batch.
+    """
+    raise NotImplementedError("Only `AdversarialTraining` knows the loss given to `compile`.")
 
 
 def margin(logits: Tensor, batch: CleanBatch) -> Tensor:
@@ -173,14 +184,21 @@ class Method:
             ones.
         start_near_input: Whether the attack starts close to the input: it adds normal noise of standard deviation
             `0.001 * (clip_max - clip_min)`, whatever `eps` is. Otherwise it starts at a random point of the ball.
-        single_step: Whether the attack takes a single step, of `1.25 * eps` by default.
+        single_step: Whether the attack takes a single step. By default its size is `1.25 * eps`; `eps` without
+            clipping, and `0.1 * eps` for a slope.
+        start_radius: The radius of the ball that the attack starts in, in units of `eps`, >= 0; 0 for the input itself.
+        clips: Whether the attack stays in the ball and in the valid range.
+        slope: Whether the clean input is replaced by the start of the attack, and L by the bound that follows from its
+            slope along the attack: `L(y, z) + eps / step_size * (L(y, z') - L(y, z))`. During a warm-up, only `eps`
+            there is smaller. It needs `single_step`, no clipping, and `learns_from=("clean", "adversarial")`.
         penalty: The function that is added to the loss, or None.
         random_copies: Whether two random points of the ball replace the clean and the attacked input. They are drawn
             uniformly and are not clipped to the valid range.
         beta: The default of the argument `beta` of `AdversarialTraining`, >= 0.
 
     Raises:
-        ValueError: If `learns_from` is empty or names other inputs.
+        ValueError: If `learns_from` is empty or names other inputs, `start_radius` is negative, or the other fields do
+            not fit a slope.
 
     Example:
 
@@ -203,6 +221,9 @@ class Method:
     loss_fn: LossFn | None = cross_entropy
     start_near_input: bool = False
     single_step: bool = False
+    start_radius: float = 1.0
+    clips: bool = True
+    slope: bool = False
     penalty: Penalty | None = None
     random_copies: bool = False
     beta: float = 6.0
@@ -213,6 +234,25 @@ class Method:
                 "`learns_from` must be a tuple of 'clean', 'adversarial' or both. "
                 f"Received: learns_from={self.learns_from!r}"
             )
+        check_non_negative("start_radius", self.start_radius)
+        takes_one_step = self.loss_fn is not None and self.single_step and not self.clips
+        if self.slope and not (takes_one_step and set(self.learns_from) == set(Outputs._fields)):
+            raise ValueError(
+                "`slope` must be False unless the attack takes a single step without clipping, and the method learns "
+                f"from 'clean' and 'adversarial'. Received: {self!r}"
+            )
+
+    def step_share(self, steps: int) -> float:
+        """Return the default size of a step, in units of `eps`.
+
+        Args:
+            steps: The number of steps.
+        """
+        if self.slope:
+            return 0.1
+        if self.single_step:
+            return 1.25 if self.clips else 1.0
+        return min(2.5 / steps, 1.0)
 
     def replace(self, **changes: Any) -> "Method":
         """Return a method with some fields changed.
@@ -223,11 +263,20 @@ class Method:
         return dataclasses.replace(self, **changes)
 
 
-# The losses that the attack of "pgd", "fgsm" and "mart" can increase. None stands for the loss given to `compile`.
-ATTACK_LOSSES: dict[str, LossFn | None] = {"cross_entropy": cross_entropy, "margin": margin, "loss": None}
+# The losses that the attack of "pgd", "fgsm", "nfgsm" and "mart" can increase.
+ATTACK_LOSSES: dict[str, LossFn] = {"cross_entropy": cross_entropy, "margin": margin, "loss": compiled_loss}
 METHODS: dict[str, Method] = {
     "clean": Method(loss_fn=None),
     "fgsm": Method(single_step=True),
+    "nfgsm": Method(single_step=True, start_radius=2.0, clips=False),
+    "flat": Method(
+        learns_from=("clean", "adversarial"),
+        loss_fn=compiled_loss,
+        single_step=True,
+        start_radius=0.0,
+        clips=False,
+        slope=True,
+    ),
     "pgd": Method(),
     "trades": Method(learns_from=("clean",), loss_fn=kl_divergence, start_near_input=True, penalty=trades_penalty),
     "mart": Method(penalty=mart_penalty),

@@ -28,6 +28,7 @@ from keras_drsl.training.methods import (
     CleanBatch,
     Method,
     Outputs,
+    compiled_loss,
     cross_entropy,
 )
 
@@ -50,6 +51,10 @@ class AdversarialTraining(keras.Model):
       the ball (Madry et al.).
     - `"fgsm"`: `L(y, z')`. The attack is the same with a single step (Wong et al.). The method is cheap and prone to
       catastrophic overfitting: `attack_strength` drops to about 0 or below while `accuracy` rises steeply.
+    - `"nfgsm"`: as `"fgsm"`. The attack starts in a ball twice as large, and is not clipped (de Jorge et al.).
+    - `"flat"`: `L(y, z) + eps / step_size * (L(y, z') - L(y, z))`. The attack takes one step from x that increases L,
+      the whole loss, so this is about `L(y, z)` plus `eps` times the slope of L along that step: in L-inf and L2, the
+      dual norm of its gradient with respect to x. Metrics and `attack_strength` are at that small step.
     - `"trades"`: `L(y, z) + beta * KL(p || p')`. The attack takes `steps` steps that increase `KL(p || p')`. It starts
       close to x (Zhang et al.).
     - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`. The attack is that of `"pgd"`
@@ -93,12 +98,14 @@ class AdversarialTraining(keras.Model):
         eps: The radius of the ball around each input, in units of the input, > 0 and no larger than the range of the
             inputs; 8/255 by default.
         method: The name of a method above, or a `keras_drsl.training.Method` of your own.
-        steps: The number of steps of the attack, >= 1. `"fgsm"` always takes one, `"consistency"` and `"clean"` none.
-        step_size: The size of a step, in units of the input, > 0. By default `2.5 * eps / steps`, at most `eps`, and
-            `1.25 * eps` for `"fgsm"`. Ignored without an attack.
-        attack_loss: The loss that the attack of `"pgd"`, `"fgsm"` and `"mart"` increases: `"cross_entropy"` (the
-            default), `"margin"` (the largest non-true logit minus the true one) or `"loss"` (the loss given to
-            `compile`). With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our study.
+        steps: The number of steps of the attack, >= 1. `"fgsm"`, `"nfgsm"` and `"flat"` always take one,
+            `"consistency"` and `"clean"` none.
+        step_size: The size of a step, in units of the input, > 0. By default `2.5 * eps / steps`, at most `eps`;
+            `1.25 * eps` for `"fgsm"`, `eps` for `"nfgsm"` and `0.1 * eps` for `"flat"`. Ignored without an attack.
+        attack_loss: The loss that the attack of `"pgd"`, `"fgsm"`, `"nfgsm"` and `"mart"` increases:
+            `"cross_entropy"` (the default), `"margin"` (the largest non-true logit minus the true one) or `"loss"` (the
+            loss given to `compile`). With `DRSLoss`, `"loss"` was best for `"pgd"` and `"margin"` for `"fgsm"` in our
+            study.
         norm: `"inf"` (the default), 2 or 1.
         beta: The weight `beta` above, >= 0. By default 6 for `"trades"` and `"mart"`, and 0.3 for `"consistency"`.
             Ignored by the other methods.
@@ -135,8 +142,9 @@ class AdversarialTraining(keras.Model):
     >>> sorted(history.history)
     ['accuracy', 'attack_strength', 'clean_accuracy', 'loss']
 
-    Reference: Madry et al., arXiv:1706.06083; Wong et al., arXiv:2001.03994; Zhang et al., arXiv:1901.08573; Wang et
-    al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020.
+    Reference: Madry et al., arXiv:1706.06083; Wong et al., arXiv:2001.03994; de Jorge et al., arXiv:2202.01181; Zhang
+    et al., arXiv:1901.08573; Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified
+    Examples", ICLR 2020.
     """
 
     def __init__(
@@ -177,7 +185,7 @@ class AdversarialTraining(keras.Model):
         self.steps = 1 if self.method.single_step else steps
         if step_size is None:
             radius = self.threat.radius
-            step_size = 1.25 * radius if self.method.single_step else min(2.5 * radius / steps, radius)
+            step_size = self.method.step_share(steps) * radius
         self.step_size = _validation.check_positive("step_size", step_size)
         self.beta = _validation.check_non_negative("beta", self.method.beta if beta is None else beta)
         self.warmup_epochs = _validation.check_integer("warmup_epochs", warmup_epochs, at_least=0)
@@ -204,16 +212,16 @@ class AdversarialTraining(keras.Model):
         else:
             _renamed.refuse_old_value("method", method)
             result = METHODS[_validation.check_name("method", method, tuple(METHODS))]
-        if attack_loss is None:
-            return result
-        attack_loss = _validation.check_name("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
-        if result.loss_fn is not cross_entropy:
-            raise ValueError(
-                "`attack_loss` must be left out unless the attack of the method increases the cross-entropy by "
-                "default, as those of 'pgd', 'fgsm' and 'mart' do. "
-                f"Received: attack_loss={attack_loss!r}, method={method!r}"
-            )
-        return result.replace(loss_fn=ATTACK_LOSSES[attack_loss] or self._compiled_loss)
+        if attack_loss is not None:
+            attack_loss = _validation.check_name("attack_loss", attack_loss, tuple(ATTACK_LOSSES))
+            if result.loss_fn is not cross_entropy:
+                raise ValueError(
+                    "`attack_loss` must be left out unless the attack of the method increases the cross-entropy by "
+                    "default, as those of 'pgd', 'fgsm', 'nfgsm' and 'mart' do. "
+                    f"Received: attack_loss={attack_loss!r}, method={method!r}"
+                )
+            result = result.replace(loss_fn=ATTACK_LOSSES[attack_loss])
+        return result.replace(loss_fn=self._compiled_loss) if result.loss_fn is compiled_loss else result
 
     @property
     def current_eps(self) -> float:
@@ -302,11 +310,15 @@ class AdversarialTraining(keras.Model):
         training: bool = True,
     ) -> Tensor:
         """Compute the loss of the method for an attacked batch, and the compiled loss for any other."""
-        compiled_loss = super().compute_loss
+        compute_loss = super().compute_loss
         if not isinstance(y_pred, Outputs):
-            return compiled_loss(x, y, y_pred, sample_weight, training)
+            return compute_loss(x, y, y_pred, sample_weight, training)
         names = self.method.learns_from
-        loss = sum(compiled_loss(x, y, getattr(y_pred, name), sample_weight, training) for name in names) / len(names)
+        losses = [compute_loss(x, y, getattr(y_pred, name), sample_weight, training) for name in names]
+        loss = sum(losses) / len(losses)
+        if self.method.slope:
+            clean, adversarial = losses if names[0] == "clean" else losses[::-1]
+            loss = clean + self._eps_scale * (self.threat.radius / self.step_size) * (adversarial - clean)
         if self.method.penalty is None:
             return loss
         log_p, log_q = self._log_probabilities(y_pred.clean), self._log_probabilities(y_pred.adversarial)

@@ -152,6 +152,71 @@ def test_consistency_compares_two_random_copies(monkeypatch):
     assert next(remaining, None) is None
 
 
+def slope_of_drs(x, y):
+    """Return the gradient of DRSLoss with respect to the inputs of the linear model."""
+    return drs_gradient(x @ SLOPES + BIAS, y, LAM) @ SLOPES.T
+
+
+@pytest.mark.parametrize("norm", ["inf", 2])
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_flat_adds_the_slope_along_the_attack(norm, warmup_epochs):
+    x, y = data()
+    x[0], x[1] = 0, 1  # They leave the valid range, and are not clipped.
+    slope, step = slope_of_drs(x.astype("float64"), y), 0.02
+    direction = np.sign(slope) if norm == "inf" else slope / np.linalg.norm(slope, axis=1, keepdims=True)
+    radius = EPS / (warmup_epochs + 1)  # in the first epoch
+
+    def losses(kernel):
+        here, there = (drs_losses(points @ kernel + BIAS, y) for points in (x, x + step * direction))
+        return here + radius / step * (there - here)
+
+    options = {"method": "flat", "step_size": step, "norm": norm, "warmup_epochs": warmup_epochs, "graph": norm == 2}
+    if warmup_epochs:
+        options["fit"] = {"epochs": 1}
+        with pytest.warns(UserWarning, match="warmup_epochs"):
+            (kernel, _), history = train(linear(), x, y, **options)
+    else:
+        (kernel, _), history = train(linear(), x, y, **options)
+    mean = lambda kernel: losses(kernel).mean()
+    np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
+    assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+
+
+def test_flat_adds_the_dual_norm_of_the_gradient():
+    x, y = data()
+    _, history = train(linear(), x, y, method="flat", step_size=1e-3, graph=False)
+    norm = np.abs(slope_of_drs(x.astype("float64"), y)).sum(1)
+    plain = drs_losses(x @ SLOPES + BIAS, y)
+    assert history["loss"] == pytest.approx([(plain + EPS * norm).mean()], abs=1e-3)
+    assert (EPS * norm).mean() > 0.02  # so that the test can fail
+
+
+def test_nfgsm_starts_in_twice_the_ball(start_at):
+    x, y = data()
+    x[0], x[1] = 0, 1
+    delta = np.random.default_rng(3).uniform(-EPS, EPS, x.shape).astype("float32")
+    start_at(delta)
+    start = (x + 2 * delta).astype("float64")
+    p = softmax(start @ SLOPES + BIAS)
+    points = start + EPS * np.sign((p - reference.one_hot(y, 3)) @ SLOPES.T)
+    (kernel, _), _ = train(linear(), x, y, method="nfgsm", graph=False)
+    upstream = drs_gradient(points @ SLOPES + BIAS, y, LAM) / len(x)
+    np.testing.assert_allclose(kernel, SLOPES - RATE * points.T @ upstream, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learns_from": ("clean",)}, {"loss_fn": None}, {"single_step": False}, {"clips": True}]
+)
+def test_a_slope_needs_one_free_step(changes):
+    with pytest.raises(ValueError, match="`slope` must be False unless"):
+        METHODS["flat"].replace(**changes)
+
+
+def test_a_start_radius_is_not_negative():
+    with pytest.raises(ValueError, match="`start_radius` must be a non-negative number"):
+        METHODS["fgsm"].replace(start_radius=-1.0)
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="a traced step shows no values")
 def test_trades_attack_reaches_edge_of_ball(monkeypatch):
     points = []
@@ -226,7 +291,9 @@ def test_the_search_of_a_method_scales_with_the_range(name):
     batches = []
     for scale, classifier in ((1, model), (256, in_pixels)):
         threat = keras_drsl.ThreatModel(EPS * scale, clip_max=scale)
-        attack = InnerAttack(METHODS[name], threat, steps=2, step_size=0.02 * scale, seeds=ReplicaSeeds(0))
+        # The loss given to `compile` is known to `AdversarialTraining` only.
+        method = METHODS[name].replace(loss_fn=cross_entropy) if name == "flat" else METHODS[name]
+        attack = InnerAttack(method, threat, steps=2, step_size=0.02 * scale, seeds=ReplicaSeeds(0))
         batch = attack(classifier, scale * x, y, keras.Variable(1.0))
         batches.append([keras.ops.convert_to_numpy(values) / scale for values in (batch.clean, batch.adversarial)])
     np.testing.assert_allclose(batches[1], batches[0], atol=1e-6)
