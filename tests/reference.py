@@ -137,3 +137,60 @@ def gradient(function, z, step=1e-6):
         down[index] -= step
         result[index] = (np.sum(function(up)) - np.sum(function(down))) / (2 * step)
     return result
+
+
+def bilateral_softmax(y, z, positive_temperature, negative_temperature):
+    """Compute the bilateral softmax loss; NaN without a class of weight 0."""
+    positives = math.fsum(label * math.exp(value / positive_temperature) for label, value in zip(y, z, strict=True))
+    negatives = math.fsum(
+        math.exp(value / negative_temperature) for label, value in zip(y, z, strict=True) if label == 0
+    )
+    if negatives == 0:
+        return math.nan
+    return negative_temperature / positive_temperature * math.log(negatives) - math.log(positives)
+
+
+def interval_dense(lower, upper, kernel, bias):
+    """Compute the ends of a box behind a dense layer; `lower` and `upper` have one number per input."""
+    low, high = [], []
+    for unit in range(kernel.shape[1]):
+        weights = [float(weight) for weight in kernel[:, unit]]
+        pairs = list(zip(weights, map(float, lower), map(float, upper), strict=True))
+        low.append(math.fsum(w * (small if w > 0 else large) for w, small, large in pairs) + float(bias[unit]))
+        high.append(math.fsum(w * (large if w > 0 else small) for w, small, large in pairs) + float(bias[unit]))
+    return np.array(low), np.array(high)
+
+
+def interval_conv(lower, upper, kernel, bias, strides):
+    """Compute the ends of a box of an image `(height, width, channels)` behind a convolution with same padding."""
+    size = kernel.shape[0]
+    height, width = lower.shape[:2]
+    rows, columns = -(-height // strides), -(-width // strides)
+    before = [
+        max((count - 1) * strides + size - length, 0) // 2 for count, length in ((rows, height), (columns, width))
+    ]
+    low, high = (np.zeros((rows, columns, kernel.shape[3])) for _ in range(2))
+    for i, j in np.ndindex(rows, columns):
+        taken = []
+        for a, b in np.ndindex(size, size):
+            row, column = i * strides + a - before[0], j * strides + b - before[1]
+            if 0 <= row < height and 0 <= column < width:
+                taken += [(row, column, channel, a, b) for channel in range(kernel.shape[2])]
+        ends = [[float(end[row, column, channel]) for row, column, channel, _, _ in taken] for end in (lower, upper)]
+        weights = np.array([kernel[a, b, channel] for _, _, channel, a, b in taken])
+        low[i, j], high[i, j] = interval_dense(*ends, weights, bias)
+    return low, high
+
+
+def interval_max_pool(lower, upper, size=2):
+    """Compute the ends of a box of an image behind maxima over squares, one step apart."""
+    rows, columns = lower.shape[0] - size + 1, lower.shape[1] - size + 1
+    return tuple(
+        np.array([[end[i : i + size, j : j + size].max(axis=(0, 1)) for j in range(columns)] for i in range(rows)])
+        for end in (lower, upper)
+    )
+
+
+def rectified(lower, upper):
+    """Compute the ends of a box behind a ReLU."""
+    return np.maximum(lower, 0), np.maximum(upper, 0)
