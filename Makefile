@@ -34,7 +34,7 @@ test-short: .venv-jax/test .venv-torch/test
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 --dist worksteal $(SHORT_TESTS)
 
 # Everything that is not about TensorFlow, on all backends.
-BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
+BACKEND_TESTS := -m 'not slow' tests/attacks tests/benchmarks tests/certificates tests/density tests/evaluation tests/losses tests/training tests/test_backend.py tests/test_callbacks.py \
 	tests/test_distribution.py tests/test_features.py tests/test_heads.py tests/test_inputs.py tests/test_metrics.py tests/test_models.py \
 	tests/test_multilabel.py tests/test_options.py tests/test_positions.py tests/test_random_models.py tests/test_spread.py \
 	tests/test_threat.py

@@ -2,20 +2,25 @@
 
 from keras_drsl import _renamed
 from keras_drsl import attacks as attacks
+from keras_drsl import certificates as certificates
 from keras_drsl import datasets as datasets
 from keras_drsl import models as models
 from keras_drsl.callbacks import RobustnessMonitor
+from keras_drsl.certificates import CertificateReport, SmoothedClassifier, certify
 from keras_drsl.evaluation import (
     Comparison,
+    CorruptionReport,
     MinimalDistances,
     RobustnessCurve,
     RobustnessReport,
     compare,
+    evaluate_corruptions,
     evaluate_robustness,
     minimal_distances,
     robustness_curve,
 )
 from keras_drsl.losses import (
+    BilateralSoftmaxLoss,
     ComplementObjective,
     DRSLoss,
     GuidedComplementEntropy,
@@ -36,8 +41,11 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdversarialTraining",
+    "BilateralSoftmaxLoss",
+    "CertificateReport",
     "Comparison",
     "ComplementObjective",
+    "CorruptionReport",
     "DRSLoss",
     "GuidedComplementEntropy",
     "LogitSqueezing",
@@ -47,12 +55,15 @@ __all__ = [
     "RobustnessCurve",
     "RobustnessMonitor",
     "RobustnessReport",
+    "SmoothedClassifier",
     "SoftmaxDiversity",
     "Squentropy",
     "ThreatModel",
     "ZLoss",
+    "certify",
     "compare",
     "drs_loss",
+    "evaluate_corruptions",
     "evaluate_robustness",
     "linear_drs_loss",
     "minimal_distances",

@@ -16,6 +16,9 @@ MAY_IMPORT = {
     "_validation": set(),
     "_renamed": set(),
     "_files": set(),
+    "_intervals": {"_typing"},
+    "_progress": set(),
+    "_schema": set(),
     "_escape": set(),
     "__main__": set(),
     "_backend": {"_typing"},
@@ -29,12 +32,17 @@ MAY_IMPORT = {
     "metrics": {"_backend", "_typing", "_validation", "predictions", "spread"},
     "models": {"_backend", "_data", "_typing", "_validation", "predictions", "spread", "threat"},
     "attacks": {"_backend", "_data", "_typing", "_validation", "models", "threat"},
+    "certificates": {
+        *("_data", "_escape", "_files", "_intervals", "_progress", "_schema", "_typing", "_validation", "models"),
+        *("plotting", "predictions", "threat"),
+    },
+    "density": {"_data", "_typing", "_validation", "models"},
     "training": {
         *("_backend", "_data", "_renamed", "_typing", "_validation", "attacks", "models", "predictions", "threat"),
     },
     "evaluation": {
         *("_backend", "_data", "_escape", "_files", "_renamed", "_typing", "_validation", "attacks", "models"),
-        *("datasets", "plotting", "threat"),
+        *("_intervals", "_progress", "_schema", "datasets", "plotting", "threat"),
     },
     "callbacks": {
         "_backend",
