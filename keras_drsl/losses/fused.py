@@ -125,7 +125,7 @@ def _distribution(form: Form, labels: Tensor, logits: Tensor) -> Tensor:
 @lru_cache(maxsize=MAX_PROGRAMS)
 def compiled_program(classes: int, dtype: str, form: Form, plan: BlockPlan) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the program of value and gradient. It is cached so that it is traced once."""
-    if not _backend.HAS_XLA:
+    if not _backend.HAS_XLA:  # pragma: no cover, on torch only
         from keras_drsl.losses import fused_torch
 
         return partial(fused_torch.value_and_gradient, form, plan)
