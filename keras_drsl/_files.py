@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -112,6 +113,36 @@ def read_checked(path: str | os.PathLike[str], format_: str, earlier: Mapping[st
         raise ValueError("the file is damaged or no state: its checksum does not match")
     content: dict[str, Any] = json.loads(body)
     return content
+
+
+def begin_state(path: str | os.PathLike[str], format_: str, content: dict[str, Any]) -> None:
+    """Write the file of the argument `state_path` for the first time in a run, as `write_checked`.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    check_new("state_path", path, overwrite=Path(path).exists())
+    try:
+        write_checked(path, format_, content)
+    except OSError as error:
+        raise ValueError(
+            f"`state_path` must be a path that can be written. Received: state_path={str(path)!r} ({error})"
+        ) from error
+
+
+def save_state(path: str | os.PathLike[str], format_: str, content: dict[str, Any]) -> None:
+    """Write the progress of a run to its file, as `write_checked`.
+
+    If that fails, as on a full disk, the file keeps what it held, and a warning says so.
+    """
+    try:
+        write_checked(path, format_, content)
+    except OSError as error:
+        warnings.warn(
+            f"The state could not be written, and {str(path)!r} keeps its earlier progress: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _header(format_: str, body: bytes) -> bytes:

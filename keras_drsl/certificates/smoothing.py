@@ -122,7 +122,9 @@ def certify(
         classes = found.model.logits(examples.x[:1]).shape[-1]
         labels = class_ids(examples.y, len(examples.x), classes)
         facts = provenance(model, examples.digest)
-        state = State(state_path, {"settings": settings, "provenance": facts})
+        # A run that stopped for want of memory may continue with smaller batches.
+        same = {name: value for name, value in settings.items() if name != "batch_size"}
+        state = State(state_path, {"settings": same, "model": facts["model"], "data": facts["data"]})
         with Progress(enabled=bool(verbose)) as progress:
             _certify_all(found, examples, labels, plan, batch_size, state, progress)
     rows = [state.rows[str(index)] for index in examples.ids]

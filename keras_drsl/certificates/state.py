@@ -3,7 +3,6 @@
 import json
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,9 @@ class State:
         self.rows: dict[str, dict[str, Any]] = {}
         if path is None:
             return
-        exists = Path(path).exists()
-        if exists:
+        if Path(path).exists():
             self.rows = self._read(path)
-        _files.check_new("state_path", path, overwrite=exists)
-        try:
-            self._write(path)
-        except OSError as error:
-            raise ValueError(
-                f"`state_path` must be a path that can be written. Received: state_path={str(path)!r} ({error})"
-            ) from error
+        _files.begin_state(path, FORMAT, self._content())
 
     def add(self, index: int, row: dict[str, Any]) -> None:
         """Add the row of an example, and write the file if that is some time ago."""
@@ -59,20 +51,12 @@ class State:
 
     def save(self) -> None:
         """Write all rows to the file. If that fails, the file keeps what it held, and a warning says so."""
-        if self._path is None:
-            return
-        try:
-            self._write(self._path)
-        except OSError as error:
-            warnings.warn(
-                f"The state could not be written, and {str(self._path)!r} keeps its earlier progress: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _write(self, path: str | os.PathLike[str]) -> None:
-        _files.write_checked(path, FORMAT, {"identity": self._identity, "rows": self.rows})
+        if self._path is not None:
+            _files.save_state(self._path, FORMAT, self._content())
         self._written = time.monotonic()
+
+    def _content(self) -> dict[str, Any]:
+        return {"identity": self._identity, "rows": self.rows}
 
     def _read(self, path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         received = f"Received: state_path={str(path)!r}"

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +79,9 @@ class State:
         self.checks: dict[str, dict[str, Any]] = {}
         if path is None:
             return
-        exists = Path(path).exists()
-        if exists:
+        if Path(path).exists():
             self._load(Path(path))
-        _files.check_new("state_path", path, overwrite=exists)
-        try:
-            self._write(path)
-        except OSError as error:
-            raise ValueError(
-                f"`state_path` must be a path that can be written. Received: state_path={str(path)!r} ({error})"
-            ) from error
+        _files.begin_state(path, FORMAT, self._content())
 
     def save(self) -> None:
         """Write everything that is known now to the file.
@@ -97,18 +89,10 @@ class State:
         If that fails, as on a full disk, the file keeps what it held, and a warning says so.
         """
         if self._path is not None:
-            try:
-                self._write(self._path)
-            except OSError as error:
-                warnings.warn(
-                    f"The state could not be written, and {str(self._path)!r} keeps its earlier progress: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            _files.save_state(self._path, FORMAT, self._content())
 
-    def _write(self, path: str | os.PathLike[str]) -> None:
-        content = {"identity": self._identity} | {name: getattr(self, name) for name in FIELDS}
-        _files.write_checked(path, FORMAT, content)
+    def _content(self) -> dict[str, Any]:
+        return {"identity": self._identity} | {name: getattr(self, name) for name in FIELDS}
 
     def _load(self, path: Path) -> None:
         content = read_state(path)

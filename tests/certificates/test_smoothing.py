@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(state.State, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         certify(model, x, y, state_path=path, **QUIET)
-    report = certify(model, x, y, state_path=path, **QUIET)
+    report = certify(model, x, y, state_path=path, batch_size=100, **QUIET)
     assert seen == list(range(10))
     assert report.per_example == whole.per_example
     with pytest.raises(ValueError, match="that of another one. Different: settings"):

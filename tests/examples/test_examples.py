@@ -53,6 +53,36 @@ def test_a_tuner_chooses_by_robust_accuracy(tmp_path):
     assert report.num_examples == 20
 
 
+def test_recommendations_are_written_once(tmp_path):
+    example = load("recommend")
+    example.SETTINGS = {name: settings[:1] for name, settings in example.SETTINGS.items()}
+    small = ["--users", "40", "--epochs", "3", "--seeds", "2", "--false-shares", "0.2", "--out", str(tmp_path)]
+    results = example.main(small)["0.2"]
+    assert set(results) == {"softmax", "bilateral"}
+    for row in results.values():
+        assert len(row["precision"]) == 2
+        assert 0 <= min(row["precision"]) <= max(row["precision"]) <= 1
+    assert json.loads((tmp_path / "recommend.json").read_text())["results"]["0.2"] == results
+    with pytest.raises(SystemExit, match="without results"):
+        example.main(small)
+
+
+def test_ratings_have_their_share_of_false_ones():
+    example = load("recommend")
+    digits = np.arange(500) % 10
+    liked, ratings = example.draw_ratings(digits, 200, 0.4, seed=0)
+    assert (digits[ratings] != liked[:, None]).mean() == pytest.approx(0.4, abs=0.03)
+
+
+def test_precision_counts_the_best_unrated_images():
+    example = load("recommend")
+    scores = np.arange(50, 0, -1.0)[None]  # best first
+    wanted = np.zeros((1, 50), bool)
+    wanted[0, 2:12] = wanted[0, 30:45] = True
+    # Without the first two, the best 20 are images 2 to 21, of which 10 are wanted.
+    assert example.recall(scores, np.array([[0, 1]]), wanted) == pytest.approx(10 / 20)
+
+
 @pytest.mark.slow
 def test_images_are_described_and_attacked(tmp_path):
     pytest.importorskip("keras_hub")
