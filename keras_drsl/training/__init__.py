@@ -15,6 +15,7 @@ from keras_drsl.training.methods import (
     mart_penalty,
     trades_penalty,
 )
+from keras_drsl.training.safeguards import StopAtCollapse
 from keras_drsl.training.trainer import AdversarialTraining
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LinearHeadTraining",
     "Method",
     "Outputs",
+    "StopAtCollapse",
     "consistency_penalty",
     "cross_entropy",
     "kl_divergence",

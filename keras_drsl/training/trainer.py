@@ -390,7 +390,7 @@ class AdversarialTraining(keras.Model):
             )
         own: list[keras.callbacks.Callback] = [
             safeguards.Warmup(self._eps_scale, self.warmup_epochs),
-            safeguards.StopAtNaN(self.model, self.optimizer),
+            safeguards.StopAtNaN(),
         ]
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.callbacks.CallbackList([*own, *callbacks.callbacks], model=self, **callbacks.params)

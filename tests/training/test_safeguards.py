@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_drsl
+from keras_drsl.training import StopAtCollapse
 from tests.backends import on_tensorflow
 from tests.training.cases import BIAS, EPS, SLOPES, cross_entropies, data, linear, smooth, train, worst_inputs, wrap
 
@@ -49,6 +50,53 @@ class TestWarmup:
     def test_longer_than_training_warns(self):
         with pytest.warns(UserWarning, match="Received: epochs=2, warmup_epochs=2"):
             train(linear(), *data(), epochs=2, warmup_epochs=2, graph=False)
+
+
+class Forge(keras.callbacks.Callback):
+    """Replace metrics, and keep the weights at the start of each epoch."""
+
+    def __init__(self, **metrics):
+        super().__init__()
+        self.metrics, self.weights = metrics, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.weights.append(self.model.model.get_weights())
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({name: values[epoch] for name, values in self.metrics.items()})
+
+
+class TestStopAtCollapse:
+    @pytest.mark.short
+    @pytest.mark.parametrize(
+        ("name", "values"), [("clean_accuracy", [0.8, 0.9, 0.62]), ("attack_strength", [1.0, 2.0, 0.39])]
+    )
+    def test_restores_the_start_of_the_epoch(self, name, values):
+        other = {"clean_accuracy": "attack_strength", "attack_strength": "clean_accuracy"}[name]
+        forge = Forge(**{name: [*values, 1.0], other: [0.5] * 4})
+        robust = wrap(linear(), method="fgsm")
+        with pytest.warns(RuntimeWarning, match=f"collapsed in epoch 3: `{name}` fell from {values[1]:g} to"):
+            history = robust.fit(*data(), epochs=4, verbose=0, callbacks=[forge, StopAtCollapse()])
+        assert len(history.epoch) == 3
+        for weight, expected in zip(robust.model.get_weights(), forge.weights[2], strict=True):
+            np.testing.assert_array_equal(weight, expected)
+
+    def test_lets_other_trainings_run(self):
+        forge = Forge(clean_accuracy=[0.9, 0.5, 0.9, 0.64], attack_strength=[5.0, 1.0, 2.0, 0.41])
+        robust = wrap(linear(), method="fgsm", warmup_epochs=1, graph=False)
+        history = robust.fit(*data(), epochs=4, verbose=0, callbacks=[forge, StopAtCollapse()])
+        assert len(history.epoch) == 4
+
+    def test_refuses_other_models(self):
+        model = linear()
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match="the fit of a Sequential"):
+            model.fit(*data(), verbose=0, callbacks=[StopAtCollapse()])
+
+    @pytest.mark.parametrize("name", ["accuracy", "strength"])
+    def test_refuses_shares_out_of_range(self, name):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number in"):
+            StopAtCollapse(**{name: 1.0})
 
 
 # D7
