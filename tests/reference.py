@@ -139,15 +139,19 @@ def gradient(function, z, step=1e-6):
     return result
 
 
+def log_sum_exp(values):
+    top = max(values)
+    return top + math.log(math.fsum(math.exp(value - top) for value in values))
+
+
 def bilateral_softmax(y, z, positive_temperature, negative_temperature):
     """Compute the bilateral softmax loss; NaN without a class of weight 0."""
-    positives = math.fsum(label * math.exp(value / positive_temperature) for label, value in zip(y, z, strict=True))
-    negatives = math.fsum(
-        math.exp(value / negative_temperature) for label, value in zip(y, z, strict=True) if label == 0
-    )
-    if negatives == 0:
+    pairs = list(zip(y, z, strict=True))
+    positives = [math.log(label) + value / positive_temperature for label, value in pairs if label > 0]
+    negatives = [value / negative_temperature for label, value in pairs if label == 0]
+    if not negatives:
         return math.nan
-    return negative_temperature / positive_temperature * math.log(negatives) - math.log(positives)
+    return negative_temperature / positive_temperature * log_sum_exp(negatives) - log_sum_exp(positives)
 
 
 def interval_dense(lower, upper, kernel, bias):

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
 from tests.backends import BACKEND
@@ -32,6 +34,31 @@ def test_the_code_of_a_guide_runs(path):
     assert 0 <= report.robust_accuracy <= report.clean_accuracy
     # The last report of each guide but this one is on the predictions of its model.
     assert report.clean_accuracy == 1 or path.stem == "language"
+
+
+@pytest.mark.parametrize("name", ["certificates", "shift"])
+def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    for module in ("skimage", "albumentations", "matplotlib") if name == "shift" else ("matplotlib",):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    x, y = random.random((40, 28, 28, 1)).astype("float32"), np.arange(40) % 3
+    namespace = dict.fromkeys(("x_train", "x_test"), x) | dict.fromkeys(("y_train", "y_test"), y)
+    for model in ("model", "plain_model"):
+        namespace[model] = keras.Sequential(
+            [
+                keras.Input((28, 28, 1)),
+                keras.layers.Flatten(),
+                keras.layers.Dense(4, activation="relu"),
+                keras.layers.Dense(3, activation="softmax"),
+            ]
+        )
+    page = (FOLDER.parent / f"{name}.md").read_text(encoding="utf-8")
+    # Fewer images, as this is about the code.
+    for block in BLOCK.findall(re.sub(r"max_samples=[\d_]+", "max_samples=4", page)):
+        exec(block, namespace)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
 
 @pytest.mark.more

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_drsl import _backend
 from keras_drsl._typing import Tensor
 from keras_drsl._validation import check_positive
 from keras_drsl.losses.base import ClassificationLoss, logits_of
@@ -68,6 +69,8 @@ class BilateralSoftmaxLoss(ClassificationLoss):
     def values(self, inputs: LossInputs) -> Tensor:
         """Compute one value per position."""
         z, y = logits_of(inputs), inputs.distribution
+        # Both sides move by the same number, which large logits would lose in rounding.
+        z = z - ops.stop_gradient(_backend.max_of_classes(z))
         is_positive = y > 0
         lowest = smallest_number(z)
         weighted = z / self.positive_temperature + ops.log(ops.where(is_positive, y, 1.0))

@@ -6,6 +6,13 @@ import numpy as np
 from tests import reference
 
 
+def draw_soft(rows=6, classes=5):
+    """Return label distributions with one class of weight 0 each, which `BilateralSoftmaxLoss` needs."""
+    y = np.random.default_rng(1).dirichlet(np.ones(classes), rows)
+    y[np.arange(rows), np.arange(rows) % classes] = 0
+    return y / y.sum(axis=1, keepdims=True)
+
+
 def draw(shape=(6, 5), scale=3.0, seed=0):
     """Draw logits and class ids, and return the ids as one-hot labels too."""
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from keras_drsl.losses import ClassificationLoss
 from tests import reference
 from tests.backends import BACKEND, FIT_MODES, compiled, gradient, on_tensorflow, values
 from tests.helpers import run_python, some_short
-from tests.losses.cases import draw, identity_model, small_data, small_model, softmax
+from tests.losses.cases import draw, draw_soft, identity_model, small_data, small_model, softmax
 from tests.losses.family import BY_NAME, FAMILY, each_loss
 
 
@@ -29,7 +29,7 @@ def test_value_equals_the_formula_for_all_labels(name, shape):
 @each_loss
 def test_takes_any_label_distribution(name):
     case, (z, _, _) = BY_NAME[name], draw()
-    y = np.random.default_rng(1).dirichlet(np.ones(5), 6)
+    y = draw_soft()
     got = case.make(from_logits=True, reduction=None)(y, z)
     np.testing.assert_allclose(values(got), case.expected(y, z), rtol=1e-5, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_takes_two_classes(name):
 @pytest.mark.parametrize("labels", ["ids", "distribution"])
 def test_gradient_equals_central_differences(name, labels):
     case, (z, ids, one_hot) = BY_NAME[name], draw()
-    y_soft = np.random.default_rng(1).dirichlet(np.ones(5), 6)
+    y_soft = draw_soft()
     y, distribution = (ids, one_hot) if labels == "ids" else (y_soft, y_soft)
     loss = case.make(from_logits=True, reduction="sum", dtype="float64")
     got = gradient(lambda z: loss(y, z), z, "float64")

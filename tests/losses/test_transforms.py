@@ -10,7 +10,7 @@ from keras_drsl.losses import fused, linear_drs
 from tests import reference
 from tests.backends import BACKEND, gradient, needs_xla, on_jax, on_tensorflow, values
 from tests.helpers import run_python, some_short
-from tests.losses.cases import draw, softmax
+from tests.losses.cases import draw, draw_soft, softmax
 from tests.losses.family import BY_NAME, each_loss
 
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="is about PyTorch")
@@ -200,7 +200,7 @@ def test_healthy_losses_pass_checks_of_numerics(name, checked_numerics):
     z, ids, _ = draw((6, 5))
     z[0] = 1.0  # equal classes
     case = BY_NAME[name]
-    for y in (ids, np.random.default_rng(1).dirichlet(np.ones(5), 6).astype("float32")):
+    for y in (ids, draw_soft().astype("float32")):
         assert np.all(np.isfinite(gradient(lambda z, y=y: case.make(from_logits=True)(y, z), z)))
     assert np.all(np.isfinite(gradient(lambda z: case.make(from_logits=True, ignore_class=1)(ids, z), z)))
     if not case.loss.needs_logits:
