@@ -89,7 +89,7 @@ class TestStopAtCollapse:
 
     def test_refuses_other_models(self):
         model = linear()
-        model.compile("sgd", "mse")
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         with pytest.raises(ValueError, match="the fit of a Sequential"):
             model.fit(*data(), verbose=0, callbacks=[StopAtCollapse()])
 
