@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import keras_drsl
 from keras_drsl.density import DensitySoftmax, RealNVP
@@ -118,8 +118,8 @@ def test_the_scale_falls_away_from_the_data(fitted):
     assert near.min() == pytest.approx(np.exp(-1), abs=1e-4)
     far = values(careful.scale(careful.features(x + 10)))[:, 0]
     assert far.max() < 0.1
-    logits = careful.features(x) @ careful.head.kernel + careful.head.bias
-    expected = values(keras.ops.softmax(near[:, None] * logits))
+    logits = values(ops.matmul(careful.features(x), careful.head.kernel) + careful.head.bias)
+    expected = values(ops.softmax(near[:, None] * logits))
     np.testing.assert_allclose(careful.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-6)
 
 
