@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -297,6 +297,22 @@ def _choose(x: Array, y: Array, count: int | None) -> Array:
         members = np.flatnonzero(labels == class_id)
         chosen.append(members[np.argsort(keys[members], kind="stable")[:size]])
     return np.sort(np.concatenate(chosen))
+
+
+def join_rows(tables: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Join the tables of the reports of shards, with the examples in their order.
+
+    Args:
+        tables: For each report, lists of equal length by name, one of them `"index"`.
+
+    Raises:
+        ValueError: If two reports share an example.
+    """
+    rows = [dict(zip(table, row, strict=True)) for table in tables for row in zip(*table.values(), strict=True)]
+    rows.sort(key=lambda row: row["index"])
+    if len({row["index"] for row in rows}) < len(rows):
+        raise ValueError("`reports` must be of different examples. Received: two that share some")
+    return {name: [row[name] for row in rows] for name in tables[0]}
 
 
 def read_pool(pool: Any, pack: Pack | None = None) -> tuple[Array, Array | None]:

@@ -72,14 +72,20 @@ def write(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool) -> None:
-    """Write content as JSON to the file of the argument `path`. If that fails, the file that was there stays.
+def to_json(self: Any, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Write everything to a file. If that fails, a file that was there stays as it is.
+
+    Args:
+        self: A result that has `to_dict`. Its class takes this function as a method.
+        path: The file.
+        overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
 
     Raises:
         ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
         OSError: If the file cannot be written, as on a full disk.
     """
-    write(check_new("path", path, overwrite=overwrite), json.dumps(content, indent=1) + "\n")
+    text = json.dumps(self.to_dict(), indent=1) + "\n"
+    write(check_new("path", path, overwrite=overwrite), text)
 
 
 def write_checked(path: str | os.PathLike[str], format_: str, content: dict[str, Any]) -> None:

@@ -47,6 +47,11 @@ def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
     return int(value)
 
 
+def check_max_samples(value: Any) -> int | None:
+    """Return `max_samples` as an int, or None for None, or raise `ValueError` unless it is an integer of 1 or more."""
+    return None if value is None else check_integer("max_samples", value, at_least=1)
+
+
 def check_shard(shard: Any) -> tuple[int, int] | None:
     """Return `(i, n)`, or None for None, or raise `ValueError` unless `0 <= i < n`."""
     if shard is None:

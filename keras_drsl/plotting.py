@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_drsl import _files
 from keras_drsl._typing import Norm
 
@@ -67,6 +69,41 @@ def new_figure(width: float = 6.4, height: float = 4.0, *, columns: int = 1, row
         drawn.grid(alpha=0.25)
         drawn.set_axisbelow(True)
     return figure, axes
+
+
+def begin_axes(
+    path: str | os.PathLike[str] | None, ax: Any, *, overwrite: bool, height: float = 4.0
+) -> tuple[Path | None, Any]:
+    """Check the path of a figure, and return it with the axes to draw in.
+
+    Args:
+        path: The file of the figure, or None for no file.
+        ax: The axes that a user gave, or None for a figure of its own.
+        overwrite: Whether a file may be replaced.
+        height: The height of a new figure in inches.
+
+    Raises:
+        ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+        ImportError: Without matplotlib.
+    """
+    checked = None if path is None else _files.check_new("path", path, overwrite=overwrite)
+    return checked, new_figure(height=height)[1] if ax is None else ax
+
+
+def draw_shares(axes: Any, x: Any, shares: Any, intervals: Any, label: str | None, style: str = "-") -> None:
+    """Draw shares in percent, with their intervals as a band.
+
+    Args:
+        axes: The axes to draw in.
+        x: Where the shares lie, shape `(count,)`.
+        shares: Numbers in [0, 1], shape `(count,)`.
+        intervals: Their intervals, shape `(count, 2)`.
+        label: The name in the legend, or None.
+        style: The style of the line, as Matplotlib takes it.
+    """
+    low, high = 100 * np.array(intervals).T
+    (line,) = axes.plot(x, np.multiply(shares, 100), style, label=label)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
 
 
 def finish_axes(axes: Any, path: str | os.PathLike[str] | None, *, is_own: bool, columns: int = 0) -> Any:

@@ -26,7 +26,7 @@ RISING = (
 CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 # Each output rises with each input, or does not change.
 MONOTONE = (
-    *(layers.ReLU, layers.ELU, layers.Identity, layers.ActivityRegularization),
+    *(layers.ReLU, layers.LeakyReLU, layers.ELU, layers.Identity, layers.ActivityRegularization),
     *(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D),
     *(layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D),
     *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
@@ -140,8 +140,7 @@ def certify_interval(
     """
     check_model("model", model)
     batch_size = _validation.check_integer("batch_size", batch_size, at_least=1)
-    if max_samples is not None:
-        max_samples = _validation.check_integer("max_samples", max_samples, at_least=1)
+    max_samples = _validation.check_max_samples(max_samples)
     # The radius is not used.
     threat = ThreatModel.from_arguments(np.finfo(float).tiny, "inf", clip_min, clip_max)
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=_validation.check_shard(shard))
@@ -223,7 +222,6 @@ class _Bounds(keras.Layer):
     def __init__(self, layer: keras.Layer, *, is_last: bool) -> None:
         super().__init__(name=layer.name)
         self._layer = layer
-        self._is_last = is_last
         self._rule = _rule(layer, is_last)
 
     def call(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Tensor:
@@ -250,7 +248,7 @@ def _rule(layer: keras.Layer, is_last: bool) -> Any:
         (OF_ONE_INPUT, _of_one_input),
         (layers.Softmax, lambda layer, *ends: ends),
         (layers.Activation, _activation),
-        ((*MONOTONE, layers.LeakyReLU), _monotone),
+        (MONOTONE, _monotone),
     ]
     for kind, rule in kinds:
         # Not derived classes, which may compute something else.

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from keras_drsl import _escape, _files, _schema, _validation
+from keras_drsl._data import join_rows
 from keras_drsl._intervals import wilson
 from keras_drsl._typing import Array
-from keras_drsl.plotting import finish_axes, new_figure, norm_label
+from keras_drsl.plotting import begin_axes, draw_shares, finish_axes, norm_label
 
 FORMAT = "keras-drsl certificates 1"
 POINTS = 200  # of a curve
@@ -46,7 +47,6 @@ class CertificateReport:
             return it, and -1 where no output was a number; `radius`. For `certify` also `hits`, how many draws returned
             that class, and `draws`, how many there were.
         provenance: Model, data, versions and device.
-
     """
 
     def __init__(self, settings: dict[str, Any], per_example: dict[str, list[Any]], provenance: dict[str, Any]) -> None:
@@ -141,19 +141,16 @@ class CertificateReport:
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
         curves: list[tuple[str | None, CertificateReport]] = [(label, self), *(others or {}).items()]
         norms = {report.settings["norm"] for _, report in curves}
         if len(norms) > 1:
             raise ValueError(f"`others` must have radii in one norm. Received: {sorted(map(str, norms))}")
-        axes = new_figure()[1] if ax is None else ax
+        path, axes = begin_axes(path, ax, overwrite=overwrite)
         largest = max(float(report.radii.max()) for _, report in curves) or 1.0
         radii = np.linspace(0, largest, POINTS)
         for name, report in curves:
             shares = [report.accuracy(radius) for radius in radii]
-            bounds = 100 * np.array([report.confidence_interval(radius) for radius in radii])
-            (line,) = axes.plot(radii, np.multiply(shares, 100), label=name)
-            axes.fill_between(radii, bounds[:, 0], bounds[:, 1], color=line.get_color(), alpha=0.2)
+            draw_shares(axes, radii, shares, [report.confidence_interval(radius) for radius in radii], name)
         axes.set(xlabel=f"radius ({norm_label(norms.pop())})", ylabel="certified accuracy (%)", ylim=(0, 101))
         return finish_axes(axes, path, is_own=ax is None, columns=2 if label is not None or others else 0)
 
@@ -168,18 +165,7 @@ class CertificateReport:
             "provenance": self.provenance,
         }
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything to a file.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "CertificateReport":
@@ -238,15 +224,7 @@ class CertificateReport:
         facts = [_without_shard(report) for report in reports]
         if any(other != facts[0] for other in facts):
             raise ValueError("`reports` must be of one run. Received: two of different settings, models or data")
-        rows = [
-            dict(zip(report.per_example, row, strict=True))
-            for report in reports
-            for row in zip(*report.per_example.values(), strict=True)
-        ]
-        rows.sort(key=lambda row: row["index"])
-        if len({row["index"] for row in rows}) < len(rows):
-            raise ValueError("`reports` must be of different examples. Received: two that share some")
-        per_example = {name: [row[name] for row in rows] for name in reports[0].per_example}
+        per_example = join_rows([report.per_example for report in reports])
         return cls(reports[0].settings | {"shard": None}, per_example, reports[0].provenance)
 
 

@@ -43,9 +43,9 @@ def certify(
     """Prove within which L2 radius the vote of a model under random noise stays right, for each example.
 
     Use it where an upper bound from attacks is not enough: no attack of any kind can do better, up to the rounding of
-    numbers and the quality of the random numbers. It needs no gradient,
-    so nothing can hide one. What is certified is not the model itself but its vote, the class that it returns most
-    often for an input with normal noise. Train the model on inputs with noise of the same `sigma`.
+    numbers and the quality of the random numbers. It needs no gradient, so nothing can hide one. What is certified is
+    not the model itself but its vote, the class that it returns most often for an input with normal noise. Train the
+    model on inputs with noise of the same `sigma`.
 
     Formula: `radius = sigma * Phi^-1(p)`, with
 
@@ -111,8 +111,7 @@ def certify(
     check_model("model", model)
     plan = _Plan.checked(sigma, draws, alpha, radius, selection_draws, seed)
     batch_size = _validation.check_integer("batch_size", batch_size, at_least=1)
-    if max_samples is not None:
-        max_samples = _validation.check_integer("max_samples", max_samples, at_least=1)
+    max_samples = _validation.check_max_samples(max_samples)
     view = View(output, preprocessing).check()
     examples = read_examples(x_or_dataset, y, max_samples=max_samples, shard=_validation.check_shard(shard))
     settings = plan._asdict() | {"batch_size": batch_size, "max_samples": max_samples, "shard": shard and [*shard]}

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from keras_drsl import _validation
 from keras_drsl._data import to_array
-from keras_drsl._typing import Array, Tensor
+from keras_drsl._typing import Tensor
 from keras_drsl.density.real_nvp import RealNVP
 from keras_drsl.models.state import check_model, keep_counters
 
@@ -84,9 +84,12 @@ class DensitySoftmax(keras.Model):
 
     def scale(self, features: Tensor) -> Tensor:
         """Return `s` for features `(batch, size)`, shape `(batch, 1)`."""
+        return self._scale_of(self.density(features))
+
+    def _scale_of(self, log_density: Tensor) -> Tensor:
         smallest, largest = self._limits[0], self._limits[1]
         width = ops.where(largest > smallest, largest - smallest, 1.0)
-        share = ops.clip((self.density(features) - largest) / width, math.log(SMALLEST_SCALE), 0.0)
+        share = ops.clip((log_density - largest) / width, math.log(SMALLEST_SCALE), 0.0)
         return ops.expand_dims(ops.exp(ops.where(largest > smallest, share, 0.0)), -1)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -141,7 +144,7 @@ class DensitySoftmax(keras.Model):
         first = _Penalized(self.features, self.head, self.lipschitz)
         first.compile(_fresh(self.optimizer), self.loss)
         histories = {"model": first.fit(x, y, epochs=epochs, **shared, **options)}
-        features = self._features_of(x, batch_size)
+        features = self.features.predict(x, batch_size=batch_size, verbose=0)
         self.density.adapt(features)
         self.density.compile(keras.optimizers.Adam(0.003), RealNVP.loss)
         histories["density"] = self.density.fit(features, np.zeros(len(x)), epochs=density_epochs, **shared)
@@ -149,17 +152,11 @@ class DensitySoftmax(keras.Model):
         if not np.isfinite(log_density).all():
             raise ValueError("The density must be finite on the training data. Received: NaN or infinite values")
         self._limits.assign([log_density.min(), log_density.max()])
-        scale = np.concatenate(
-            [ops.convert_to_numpy(self.scale(features[i : i + batch_size])) for i in range(0, len(x), batch_size)]
-        )
+        scale = ops.convert_to_numpy(self._scale_of(ops.convert_to_tensor(log_density)))
         last = _Head(self)
         last.compile(_fresh(self.optimizer), self.loss)
         histories["head"] = last.fit(np.concatenate([features, scale], axis=1), y, epochs=head_epochs, **shared)
         return histories
-
-    def _features_of(self, x: Array, batch_size: int) -> Array:
-        values: Array = self.features.predict(x, batch_size=batch_size, verbose=0)
-        return values
 
     def get_config(self) -> dict[str, Any]:
         """Return all arguments, for saving."""

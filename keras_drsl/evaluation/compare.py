@@ -12,7 +12,7 @@ from keras_drsl._typing import Array
 from keras_drsl.evaluation.report import RobustnessReport
 from keras_drsl.evaluation.report_format import to_json_values
 from keras_drsl.evaluation.results import CLEAN, UPPER_BOUND
-from keras_drsl.plotting import finish_axes, new_figure
+from keras_drsl.plotting import begin_axes, finish_axes
 from keras_drsl.threat import describe_radius
 
 # What must be equal in the settings of two reports, besides the data.
@@ -134,18 +134,7 @@ class Comparison:
         values: dict[str, Any] = to_json_values(content)
         return values
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything to a file.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, overwrite: bool = True) -> Any:
         """Draw the differences with their intervals.
@@ -163,8 +152,7 @@ class Comparison:
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
-        axes = new_figure(height=3.0)[1] if ax is None else ax
+        path, axes = begin_axes(path, ax, overwrite=overwrite, height=3.0)
         for row, found in enumerate((self.robust, self.clean)):
             intervals = [("over images", found.over_images, "#0072B2"), ("over seeds", found.over_seeds, "#E69F00")]
             for place, (label, interval, color) in enumerate(intervals):

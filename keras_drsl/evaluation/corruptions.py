@@ -19,7 +19,7 @@ from keras_drsl.models.fingerprint import fingerprint, package_versions, provena
 from keras_drsl.models.heads import View
 from keras_drsl.models.logits import NUM_TRIED, LogitsModel, find_logits_of
 from keras_drsl.models.state import check_model, preserve_state
-from keras_drsl.plotting import finish_axes, new_figure
+from keras_drsl.plotting import begin_axes, finish_axes
 from keras_drsl.threat import ThreatModel
 
 BINS = 15  # of the expected calibration error
@@ -289,18 +289,7 @@ class CorruptionReport:
             "provenance": self.provenance,
         }
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything to a file.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, overwrite: bool = True) -> Any:
         """Draw the mean accuracy over severities for each corruption, with that of the baseline.
@@ -318,8 +307,7 @@ class CorruptionReport:
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
-        axes = new_figure(height=1.5 + 0.25 * len(self.results))[1] if ax is None else ax
+        path, axes = begin_axes(path, ax, overwrite=overwrite, height=1.5 + 0.25 * len(self.results))
         places = np.arange(len(self.results))
         series = {"accuracy": "model"} | (
             {"baseline_accuracy": "baseline"} if "baseline_accuracy" in self.clean else {}
@@ -420,8 +408,7 @@ def evaluate_corruptions(
         raise ValueError("`severities` must hold at least one of 1 to 5. Received: none")
     batch_size = _validation.check_integer("batch_size", batch_size, at_least=1)
     seed = _validation.check_integer("seed", seed, at_least=0)
-    if max_samples is not None:
-        max_samples = _validation.check_integer("max_samples", max_samples, at_least=1)
+    max_samples = _validation.check_max_samples(max_samples)
     view = View(output, preprocessing).check()
     # The radius is not used.
     threat = ThreatModel.from_arguments(math.ulp(0.0), None, clip_min, clip_max)

@@ -18,7 +18,7 @@ from keras_drsl.evaluation.results import UPPER_BOUND, Check
 from keras_drsl.models.classifier import count_wrong, is_misclassified, num_predictions
 from keras_drsl.models.heads import View
 from keras_drsl.models.state import check_model, preserve_state
-from keras_drsl.plotting import finish_axes, new_figure, norm_label
+from keras_drsl.plotting import begin_axes, draw_shares, finish_axes, norm_label
 from keras_drsl.threat import ThreatModel
 
 
@@ -95,18 +95,7 @@ class RobustnessCurve:
         values: dict[str, Any] = to_json_values(content)
         return values
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything to a file.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
     def plot(
         self,
@@ -134,13 +123,10 @@ class RobustnessCurve:
             OSError: If the file cannot be written, as on a full disk.
             ImportError: Without matplotlib.
         """
-        path = None if path is None else _files.check_new("path", path, overwrite=overwrite)
-        axes = new_figure()[1] if ax is None else ax
+        path, axes = begin_axes(path, ax, overwrite=overwrite)
         curves: list[tuple[str | None, RobustnessCurve]] = [(label, self), *(others or {}).items()]
         for name, curve in curves:
-            bounds = 100 * np.array(curve.confidence_intervals)
-            (line,) = axes.plot(curve.eps, np.multiply(curve.accuracy, 100), "o-", label=name)
-            axes.fill_between(curve.eps, bounds[:, 0], bounds[:, 1], color=line.get_color(), alpha=0.2)
+            draw_shares(axes, curve.eps, curve.accuracy, curve.confidence_intervals, name, "o-")
         axes.set(xlabel=f"eps ({norm_label(self.settings['norm'])})", ylabel="robust accuracy (%)", ylim=(0, 101))
         doubt = "" if all(curve.trustworthy for _, curve in curves) else ", NOT TRUSTWORTHY: a check failed"
         if self.settings["suite"] in UPPER_BOUND:

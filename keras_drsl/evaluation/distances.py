@@ -1,7 +1,6 @@
 """The smallest perturbation that misleads a model, for each example: the robustness curve from one run."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,18 +114,7 @@ class MinimalDistances:
         values: dict[str, Any] = to_json_values(content)
         return values
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything but the perturbed inputs to a file.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
 
 def minimal_distances(

@@ -80,9 +80,7 @@ class Evaluator:
             "checks": self.checks if self._listed else checks or suite,
             "seed": attack_seed,
             "batch_size": _validation.check_integer("batch_size", batch_size, at_least=1),
-            "max_samples": None
-            if max_samples is None
-            else _validation.check_integer("max_samples", max_samples, at_least=1),
+            "max_samples": _validation.check_max_samples(max_samples),
             "shard": part and list(part),
         } | self.view.settings
         if stopping is not None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from keras_drsl._data import join_rows
 from keras_drsl.evaluation.report_format import COST, missing_shards, shards_of
 from keras_drsl.evaluation.results import BY_SEVERITY, Check, EvaluationResults
 
@@ -22,14 +23,7 @@ def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
         raise ValueError("`reports` must hold at least one report. Received: none")
     _check_one_evaluation(reports)
     first = reports[0]
-    rows = [
-        dict(zip(report.per_example, row, strict=True))
-        for report in reports
-        for row in zip(*report.per_example.values(), strict=True)
-    ]
-    rows.sort(key=lambda row: row["index"])
-    if len({row["index"] for row in rows}) < len(rows):
-        raise ValueError("`reports` must be of different examples. Received: two that share some")
+    per_example = join_rows([report.per_example for report in reports])
     shards = [shard for report in reports for shard in shards_of(report)]
     if len(set(shards)) < len(shards):
         raise ValueError("`reports` must be of different shards. Received: two of one shard")
@@ -38,7 +32,7 @@ def merge_results(reports: Sequence[EvaluationResults]) -> dict[str, Any]:
         "settings": _without_shard(first.settings) | {"shards": [shard and [*shard] for shard in shards]},
         "attacks": _merge_attacks(reports),
         "checks": _merge_checks(reports) + _missing_shards_check(shards),
-        "per_example": {name: [row[name] for row in rows] for name in first.per_example},
+        "per_example": per_example,
         "provenance": _merge_facts([report.provenance for report in reports]),
     }
 

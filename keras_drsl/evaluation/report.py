@@ -65,18 +65,7 @@ class RobustnessReport(EvaluationResults):
         """Return everything, as JSON takes it."""
         return to_content(self)
 
-    def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-        """Write everything to a file. If that fails, a file that was there stays as it is.
-
-        Args:
-            path: The file.
-            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
-
-        Raises:
-            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
-            OSError: If the file cannot be written, as on a full disk.
-        """
-        _files.write_json(path, self.to_dict(), overwrite=overwrite)
+    to_json = _files.to_json
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "RobustnessReport":
