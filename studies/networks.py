@@ -5,26 +5,26 @@ import math
 import keras
 import numpy as np
 
-NAMES = ("cnn", "small_resnet", "resnet18")
+NAMES = ("cnn", "cnn_gelu", "small_resnet", "resnet18")
 
 
 def build(name, shape, noise=0):
     """Return a network of that name for 10 classes, which returns logits; the CNN with Gaussian noise on its inputs."""
-    if name == "cnn":
-        return small_cnn(shape, noise)
+    if name.startswith("cnn"):
+        return small_cnn(shape, noise, activation="gelu" if name == "cnn_gelu" else "relu")
     return preact_resnet(shape, *((16, 1) if name == "small_resnet" else (64, 2)))
 
 
-def small_cnn(shape, noise=0, classes=10):
+def small_cnn(shape, noise=0, classes=10, activation="relu"):
     """Return two convolutions and two dense layers; small images are pooled once only."""
     model = keras.Sequential([keras.Input(shape)])
     if noise > 0:
         model.add(keras.layers.GaussianNoise(noise))
     for filters, pool in zip((32, 64), [2, 2] if shape[0] > 16 else [1, 2], strict=True):
-        model.add(keras.layers.Conv2D(filters, 3, padding="same", activation="relu"))
+        model.add(keras.layers.Conv2D(filters, 3, padding="same", activation=activation))
         model.add(keras.layers.MaxPooling2D(pool))
     model.add(keras.layers.Flatten())
-    model.add(keras.layers.Dense(128, activation="relu"))
+    model.add(keras.layers.Dense(128, activation=activation))
     model.add(keras.layers.Dense(classes, name="logits"))
     return model
 

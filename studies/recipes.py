@@ -49,9 +49,15 @@ def fit(recipe, train, method, loss, seed, *, callbacks=(), verbose=0):
     keras.utils.set_random_seed(seed)
     x, y = train
     model = networks.build(recipe["network"], x.shape[1:])
-    options = {name: recipe[name] for name in ("steps", "attack_loss") if recipe.get(name) is not None}
+    names = ("steps", "step_size", "beta", "attack_loss")
+    options = {name: recipe[name] for name in names if recipe.get(name) is not None}
     robust = keras_drsl.AdversarialTraining(
-        model, recipe["eps"], method=method, warmup_epochs=recipe["warmup_epochs"], seed=seed, **options
+        model,
+        recipe.get("training_eps", recipe["eps"]),
+        method=method,
+        warmup_epochs=recipe["warmup_epochs"],
+        seed=seed,
+        **options,
     )
     data = {"x": x, "y": y, "batch_size": recipe["batch_size"]}
     if recipe.get("augment"):
@@ -60,7 +66,8 @@ def fit(recipe, train, method, loss, seed, *, callbacks=(), verbose=0):
     if recipe.get("peak"):
         rate = networks.UpAndDown(recipe["peak"], recipe["epochs"] * math.ceil(len(x) / recipe["batch_size"]))
     sgd = recipe.get("optimizer") == "sgd"
-    optimizer = keras.optimizers.SGD(rate, momentum=0.9) if sgd else keras.optimizers.Adam(rate)
+    average = {"use_ema": True, "ema_momentum": recipe["ema"]} if recipe.get("ema") else {}
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9) if sgd else keras.optimizers.Adam(rate, **average)
     robust.compile(optimizer, loss, metrics=["accuracy"])
     history = robust.fit(**data, epochs=recipe["epochs"], callbacks=list(callbacks), verbose=verbose)
     return model, history.history
