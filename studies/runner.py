@@ -156,14 +156,16 @@ def withstood(report: "RobustnessReport") -> str:
 
 
 def half_width_over_images(
-    runs: Sequence[Record], base: Sequence[Record], verdicts: Callable[[Record], str] = lambda run: run["withstood"]
+    runs: Sequence[Record],
+    base: Sequence[Record],
+    verdicts: Callable[[Record], Sequence[Any]] = lambda run: run["withstood"],
 ) -> str:
     """Return the half-width of the 95 % interval over images of the difference to runs of the same seeds."""
     others = {run["seed"]: verdicts(run) for run in base}
     pairs = [(verdicts(run), others[run["seed"]]) for run in runs if run["seed"] in others]
     if not pairs:
         return ""
-    values = np.mean([np.array([*mine], int) - np.array([*other], int) for mine, other in pairs], axis=0)
+    values = np.mean([np.array([*mine], float) - np.array([*other], float) for mine, other in pairs], axis=0)
     return f"+- {100 * 1.96 * values.std(ddof=1) / np.sqrt(len(values)):.1f}"
 
 

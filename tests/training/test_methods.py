@@ -8,7 +8,7 @@ from keras import ops
 import keras_drsl
 from keras_drsl import DRSLoss
 from keras_drsl.models import Classifier
-from keras_drsl.training import METHODS, Method, cross_entropy, inner_attack
+from keras_drsl.training import METHODS, Method, cross_entropy, improved_kl_penalty, inner_attack
 from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds
 from tests import reference
 from tests.backends import BACKEND
@@ -124,6 +124,42 @@ def test_penalty_of_method_is_added(method, weighted, start_at):
     np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
     if BACKEND != "jax" or not weighted:
         assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+
+
+@pytest.mark.short
+def test_improved_divergence_weights_pairs_of_classes():
+    rng = np.random.default_rng(0)
+    y = np.array([2, 0, 2, 1, 0, 2])
+    p, q = softmax(rng.normal(size=(6, 4))), softmax(rng.normal(size=(6, 4)))
+    expected = []
+    for row in range(6):
+        weights = np.mean([p[other] for other in range(6) if y[other] == y[row]], axis=0)
+        changes = np.log(p[row]) - np.log(q[row])
+        pairs = sum(weights[j] * weights[k] * (changes[j] - changes[k]) ** 2 for j in range(4) for k in range(4))
+        expected.append(3.0 * (pairs / 4 - sum(p[row] * np.log(q[row]))))
+    log_p, log_q = (ops.convert_to_tensor(np.log(some).astype("float32")) for some in (p, q))
+    found = improved_kl_penalty(log_p, log_q, ops.convert_to_tensor(y), 3.0)
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-5)
+
+
+def test_improved_divergence_pulls_the_clean_prediction_too(start_at):
+    # Neither the weights nor the probabilities in the sum pass a gradient.
+    x, y = data()
+    delta = np.random.default_rng(3).uniform(-EPS, EPS, x.shape).astype("float32")
+    start_at(delta)
+    fixed = softmax(x @ SLOPES + BIAS)
+    weights = np.stack([fixed[y == label].mean(axis=0) for label in y])
+
+    def losses(kernel):
+        z, z_adv = x @ kernel + BIAS, (x + delta) @ kernel + BIAS
+        changes = np.log(softmax(z)) - np.log(softmax(z_adv))
+        variance = (weights * changes**2).sum(1) - (weights * changes).sum(1) ** 2
+        return drs_losses(z, y) + 5 * (variance / 2 - (fixed * np.log(softmax(z_adv))).sum(1))
+
+    method = fixed_start("trades").replace(penalty=improved_kl_penalty)
+    (kernel, _), _ = train(linear(), x, y, method=method, beta=5.0, graph=False, **NO_STEP)
+    mean = lambda kernel: losses(kernel).mean()
+    np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
 
 
 def test_consistency_compares_two_random_copies(monkeypatch):
