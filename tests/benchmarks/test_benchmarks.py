@@ -19,6 +19,7 @@ BENCHMARKS = [
     "distances",
     "fast_suite",
     "first_call",
+    "method_steps",
 ]
 
 
