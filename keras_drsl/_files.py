@@ -6,14 +6,19 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from keras_drsl import _escape
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
+
+
+Parsed = TypeVar("Parsed")
 
 
 def check_new(name: str, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -86,6 +91,26 @@ def to_json(self: Any, path: str | os.PathLike[str], *, overwrite: bool = True) 
     """
     text = json.dumps(self.to_dict(), indent=1) + "\n"
     write(check_new("path", path, overwrite=overwrite), text)
+
+
+def parse(path: str | os.PathLike[str], writer: str, read: Callable[[str], Parsed]) -> Parsed:
+    """Return what a function reads in the text of a file.
+
+    Args:
+        path: The file.
+        writer: The method that writes such files, for the error.
+        read: The function. It raises `ValueError` for text that breaks a rule.
+
+    Raises:
+        ValueError: If the file cannot be read, or its text breaks a rule.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return read(file.read())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`path` must be a file written by `{writer}`. Received: path={str(path)!r} ({_escape.error_line(error)})"
+        ) from error
 
 
 def write_checked(path: str | os.PathLike[str], format_: str, content: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drsl import _escape, _files, datasets
-from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, html, robustness_curve
+from keras_drsl import _escape, _files, _page, datasets
+from keras_drsl.evaluation import RobustnessReport, compare, evaluate_robustness, robustness_curve
 from keras_drsl.evaluation.reading import image_shape
 from keras_drsl.evaluation.rendering import summarize
 from keras_drsl.evaluation.results import in_report
@@ -130,7 +130,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if getattr(args, name, None) is not None:
             _files.check_new(name, getattr(args, name), overwrite=args.overwrite)
     if getattr(args, "html", None) is not None:
-        html.check_installed("jinja2", "PIL.Image")
+        _page.check_installed("jinja2", "PIL.Image")
     if getattr(args, "plot", None) is not None:
         figure, _ = new_figure()
         if args.plot.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():

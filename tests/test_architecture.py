@@ -15,11 +15,12 @@ MAY_IMPORT = {
     "_typing": set(),
     "_validation": set(),
     "_renamed": set(),
-    "_files": set(),
+    "_files": {"_escape"},
     "_intervals": {"_typing"},
     "_progress": set(),
     "_schema": set(),
     "_escape": set(),
+    "_page": {"_escape"},
     "__main__": set(),
     "_backend": {"_typing"},
     "plotting": {"_files", "_typing"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "attacks": {"_backend", "_data", "_typing", "_validation", "models", "threat"},
     "certificates": {
         *("_data", "_escape", "_files", "_intervals", "_progress", "_schema", "_typing", "_validation", "models"),
-        *("plotting", "predictions", "threat"),
+        *("_page", "plotting", "predictions", "threat"),
     },
     "density": {"_data", "_typing", "_validation", "models"},
     "training": {
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     },
     "evaluation": {
         *("_backend", "_data", "_escape", "_files", "_renamed", "_typing", "_validation", "attacks", "models"),
-        *("_intervals", "_progress", "_schema", "datasets", "plotting", "threat"),
+        *("_intervals", "_page", "_progress", "_schema", "datasets", "plotting", "threat"),
     },
     "callbacks": {
         "_backend",
@@ -55,7 +56,7 @@ MAY_IMPORT = {
         "threat",
         "training",
     },
-    "cli": {"_escape", "_files", "_typing", "datasets", "evaluation", "plotting", "threat"},
+    "cli": {"_escape", "_files", "_page", "_typing", "datasets", "evaluation", "plotting", "threat"},
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_drsl import _escape, _files, _schema, _validation
+from keras_drsl import _escape, _files, _page, _schema, _validation
 from keras_drsl._data import join_rows
 from keras_drsl._intervals import wilson
 from keras_drsl._typing import Array
@@ -96,8 +96,6 @@ class CertificateReport:
 
     def __str__(self) -> str:
         settings, count = self.settings, len(self.radii)
-        decided, largest = settings.get("radius"), float(self.radii.max())
-        radii = [decided] if decided else [0.0, *(largest * part / 4 for part in (1, 2, 3, 4) if largest)]
         how = "interval bounds"
         if self._has_draws:
             how = f"smoothing, sigma {settings['sigma']:g}, {settings['draws']} draws, alpha {settings['alpha']:g}"
@@ -105,14 +103,22 @@ class CertificateReport:
             f"{count} examples, {norm_label(settings['norm'])} radii by {how}",
             f"{'radius':>10}{'certified':>11}   95 % interval",
         ]
-        for radius in radii:
+        for radius in self._radii_to_name:
             low, high = self.confidence_interval(radius)
             lines.append(f"{radius:>10.4g}{self.accuracy(radius):>11.1%}   {low:.1%} to {high:.1%}")
-        if self._has_draws:
-            pairs = zip(self.per_example["prediction"], self.per_example["label"], strict=True)
-            wrong = sum(prediction not in (None, label) for prediction, label in pairs)
-            lines.append(f"{self.abstentions} abstain, {wrong} wrong; {self.draws_used:.0%} of all draws were needed")
-        return "\n".join(lines)
+        return "\n".join(lines + ([self._about_draws] if self._has_draws else []))
+
+    @property
+    def _radii_to_name(self) -> list[float]:
+        """The radii that a summary names."""
+        decided, largest = self.settings.get("radius"), float(self.radii.max())
+        return [decided] if decided else [0.0, *(largest * part / 4 for part in (1, 2, 3, 4) if largest)]
+
+    @property
+    def _about_draws(self) -> str:
+        pairs = zip(self.per_example["prediction"], self.per_example["label"], strict=True)
+        wrong = sum(prediction not in (None, label) for prediction, label in pairs)
+        return f"{self.abstentions} abstain, {wrong} wrong; {self.draws_used:.0%} of all draws were needed"
 
     def plot(
         self,
@@ -154,6 +160,70 @@ class CertificateReport:
         axes.set(xlabel=f"radius ({norm_label(norms.pop())})", ylabel="certified accuracy (%)", ylim=(0, 101))
         return finish_axes(axes, path, is_own=ax is None, columns=2 if label is not None or others else 0)
 
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None, overwrite: bool = True) -> None:
+        """Write a page for readers: certified accuracy by radius, and how it was measured.
+
+        The page is one file. It needs no network and no script, follows light and dark settings, and prints on A4.
+
+        Args:
+            path: The file.
+            title: The name of the model; None for the first characters of its fingerprint.
+            overwrite: Whether to replace a file that exists, as `keras.Model.save` does.
+
+        Raises:
+            ValueError: If the file exists and `overwrite` is False, or its folder cannot be written to.
+            OSError: If the file cannot be written, as on a full disk.
+            ImportError: Without Jinja.
+        """
+        path = _files.check_new("path", path, overwrite=overwrite)
+        settings, count, largest = self.settings, len(self.radii), float(self.radii.max())
+        norm = norm_label(settings["norm"])
+        rows: list[dict[str, Any]] = [
+            {"radius": radius, "share": self.accuracy(radius), "interval": self.confidence_interval(radius)}
+            for radius in self._radii_to_name
+        ]
+        # Within the middle one of several.
+        shown = rows[:1] if len(rows) == 1 else [rows[0], rows[len(rows) // 2]]
+        last = shown[-1]
+        labels = [f"proven right within {row['radius']:.4g}" if row["radius"] else "right" for row in shown]
+        curve = None
+        if len(rows) > 1:
+            radii = np.linspace(0, largest, POINTS).tolist()
+            shares = [self.accuracy(radius) for radius in radii]
+            intervals = [self.confidence_interval(radius) for radius in radii]
+            ticks = [row["radius"] for row in rows]
+            curve = _page.chart(radii, shares, intervals, ticks=ticks, dots=False)
+        what = "the vote of the model under normal noise" if self._has_draws else "the model"
+        verdict = (
+            f"Of {count:,} test examples, {what} is proven right on {100 * last['share']:.1f} %, whatever change of a "
+            f"size ({norm}) of at most {last['radius']:.4g} an attacker makes."
+        )
+        if not largest and not last["radius"]:
+            verdict = f"Of {count:,} test examples, {what} is proven right on none."
+        values = {
+            "title": _escape.for_terminal(title or f"model {str(self.provenance.get('model', 'unknown'))[:12]}"),
+            "verdict": verdict,
+            "shares": [row | {"label": label} for row, label in zip(shown, labels, strict=True)],
+            "rows": rows,
+            "norm": norm,
+            "curve": curve,
+            "draws": self._about_draws + "." if self._has_draws else "",
+            "methods": self._methods(),
+            "settings": _page.settings(settings, self.provenance),
+        }
+        _files.write(path, _page.render("certificates/report.html", values))
+
+    def _methods(self) -> str:
+        """Return how the radii were computed, as sentences."""
+        settings, end = self.settings, "Intervals over examples are Wilson's, at 95 %."
+        if not self._has_draws:
+            return f"The radii follow from bounds of all outputs over a box, computed layer by layer. {end}"
+        return (
+            f"Randomized smoothing (arXiv:1902.02918): the radii follow from a bound of Clopper and Pearson on "
+            f"{settings['draws']:,} draws of normal noise of standard deviation {settings['sigma']:g}. Each is wrong "
+            f"with a probability of at most {settings['alpha']:g}. {end}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""
         return {
@@ -177,14 +247,7 @@ class CertificateReport:
         Raises:
             ValueError: If the file holds no certificates, or contradicts itself.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                return cls._from_content(json.load(file))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"`path` must be a file written by `CertificateReport.to_json`. Received: path={str(path)!r} "
-                f"({_escape.error_line(error)})"
-            ) from error
+        return _files.parse(path, "CertificateReport.to_json", lambda text: cls._from_content(json.loads(text)))
 
     @classmethod
     def _from_content(cls, content: Any) -> "CertificateReport":

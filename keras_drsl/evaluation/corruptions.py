@@ -1,6 +1,7 @@
 """The accuracy of a model on corrupted images: noise, blur, weather and compression."""
 
 import io
+import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_drsl import _files, _validation
+from keras_drsl import _files, _schema, _validation
 from keras_drsl._data import class_ids, read_examples
 from keras_drsl._intervals import wilson
 from keras_drsl._progress import Progress
@@ -290,6 +291,39 @@ class CorruptionReport:
         }
 
     to_json = _files.to_json
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> "CorruptionReport":
+        """Read a file that `to_json` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: If the file holds no such report, or contradicts itself.
+        """
+        return _files.parse(path, "CorruptionReport.to_json", lambda text: cls._from_content(json.loads(text)))
+
+    @classmethod
+    def _from_content(cls, content: Any) -> "CorruptionReport":
+        rules = dict.fromkeys(("settings", "results", "clean", "skipped", "provenance"), _schema.DICT)
+        rules["results"] = _schema.dict_of(_schema.list_of(_schema.DICT))
+        _schema.check_fields("report", content, rules, may_hold_more=True)
+        rows = [(name, row) for name, rows in content["results"].items() for row in rows]
+        if not rows:
+            raise ValueError("`results` must hold a corruption. Received: none")
+        for name, row in [("clean", content["clean"]), *rows]:
+            names = {"accuracy", "calibration_error", *(["baseline_accuracy"] if "baseline_accuracy" in row else [])}
+            _schema.check_fields(name, row, dict.fromkeys(names, _schema.SHARE))
+        if len({frozenset(row) for _, row in [("clean", content["clean"]), *rows]}) > 1:
+            raise ValueError("`results` must hold a baseline for all corruptions or for none")
+        report = cls(**{name: content[name] for name in rules})
+        if not math.isclose(report.mean_error, content.get("mean_error", math.nan), abs_tol=1e-6):
+            raise ValueError(
+                f"`mean_error` must be that of `results`, {report.mean_error:.4g}. "
+                f"Received: {content.get('mean_error')!r}"
+            )
+        return report
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, overwrite: bool = True) -> Any:
         """Draw the mean accuracy over severities for each corruption, with that of the baseline.

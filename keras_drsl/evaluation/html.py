@@ -1,8 +1,6 @@
 """A report as an HTML page: verdict, trust, images, classes and how they were measured."""
 
 import base64
-import importlib
-import importlib.resources
 import io
 import math
 from collections.abc import Sequence
@@ -10,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keras_drsl import _escape
+from keras_drsl import _escape, _page
 from keras_drsl._intervals import wilson
 from keras_drsl._typing import Array
 from keras_drsl.evaluation import gallery
@@ -72,15 +70,6 @@ class Comparison(Protocol):
         """Return everything that it found."""
 
 
-def check_installed(*modules: str) -> None:
-    """Raise `ImportError` unless `jinja2`, or `PIL.Image` for pages with images, can be imported."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError("HTML reports need `pip install jinja2`, and those with images also `pillow`") from error
-
-
 def render(
     report: EvaluationResults,
     *,
@@ -103,11 +92,6 @@ def render(
     Raises:
         ImportError: Without Jinja, or without Pillow where there are images.
     """
-    check_installed("jinja2")
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = importlib.resources.files("keras_drsl.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     # Once, as it may be read from a file.
     counts = report.read_as if page and report.kept is not None and report.by_class else None
     fingerprint = str(report.provenance.get("model", "unknown"))[:12]
@@ -131,10 +115,10 @@ def render(
         "distances": "" if distances is None else _distances(distances),
         "comparisons": _comparisons(comparisons),
         "methods": _methods(report),
-        "settings": _settings(report),
+        "settings": _page.settings(report.settings, report.provenance),
         "bibtex": BIBTEX % report.provenance.get("versions", {}).get("keras-drsl", "unknown"),
     }
-    return environment.from_string(source).render(values)
+    return _page.render("evaluation/report.html", values)
 
 
 def _verdict(report: EvaluationResults) -> str:
@@ -260,7 +244,7 @@ def _gallery(report: EvaluationResults) -> list[dict[str, Any]]:
 
 def _png(image: Array) -> str:
     """Return an image of values in [0, 1] as a PNG file in base 64."""
-    check_installed("PIL.Image")
+    _page.check_installed("PIL.Image")
     from PIL import Image
 
     pixels = np.rint(255 * image).astype("uint8")
@@ -270,26 +254,10 @@ def _png(image: Array) -> str:
 
 
 def _chart(curve: Curve, report: EvaluationResults) -> dict[str, Any]:
-    """Return the places of a curve in a drawing of 640 x 300."""
-    largest = max(curve.eps) or 1.0
-
-    def place(eps: float, share: float) -> tuple[float, float]:
-        return round(56 + 564 * eps / largest, 1), round(250 - 234 * share, 1)
-
-    points = [place(eps, share) for eps, share in zip(curve.eps, curve.accuracy, strict=True)]
-    lows, highs = zip(*curve.confidence_intervals, strict=True)
-    band = [place(*pair) for pair in zip(curve.eps, highs, strict=True)]
-    band += [place(*pair) for pair in reversed(list(zip(curve.eps, lows, strict=True)))]
+    """Return what a page shows of a curve."""
     eps = float(np.max(report.settings["eps"]))
-    return {
-        "grid": [{"y": place(0, share)[1], "text": f"{100 * share:.0f} %"} for share in (0, 0.25, 0.5, 0.75, 1)],
-        "ticks": [{"x": place(eps, 0)[0], "text": f"{eps:.3g}"} for eps in curve.eps],
-        "points": [{"x": x, "y": y} for x, y in points],
-        "line": " ".join(f"{x},{y}" for x, y in points),
-        "band": " ".join(f"{x},{y}" for x, y in band),
-        "marked": place(eps, 0)[0] if eps <= largest else None,
-        "suite": "" if curve.settings["suite"] == report.settings["suite"] else _suite_of(curve),
-    }
+    drawing = _page.chart(curve.eps, curve.accuracy, curve.confidence_intervals, ticks=curve.eps, dots=True, marked=eps)
+    return drawing | {"suite": "" if curve.settings["suite"] == report.settings["suite"] else _suite_of(curve)}
 
 
 def _distances(distances: Distances) -> str:
@@ -341,16 +309,3 @@ def _methods(report: EvaluationResults) -> str:
         "attacks and checks, and as broken if one perturbed input within the threat model is misclassified. Intervals "
         "are Wilson's, at 95 %."
     )
-
-
-def _settings(report: EvaluationResults) -> list[tuple[str, str]]:
-    provenance = report.provenance
-    values: dict[str, Any] = dict(report.settings) | {
-        name: provenance[name] for name in ("model", "undefended", "data", "backend", "device") if name in provenance
-    }
-    values |= {f"version of {name}": value for name, value in provenance.get("versions", {}).items()}
-    shown = {name: str(value) for name, value in values.items() if value is not None}
-    return [
-        (_escape.for_terminal(str(name)), _escape.for_terminal(text if len(text) <= 200 else text[:200] + "..."))
-        for name, text in shown.items()
-    ]

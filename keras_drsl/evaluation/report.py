@@ -79,15 +79,7 @@ class RobustnessReport(EvaluationResults):
                 attack twice, lists of different lengths, an example outside its shard, an accuracy that does not follow
                 from the examples.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                report = cls(**vars(read_results(file.read())))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"`path` must be a file written by `RobustnessReport.to_json`. Received: path={str(path)!r} "
-                f"({_escape.error_line(error)})"
-            ) from error
-        return report
+        return _files.parse(path, "RobustnessReport.to_json", lambda text: cls(**vars(read_results(text))))
 
     def to_npz(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
         """Write everything and the kept examples to a file, which NumPy can read as well.

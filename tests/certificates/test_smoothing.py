@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 
 import keras
 import numpy as np
@@ -244,6 +245,29 @@ def test_the_text_and_the_figure_show_the_accuracies(tmp_path):
     axes = report.plot(tmp_path / "figure.png", label="one", others={"two": report})
     assert len(axes.lines) == 2
     np.testing.assert_allclose(axes.lines[0].get_ydata()[0], 100 * report.accuracy())
+
+
+def test_the_page_shows_the_accuracies(tmp_path):
+    pytest.importorskip("jinja2")
+    report, path = certify(linear_model(), *inputs(10), **QUIET), tmp_path / "page.html"
+    report.to_html(path, title="<script>")
+    text = path.read_text()
+    assert "&lt;script&gt;" in text
+    assert "<script" not in text
+    middle = report.radii.max() / 2
+    assert f"proven right on {100 * (report.radii >= middle).mean():.1f} %" in text
+    assert f"at most {middle:.4g} an attacker makes" in text
+    for radius in report.radii.max() * np.array([0.25, 0.5, 0.75, 1]):
+        assert f'{radius:.4g}</th><td class="num">{100 * (report.radii >= radius).mean():.1f} %' in text
+    # The curve falls from the certified accuracy to the share of the largest radius: 234 units are 100 %.
+    line = re.search(r'<polyline class="line" points="([^"]*)"', text).group(1).split()
+    heights = [(250 - float(point.split(",")[1])) / 234 for point in line]
+    np.testing.assert_allclose([heights[0], heights[-1]], [report.accuracy(), 0.1], atol=1e-3)
+    with pytest.raises(ValueError, match="overwrite"):
+        report.to_html(path, overwrite=False)
+    report.per_example["radius"] = [0.0] * 10
+    report.to_html(path)
+    assert "is proven right on none" in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,28 @@ def test_a_model_is_its_own_baseline(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
     report.to_json(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["relative_error"] == 1
+    assert CorruptionReport.from_json(tmp_path / "report.json").to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content.pop("clean"), "clean"),
+        (lambda content: content["results"].clear(), "a corruption"),
+        (lambda content: content["results"]["brightness"][0].update(accuracy=1.5), "brightness.accuracy"),
+        (lambda content: content["results"]["brightness"][0].pop("baseline_accuracy"), "a baseline"),
+        (lambda content: content.update(mean_error=0.9), "mean_error"),
+        (lambda content: content["results"].update(brightness=3), "results"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(change, reason, tmp_path):
+    model, path = brightness_model(), tmp_path / "report.json"
+    evaluate_corruptions(model, *bright_and_dark(), baseline=model, corruptions=["brightness"], **QUIET).to_json(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"CorruptionReport.to_json.*{reason}"):
+        CorruptionReport.from_json(path)
 
 
 def test_the_calibration_error_is_that_by_hand():
