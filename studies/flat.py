@@ -40,12 +40,12 @@ def grid(**values):
 # is the radius of uniform noise that the training starts in.
 DIGITS = {
     "flat": {
-        "ce": grid(eps=(0.15, 0.3, 0.6, 1.0), noise=(0.0, 0.3)),
-        "drs": grid(eps=(0.3, 0.6), noise=(0.0, 0.3), lam=(0.1, 0.3)),
+        "ce": grid(eps=(0.15, 0.3, 0.45, 0.6, 0.8, 1.0), noise=(0.0, 0.3)),
+        "drs": grid(eps=(0.3, 0.6), noise=(0.0, 0.3), lam=(0.03, 0.1, 0.3)),
     },
     "flat_consistency": {
         "ce": grid(eps=(0.15, 0.3, 0.6, 1.0), noise=(0.3,), beta=(0.03, 0.3)),
-        "drs": grid(eps=(0.3, 0.6), noise=(0.3,), beta=(0.03, 0.3), lam=(0.1, 0.3)),
+        "drs": grid(eps=(0.3, 0.6), noise=(0.3,), beta=(0.03, 0.3), lam=(0.03, 0.1)),
     },
     "nfgsm": {
         "ce": grid(eps=(0.15, 0.2, 0.25), attack_loss=("cross_entropy", "margin")),
