@@ -1,5 +1,6 @@
 """Run programs in processes of their own, and mark cases of tests."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -84,3 +85,15 @@ def some_short(names, *short, more=()):
     assert not set(short) & set(more)
     marks = dict.fromkeys(short, pytest.mark.short) | dict.fromkeys(more, pytest.mark.more)
     return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]
+
+
+def few_of(*values, keep):
+    """Return the cases of a test of several arguments, which `make test` runs with few combinations of their values.
+
+    Args:
+        *values: The values of each argument.
+        keep: The combinations that `make test` runs; only `make test-backends` and `make test-slow` run the others.
+    """
+    cases = list(itertools.product(*values))
+    assert all(case in cases for case in keep)
+    return [case if case in keep else pytest.param(*case, marks=pytest.mark.more) for case in cases]

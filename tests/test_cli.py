@@ -324,6 +324,7 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.more
 def test_a_full_disk_loses_no_report(files, command, tmp_path):  # C2
     out, state = tmp_path / "r.json", tmp_path / "e.state"
     outputs = ["--out", out, "--state", state]

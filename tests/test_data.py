@@ -7,6 +7,7 @@ import pytest
 import keras_drsl
 from keras_drsl._data import class_ids, content_keys, read_examples
 from tests.backends import on_tensorflow, on_torch
+from tests.helpers import some_short
 from tests.linear import inputs, linear_model
 
 SIZES = {0: 60, 1: 30, 2: 10}
@@ -124,7 +125,7 @@ NOT_ONE_CLASS = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_ONE_CLASS)
+@pytest.mark.parametrize("name", some_short(NOT_ONE_CLASS, more=set(NOT_ONE_CLASS) - {"multi-hot", "halves", "nan"}))
 @pytest.mark.parametrize("user", ["evaluation", "curve", "attack", "training", "monitor", "pool"])
 def test_labels_of_several_classes_are_refused(name, user):  # B4
     row, message = NOT_ONE_CLASS[name]

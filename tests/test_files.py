@@ -34,6 +34,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.more
 def test_a_killed_write_leaves_nothing_for_good(tmp_path):  # C10
     path, other = tmp_path / "report.json", tmp_path / ".report.json.backup00.tmp.txt"
     path.write_text("old")

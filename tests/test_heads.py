@@ -55,7 +55,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("labels", ["ids", "column", "one-hot", "bool", "float"])
-@pytest.mark.parametrize("name", some_short(HEADS, "logit", more=["average", "sigmoid op", "training"]))
+@pytest.mark.parametrize("name", some_short(HEADS, "logit", more=["average", "sigmoid op", "nested", "training"]))
 def test_one_unit_gets_the_exact_verdict(name, labels):
     x, y, size = unit_inputs()
     if labels != "ids" and name != "sigmoid":
@@ -248,6 +248,7 @@ def test_a_function_in_front_of_a_model_is_attacked_through(name):
     assert curve.settings["preprocessing"] == report.settings["preprocessing"]
 
 
+@pytest.mark.more
 def test_a_training_and_its_monitor_take_a_function_in_front():
     x, y, _ = unit_inputs()
     rescaling = layers.Normalization(mean=0.5, variance=0.01)

@@ -70,7 +70,7 @@ ATTACKS = [APGD(EPS, loss="margin", targeted=True, steps=10)]
 
 
 @pytest.mark.parametrize("head", some_short([None, "sigmoid"], more=["sigmoid"]))
-@pytest.mark.parametrize("structure", some_short(["dict", "list", "position"], "dict", more=["list"]))
+@pytest.mark.parametrize("structure", some_short(["dict", "list", "position"], "dict", more=["list", "position"]))
 def test_the_input_that_is_named_is_attacked_and_the_others_stay(structure, head):
     x, y, margin = make_data()
     given = x if structure == "dict" else list(x.values())
@@ -253,6 +253,7 @@ def test_embeddings_get_the_exact_verdict(pooling, attack_input):
     np.testing.assert_array_equal(values(model(tokens)).argmax(1), y)
 
 
+@pytest.mark.more
 def test_a_training_on_embeddings_also_trains_the_embeddings():
     keras.utils.set_random_seed(2)
     model = text_model()

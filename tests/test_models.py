@@ -13,7 +13,7 @@ from keras_drsl.attacks import PGD, Attack, Square
 from keras_drsl.models import Classifier, find_logits, fingerprint
 from keras_drsl.models.state import preserve_state
 from tests.backends import BACKEND, on_tensorflow, on_torch
-from tests.helpers import some_short
+from tests.helpers import few_of, some_short
 from tests.linear import WEIGHTS, distance, inputs, linear_model
 
 
@@ -170,8 +170,14 @@ def test_logits_are_found_behind_a_softmax(build):
 
 
 @on_tensorflow
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("build", [Subclassed, Computed, average_op, Rounded])
+@pytest.mark.parametrize(
+    ("build", "jit_compile"),
+    few_of(
+        [Subclassed, Computed, average_op, Rounded],
+        [False, True],
+        keep=[(Subclassed, False), (average_op, True), (Rounded, False)],
+    ),
+)
 def test_logits_are_found_inside_a_function_of_tensorflow(build, jit_compile):
     import tensorflow as tf
 
@@ -342,7 +348,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", some_short(EVALUATIONS, "attack", "failing evaluation"))
+@pytest.mark.parametrize("name", some_short(EVALUATIONS, "attack", "failing evaluation", more=["evaluation", "curve"]))
 def test_all_that_a_model_holds_is_put_back(name):  # B1
     x, y = inputs(20)
     model = Stateful()
@@ -621,7 +627,7 @@ def test_float64_gives_the_exact_verdict(float64, name, norm):  # B7
         assert found == (sizes > 0.1).tolist()
 
 
-@pytest.mark.parametrize("method", ["pgd", "trades", "consistency"])
+@pytest.mark.parametrize("method", some_short(["pgd", "trades", "consistency"], more=["pgd"]))
 def test_float64_trains(float64, method):  # B7
     x, y = inputs(20)
     model = keras_drsl.AdversarialTraining(linear_model(), 0.1, method=method, steps=1)

@@ -8,7 +8,7 @@ import pytest
 from keras_drsl.attacks import Batch
 from keras_drsl.models import Classifier
 from tests.backends import on_tensorflow
-from tests.helpers import some_short
+from tests.helpers import few_of, some_short
 from tests.linear import WEIGHTS, exact_robust, inputs, linear_model
 
 ITERATIVE = ["BasicIterativeMethod", "MadryEtAl", "MomentumIterativeMethod"]
@@ -188,8 +188,14 @@ def test_a_model_is_attacked_as_at_inference():
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize(
+    ("loss", "policy"),
+    few_of(
+        ["ce", "margin"],
+        ["mixed_float16", "mixed_bfloat16"],
+        keep=[("ce", "mixed_bfloat16"), ("margin", "mixed_float16")],
+    ),
+)
 def test_mixed_precision_can_be_attacked(loss, policy):
     x, y = inputs()
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype=policy)])

@@ -100,6 +100,7 @@ def test_square_goes_on_where_nothing_raises_the_margin():
     assert calls.queries >= 100 * len(x)
 
 
+@pytest.mark.more
 def test_the_suite_runs_the_checks_of_standard():
     x, y = inputs(40)
     options = {"eps": 0.1, "verbose": 0}

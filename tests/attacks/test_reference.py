@@ -147,7 +147,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("norm", ["inf", 2])
-@pytest.mark.parametrize("name", some_short(CASES, "apgd margin", "pgd momentum"))
+@pytest.mark.parametrize(
+    "name",
+    some_short(CASES, "apgd margin", "pgd momentum", more=["apgd ce", "apgd targeted ce", "pgd ce", "pgd targeted"]),
+)
 def test_an_attack_takes_the_steps_of_its_paper(name, norm):
     search, make = CASES[name]
     attack = make(norm)

@@ -244,6 +244,7 @@ def test_radii_of_two_classes_are_exact():
     assert report.settings["norm"] == "inf"
 
 
+@pytest.mark.more
 def test_no_attack_succeeds_within_the_radii():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), layers.Dense(16, activation="relu"), layers.Dense(3)])

@@ -57,6 +57,7 @@ def test_the_density_has_the_integral_1():
     assert np.exp(log_density).sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.more
 def test_a_fitted_flow_comes_near_the_entropy():
     random = np.random.default_rng(0)
     # A ring, which one normal distribution does not fit.
@@ -123,6 +124,7 @@ def test_the_scale_falls_away_from_the_data(fitted):
     np.testing.assert_allclose(careful.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.more
 def test_the_penalty_moves_features_towards_one_to_one():
     x, y = inputs(200)
     ratios = []
@@ -155,6 +157,7 @@ def test_it_is_as_robust_as_the_model(fitted):
     ]
 
 
+@pytest.mark.more
 def test_logits_are_scaled_too():
     x, y = inputs(60)
     careful = DensitySoftmax(classifier("linear"))

@@ -210,7 +210,7 @@ def test_wrong_arguments_are_named(options, rule):
         minimal_distances(linear_model(), *inputs(4), **{"verbose": 0} | options)
 
 
-@pytest.mark.parametrize("norm", some_short(["inf", 2, 1], "inf"))
+@pytest.mark.parametrize("norm", some_short(["inf", 2, 1], "inf", more=[2, 1]))
 def test_rows_may_have_radii_of_their_own(norm):
     x, y = inputs(40)
     classifier = Classifier(linear_model())

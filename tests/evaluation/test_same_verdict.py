@@ -109,14 +109,8 @@ SHORT = [
     ("weighted", "wrapped"),
     ("saturated average", "nested"),
 ]
-# Beside these, each head in one form, half of them as further cases.
-FAST = [*SHORT, *((head, [*FORMS][number % len(FORMS)]) for number, head in enumerate(HEADS) if number % 2)]
 CELLS = [
-    pytest.param(
-        head,
-        form,
-        marks=[pytest.mark.short] * ((head, form) in SHORT) + [pytest.mark.more] * ((head, form) not in FAST),
-    )
+    pytest.param(head, form, marks=pytest.mark.short if (head, form) in SHORT else pytest.mark.more)
     for head in HEADS
     for form in FORMS
 ]
@@ -235,18 +229,18 @@ def in_precision(model, policy):
     return copy
 
 
-# Batch size, order and precision, each pair of values at least once. Batches of one image are slow: `make test` has one
-# such case, on some of the images.
+# Batch size, order and precision, each pair of values at least once. `make test` has one case of equal precision, and
+# one of small batches in half precision, on some of the images.
 @pytest.mark.parametrize(
     ("batch_size", "order", "policy", "count"),
     [
         (256, "shuffled", "float32", 100),
-        (256, "sorted", "mixed_float16", 100),
+        pytest.param(256, "sorted", "mixed_float16", 100, marks=pytest.mark.more),
         pytest.param(256, "given", "mixed_bfloat16", 100, marks=pytest.mark.more),
         pytest.param(7, "given", "float32", 100, marks=pytest.mark.more),
         pytest.param(7, "shuffled", "mixed_float16", 100, marks=pytest.mark.more),
         (7, "sorted", "mixed_bfloat16", 50),
-        (1, "sorted", "float32", 20),
+        pytest.param(1, "sorted", "float32", 20, marks=pytest.mark.more),
         pytest.param(1, "sorted", "float32", 100, marks=pytest.mark.more),
         pytest.param(1, "given", "mixed_float16", 100, marks=pytest.mark.more),
         pytest.param(1, "shuffled", "mixed_bfloat16", 100, marks=pytest.mark.more),

@@ -53,6 +53,7 @@ def test_a_tuner_chooses_by_robust_accuracy(tmp_path):
     assert report.num_examples == 20
 
 
+@pytest.mark.more
 def test_recommendations_are_written_once(tmp_path):
     example = load("recommend")
     example.SETTINGS = {name: settings[:1] for name, settings in example.SETTINGS.items()}
@@ -155,6 +156,7 @@ class TestFit:
             assert accuracy[0] == pytest.approx(run["clean"])
             assert run["rivals"] == sorted(run["rivals"], reverse=True)
 
+    @pytest.mark.more
     def test_a_saved_model_has_its_loss_in_a_fresh_process(self, out, tmp_path):
         (path,) = (out / "models").glob("*_drs_noise0_seed0.keras")
         rng = np.random.default_rng(0)

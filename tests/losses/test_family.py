@@ -147,7 +147,15 @@ def test_masked_positions_have_no_influence(name, ignore_class):
 
 
 # Keras alone applies the weights, except for PRSLoss.
-@pytest.mark.parametrize(("name", "weighted"), [*((name, False) for name in BY_NAME), ("PRSLoss", True)])
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    [
+        ("DRSLoss", False),
+        ("PRSLoss", False),
+        ("PRSLoss", True),
+        *(pytest.param(name, False, marks=pytest.mark.more) for name in [*BY_NAME][2:]),
+    ],
+)
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": BACKEND == "jax"}])
 def test_masked_labels_are_not_read_in_fit(name, options, weighted):
     case, (z, ids, _) = BY_NAME[name], draw((4, 6, 5))
@@ -182,7 +190,7 @@ def test_sample_weights_multiply_the_values(name, weights_shape):
         np.testing.assert_allclose(values(got), (weights * each).sum() / divisor, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", some_short(BY_NAME, more=[*BY_NAME][2:]))
+@pytest.mark.parametrize("name", some_short(BY_NAME, more=set(BY_NAME) - {"PRSLoss"}))
 def test_fit_is_the_same_in_every_mode(name):
     x, y = small_data(18)
     results = []

@@ -11,6 +11,7 @@ from keras_drsl.losses.fused import BlockPlan, fused_drs_loss
 from keras_drsl.predictions import read_inputs
 from tests import reference
 from tests.backends import BACKEND, compiled, gradient, needs_xla, on_jax, on_tensorflow, on_torch, values
+from tests.helpers import few_of, some_short
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def draw_labels(shape, form):
     return y.astype("float32"), y
 
 
-each_form = pytest.mark.parametrize("form", ["ids", "one-hot", "soft"])
+FORMS = ["ids", "one-hot", "soft"]
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.mark.short
@@ -65,16 +67,32 @@ def test_value_and_gradient_equal_the_formula(plan, shape, kind, label_smoothing
     np.testing.assert_allclose(gradient(function, z), reference.gradient(loop, z), rtol=1e-4, atol=1e-4)
 
 
-@each_form
-@pytest.mark.parametrize("classes", [6, 67])
-@pytest.mark.parametrize("plan", [BlockPlan(None), BlockPlan(1), BlockPlan(3, logits_per_core=6)])
+PLANS = {"all cores": BlockPlan(None), "one core": BlockPlan(1), "few rows": BlockPlan(3, logits_per_core=6)}
+
+
+@pytest.mark.parametrize(
+    ("plan", "classes", "form"),
+    few_of(
+        PLANS,
+        [6, 67],
+        FORMS,
+        keep=[
+            ("all cores", 67, "ids"),
+            ("all cores", 6, "soft"),
+            ("one core", 6, "one-hot"),
+            ("one core", 67, "soft"),
+            ("few rows", 6, "ids"),
+            ("few rows", 67, "one-hot"),
+        ],
+    ),
+)
 def test_eager_program_equals_the_formula(plan, classes, form):
     z, _ = draw((7, classes))
     labels, y = draw_labels((7, classes), form)
     loop = lambda z: reference.each(reference.drs_loss, y, z)
     inputs = map(ops.convert_to_tensor, (z, labels, np.ones(7, "float32"), np.float32(0.3), np.float32(0)))
     of = fused.Form("sum_of_squares", smooth=False, masked=True, sparse=form == "ids")
-    got, grad = fused.value_and_gradient(of, plan, *inputs)
+    got, grad = fused.value_and_gradient(of, PLANS[plan], *inputs)
     np.testing.assert_allclose(values(got), loop(z), rtol=1e-5)
     np.testing.assert_allclose(values(grad), reference.gradient(loop, z), rtol=1e-4, atol=1e-4)
 
@@ -317,7 +335,7 @@ def test_is_used_for_logits_in_log_space(classes):
     np.testing.assert_allclose(got, reference.each(reference.drs_loss, y, z), rtol=1e-5)
 
 
-@pytest.mark.parametrize("ignore_class", [None, 3])
+@pytest.mark.parametrize("ignore_class", some_short([None, 3], more=[None]))
 def test_masks_and_wrong_labels_are_as_in_the_formula(ignore_class):
     z, ids = draw((4, 6, 64))
     z[:, 4:] = 0.0
@@ -352,9 +370,9 @@ def test_tensorflow_graph_compiles_it_by_xla():
 
 
 @needs_xla
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("cores", [2, 64])
-@pytest.mark.parametrize("batch", [512, 509])
+@pytest.mark.parametrize(
+    ("batch", "cores", "sparse"), few_of([512, 509], [2, 64], [True, False], keep=[(509, 2, True), (512, 64, False)])
+)
 def test_program_stores_no_second_array_of_that_size(batch, cores, sparse):
     classes = 32_000
     form = fused.Form("sum_of_squares", smooth=False, masked=False, sparse=sparse)

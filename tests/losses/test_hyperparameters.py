@@ -14,6 +14,7 @@ from keras_drsl._backend._common import padded_length
 from keras_drsl.losses import fused, linear_drs
 from tests import reference
 from tests.backends import BACKEND, gradient, needs_xla, on_jax, on_tensorflow, values
+from tests.helpers import some_short
 from tests.losses.cases import draw, small_data, small_model
 from tests.losses.family import BY_NAME
 
@@ -101,7 +102,7 @@ def test_added_rows_are_zeros(rows):
 
 # A5
 @on_tensorflow
-@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("mode", some_short(["graph", "xla"], more=["graph"]))
 def test_padded_lengths_keep_value_and_gradient(mode):
     import tensorflow as tf
 
@@ -272,6 +273,7 @@ def test_a_variable_that_no_model_tracks_is_a_warning_on_jax():
         model.fit(x, y, verbose=0)
 
 
+@pytest.mark.more
 @on_tensorflow
 def test_clear_session_frees_the_models():
     import tensorflow as tf

@@ -259,7 +259,7 @@ SYMBOLIC = {
     "softmax_diversity": lambda y, z: softmax_diversity(y, z, from_logits=True),
     "linear_drs_loss": lambda y, z: linear_drs_loss(y, z, np.eye(z.shape[-1], dtype="float32")),
 } | {name: case.make(from_logits=True, reduction="sum") for name, case in BY_NAME.items()}
-each_function = pytest.mark.parametrize("name", some_short(SYMBOLIC, *[*SYMBOLIC][:4]))
+each_function = pytest.mark.parametrize("name", some_short(SYMBOLIC, *[*SYMBOLIC][:4], more=BY_NAME))
 
 
 # A6
@@ -326,6 +326,7 @@ def test_functional_model_with_a_head_has_gradients():
 
 
 # A8
+@pytest.mark.more
 def test_models_with_the_functions_load_in_a_fresh_process(tmp_path):
     x, y = np.ones((4, 3), "float32"), np.arange(4) % 3
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, activation="softmax")])

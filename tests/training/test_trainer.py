@@ -39,7 +39,16 @@ ONE_STEP = {"steps": 1, "step_size": 2 * EPS}
 
 
 class TestStep:
-    @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}])
+    @pytest.mark.parametrize(
+        "mode",
+        [
+            # Other tests train in a graph and eagerly.
+            pytest.param({}, marks=pytest.mark.more),
+            pytest.param({"run_eagerly": True}, marks=pytest.mark.more),
+            {"jit_compile": True},
+            {"steps_per_execution": 2},
+        ],
+    )
     def test_is_equal_eager_in_a_graph_and_compiled(self, mode, start_at):
         if BACKEND == "torch" and ("jit_compile" in mode or "steps_per_execution" in mode):
             pytest.skip("not on torch")
@@ -137,7 +146,9 @@ class TestStep:
         assert 7 < threat.size(seen[-1] - x).max() < 8.001
         assert threat.contains(seen[-1], x).all()
 
-    @pytest.mark.parametrize("policy", some_short(["mixed_float16", "mixed_bfloat16", "float64"], more=["float64"]))
+    @pytest.mark.parametrize(
+        "policy", some_short(["mixed_float16", "mixed_bfloat16", "float64"], more=["mixed_bfloat16", "float64"])
+    )
     def test_trains_in_other_precisions(self, policy, dtype_policy):
         dtype_policy(policy)
         x, y = data(48)
@@ -184,7 +195,7 @@ class TestStep:
         assert min(history["attack_strength"]) > 0
 
     @on_tensorflow
-    @pytest.mark.parametrize("norm", ["inf", 2, 1])
+    @pytest.mark.parametrize("norm", some_short(["inf", 2, 1], more=["inf", 2]))
     def test_takes_batches_of_unknown_shape(self, norm):
         import tensorflow as tf
 
