@@ -74,8 +74,9 @@ def test_results_are_valid_and_no_better_than_exact(linear, name, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("family", [PGD, APGD])
-@pytest.mark.short
+@pytest.mark.parametrize(
+    "family", [pytest.param(PGD, marks=pytest.mark.more), pytest.param(APGD, marks=pytest.mark.short)]
+)
 def test_targeted_margin_is_exact_on_a_linear_model(linear, family, norm):
     x, y = inputs(100)
     # Within a thousandth either answer is right for float32.

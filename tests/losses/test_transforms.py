@@ -293,9 +293,15 @@ def test_functional_models_take_losses(name, classes):
 
 
 # A6
-@pytest.mark.short
 @each_size
-@pytest.mark.parametrize("name", ["DRSLoss", "drs_loss", "PRSLoss", "ZLoss", "linear_drs_loss"])
+@pytest.mark.parametrize(
+    "name",
+    some_short(
+        ["DRSLoss", "drs_loss", "PRSLoss", "ZLoss", "linear_drs_loss"],
+        *("DRSLoss", "linear_drs_loss"),
+        more=["drs_loss", "PRSLoss", "ZLoss"],
+    ),
+)
 def test_a_layer_adds_a_loss(name, classes):
     if BACKEND == "torch" and name == "linear_drs_loss":
         pytest.skip("needs XLA")
