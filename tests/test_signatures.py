@@ -3,7 +3,9 @@
 A difference is a change for users: if it is meant, change the file as well, and tell of it in CHANGELOG.md.
 """
 
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -11,15 +13,16 @@ import keras
 import pytest
 
 import keras_drsl
-from keras_drsl import attacks, datasets, evaluation, losses, models, training
 
 SIGNATURES = Path(__file__).parent / "fixtures" / "signatures.txt"
 
 
 def public():
-    """Return the public functions, classes and methods by name, each once."""
+    """Return the public functions, classes and methods by name, each once: all that a public module lists."""
+    names = [module.name for module in pkgutil.iter_modules(keras_drsl.__path__) if not module.name.startswith("_")]
+    modules = [importlib.import_module(f"keras_drsl.{name}") for name in names]
     found = {}
-    for module in (keras_drsl, attacks, datasets, evaluation, losses, models, training):
+    for module in (keras_drsl, *(module for module in modules if hasattr(module, "__all__"))):
         for name in sorted(module.__all__):
             value = getattr(module, name)
             if callable(value) and value not in found.values():
