@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The build of torch without CUDA; another one works as well.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test coverage test-short test-backends test-slow test-oldest mutants lint figures clean
+.PHONY: demo docs test coverage test-short test-backends test-slow test-oldest mutants lint figures clean
 
 demo: .venv/examples
 	$(BIN)/python examples/fit.py --seeds 1 --out demo --overwrite
@@ -77,12 +77,16 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/; a warning, such as a link that leads nowhere, is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # All pictures of README and docs, from results/.
 figures: .venv/examples
 	$(BIN)/python -m studies.figures
 
 clean:
-	rm -rf .venv .venv-* demo build dist *.egg-info
+	rm -rf .venv .venv-* demo site build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
