@@ -65,4 +65,4 @@ def test_the_published_runs_are_tabled_again(tmp_path):
     done = runner.read_records(tmp_path / "flat_digits.jsonl")
     flat.main(["--out", str(tmp_path)], run=lambda *arguments: pytest.fail("A run was repeated."))
     assert (tmp_path / "flat_digits.md").read_text() == before
-    assert len([run for run in done if run["split"] == "test"]) == 2 * study["seeds"] * len(study["settings"])
+    assert len([run for run in done if run["split"] == "test"]) == 2 * study["seeds"] * len(study["tested"])
