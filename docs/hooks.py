@@ -10,6 +10,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 # The pages of the site that show a file of the repository.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
+# The README is two pages: the second begins with this title, and ends before the other one.
+GETTING_STARTED = "getting-started.md"
+SECOND, END = "## How robust is my model?", "## More"
 LINK = re.compile(r"(\]\()([^)#]+)")
 # The parts of a docstring that the parser does not know, and the code of its examples.
 TITLE = re.compile(r"^(Formula|Shapes|Momentum|Reference|Note|Suites|Example):", re.MULTILINE)
@@ -22,17 +25,24 @@ def on_files(files, config):
     """Add the pages of files outside `docs/`."""
     for name, page in PAGES.items():
         if page != "index.md":
-            files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+            files.append(File.generated(config, page, content=read(name)))
+    second = read("README.md").partition(SECOND)[2].partition(END)[0]
+    files.append(File.generated(config, GETTING_STARTED, content=f"# Getting started\n\n{SECOND}{second}"))
     return files
+
+
+def read(name):
+    """Return the text of a file of the repository."""
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def on_page_markdown(markdown, page, **_):
     """Begin the home page with the README, and let links lead to pages of the site."""
     uri = page.file.src_uri
     if uri == "index.md":
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        # The table of pages follows the README in place of its own title and introduction.
-        markdown = readme.partition("\n## More\n")[0] + "\n## All pages\n\n" + markdown.partition("\n\n")[2]
+        # The table of pages follows, without its own title and introduction.
+        begin = f"How robust is it now? [Getting started]({GETTING_STARTED}) measures it.\n\n## All pages\n\n"
+        markdown = read("README.md").partition(SECOND)[0] + begin + markdown.partition("\n\n")[2].partition("\n\n")[2]
     up = "../" * uri.count("/")
 
     def lead(match):
@@ -42,7 +52,8 @@ def on_page_markdown(markdown, page, **_):
         name = target.removeprefix(up + "../")
         if name in PAGES:
             return f"{match[1]}{up}{PAGES[name]}"
-        return match[1] + (target.removeprefix("docs/") if uri in PAGES.values() else target)
+        is_outside = uri in (*PAGES.values(), GETTING_STARTED)
+        return match[1] + (target.removeprefix("docs/") if is_outside else target)
 
     return LINK.sub(lead, markdown)
 
