@@ -9,7 +9,12 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 # The pages of the site that show a file of the repository.
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "README.md": "index.md",
+    "SECURITY.md": "security.md",
+}
 # The README is two pages: the second begins with this title, and ends before the other one.
 GETTING_STARTED = "getting-started.md"
 SECOND, END = "## How robust is my model?", "## More"

@@ -72,4 +72,4 @@ def test_each_public_name_has_one_place():
 def test_each_page_is_in_the_navigation():
     listed = re.findall(r"(\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
-    assert sorted(listed) == sorted([*pages, "changelog.md", "contributing.md", "getting-started.md"])
+    assert sorted(listed) == sorted([*pages, "changelog.md", "contributing.md", "getting-started.md", "security.md"])
