@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 import keras
 import numpy as np
@@ -58,23 +59,51 @@ class InnerAttack:
             weights: The weight of each position, of which those of 0 do not count; or None.
         """
         x = ops.cast(x, "float32")
-        logits = ops.stop_gradient(classifier(x))
-        ids = as_class_ids(y, logits, self.ignore_class)
-        if weights is not None:
-            ids = ops.where(ops.reshape(weights, (-1, logits.shape[1])) == 0, -1, ids)
-        batch = CleanBatch(x, ids, y, logits)
         scale = ops.convert_to_tensor(eps_scale)
+        if self.method.slope:
+            return self._along_slope(classifier, x, y, scale, weights)
+        batch = self.clean_batch(x, y, classifier(x), weights)
+        logits = batch.logits
         clean, adversarial, loss_increase = x, x, ops.zeros((ops.shape(x)[0],))
         if self.method.random_copies:
             clean, adversarial = x + self._random_delta(x, scale), x + self._random_delta(x, scale)
         if self.method.loss_fn is not None:
             loss_fn, start = per_sample(self.method.loss_fn), self._start(x, scale)
-            clean = start if self.method.slope else x
             adversarial = ops.stop_gradient(self._search(classifier, batch, loss_fn, start, scale))
             entropy = per_sample(cross_entropy)
             loss_increase = entropy(classifier(adversarial), batch) - entropy(logits, batch)
         is_correct = per_sample(_is_correct)(logits, batch)
         return AttackedBatch(clean, adversarial, is_correct, ops.stop_gradient(loss_increase))
+
+    def clean_batch(self, x: Tensor, y: Tensor, logits: Tensor, weights: Tensor | None = None) -> CleanBatch:
+        """Return what the losses of an attack are given.
+
+        Args:
+            x: Inputs `(batch, ...)`.
+            y: Labels of any form.
+            logits: The logits of the inputs.
+            weights: As above.
+        """
+        ids = as_class_ids(y, logits, self.ignore_class)
+        if weights is not None:
+            ids = ops.where(ops.reshape(weights, (-1, logits.shape[1])) == 0, -1, ids)
+        return CleanBatch(x, ids, y, ops.stop_gradient(logits))
+
+    def _along_slope(
+        self, classifier: Classifier, x: Tensor, y: Tensor, scale: Tensor, weights: Tensor | None
+    ) -> AttackedBatch:
+        """Return the start and the end of the one step of a slope; the gradient there gives the logits as well."""
+        start = self._start(x, scale)
+        loss_fn = per_sample(cast(LossFn, self.method.loss_fn))
+
+        def loss(logits: Tensor) -> Tensor:
+            return loss_fn(logits, self.clean_batch(x, y, logits, weights))
+
+        _, logits, gradient = input_gradient(classifier, loss, start)
+        direction = steepest_ascent(replace_nonfinite(gradient), self.threat.norm, self.threat.tensors.scale)
+        is_correct = per_sample(_is_correct)(logits, self.clean_batch(x, y, logits, weights))
+        end = ops.stop_gradient(start + self.step_size * direction)
+        return AttackedBatch(start, end, is_correct, ops.zeros((ops.shape(x)[0],)))
 
     def _start(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return the point before the first step."""
@@ -91,7 +120,7 @@ class InnerAttack:
         self, classifier: Classifier, batch: CleanBatch, loss_fn: LossFn, start: Tensor, scale: Tensor
     ) -> Tensor:
         """Return the point after the last step."""
-        length = self.step_size * (1.0 if self.method.slope else scale)
+        length = self.step_size * scale
 
         def step(x_adv: Tensor) -> Tensor:
             _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)

@@ -216,7 +216,8 @@ class Method:
         clips: Whether the attack stays in the ball and in the valid range.
         slope: Whether the clean input is replaced by the start of the attack, and L by the bound that follows from its
             slope along the attack: `L(y, z) + eps / step_size * (L(y, z') - L(y, z))`. During a warm-up, only `eps`
-            there is smaller. It needs `single_step`, no clipping, and `learns_from=("clean", "adversarial")`.
+            there is smaller. It needs `single_step`, no clipping, and `learns_from=("clean", "adversarial")`. The
+            logits of the `CleanBatch` are then those at the start.
         penalty: The function that is added to the loss, or None.
         random_copies: Whether two random points of the ball replace the clean and the attacked input. They are drawn
             uniformly and are not clipped to the valid range.

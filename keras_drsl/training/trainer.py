@@ -20,7 +20,14 @@ from keras_drsl.models.state import check_model, keep_counters, preserve_state, 
 from keras_drsl.predictions import Reduction, logits_behind_softmax
 from keras_drsl.threat import ThreatModel
 from keras_drsl.training import safeguards
-from keras_drsl.training.inner_attack import InnerAttack, ReplicaSeeds, as_class_ids, mean_of_sample, to_rows
+from keras_drsl.training.inner_attack import (
+    InnerAttack,
+    ReplicaSeeds,
+    as_class_ids,
+    mean_of_sample,
+    per_sample,
+    to_rows,
+)
 from keras_drsl.training.methods import (
     ATTACK_LOSSES,
     METHODS,
@@ -54,7 +61,8 @@ class AdversarialTraining(keras.Model):
     - `"nfgsm"`: as `"fgsm"`. The attack starts in a ball twice as large, and is not clipped (de Jorge et al.).
     - `"flat"`: `L(y, z) + eps / step_size * (L(y, z') - L(y, z))`. The attack takes one step from x that increases L,
       the whole loss, so this is about `L(y, z)` plus `eps` times the slope of L along that step: in L-inf and L2, the
-      dual norm of its gradient with respect to x. Metrics and `attack_strength` are at that small step.
+      dual norm of its gradient with respect to x. Metrics and `attack_strength` are at that small step, of the
+      model as it trains.
     - `"trades"`: `L(y, z) + beta * KL(p || p')`. The attack takes `steps` steps that increase `KL(p || p')`. It starts
       close to x (Zhang et al.).
     - `"mart"`: `L(y, z') - log(1 - max_{k != y} p'_k) + beta * KL(p || p') * (1 - p_y)`. The attack is that of `"pgd"`
@@ -256,9 +264,7 @@ class AdversarialTraining(keras.Model):
         *state, data = arguments
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x = x if self._inputs is not None else only_input(x)
-        # Positions of weight 0 do not count for the attack either.
-        has_weights = self._view.task == "positions" and sample_weight is not None and len(sample_weight.shape) > 1
-        weights = sample_weight if has_weights else None
+        weights = self._position_weights(sample_weight)
         if not state:
             return super().train_step((self._attack_batch(x, y, weights), y, sample_weight))
         # On JAX a step is a pure function: it receives the values of all variables and returns the new ones. The attack
@@ -270,6 +276,11 @@ class AdversarialTraining(keras.Model):
             x = self._attack_batch(x, y, weights)
         non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
         return super().train_step((trainable, non_trainable, *others), (x, y, sample_weight))
+
+    def _position_weights(self, sample_weight: Tensor | None) -> Tensor | None:
+        """Return the weights of positions, or None: positions of weight 0 do not count for the attack either."""
+        has_weights = self._view.task == "positions" and sample_weight is not None and len(sample_weight.shape) > 1
+        return sample_weight if has_weights else None
 
     def _attack_batch(self, x: Any, y: Tensor, weights: Tensor | None = None) -> AttackedBatch:
         if self._inputs is not None:
@@ -347,6 +358,13 @@ class AdversarialTraining(keras.Model):
             outputs = in_one_axis(outputs)
         return ops.log_softmax(outputs) if are_logits else log_probabilities(outputs)
 
+    def _increase(self, x: Tensor, y: Tensor, outputs: Outputs, sample_weight: Tensor | None) -> Tensor:
+        """Compute the increase of the cross-entropy from the clean outputs to the others, shape `(batch,)`."""
+        clean, adversarial = map(self._log_probabilities, outputs)
+        batch = self._attack.clean_batch(x, y, clean, self._position_weights(sample_weight))
+        entropy = per_sample(cross_entropy)
+        return entropy(adversarial, batch) - entropy(clean, batch)
+
     @property
     def _ignore_class(self) -> int | None:
         """The class id of positions that the loss does not count."""
@@ -358,7 +376,8 @@ class AdversarialTraining(keras.Model):
         """Update the compiled metrics and, for an attacked batch, those of the attack."""
         if isinstance(y_pred, Outputs):
             self._clean_accuracy.update_state(x.is_correct)
-            self._attack_strength.update_state(x.loss_increase)
+            increase = self._increase(x.clean, y, y_pred, sample_weight) if self.method.slope else x.loss_increase
+            self._attack_strength.update_state(increase)
             y_pred = y_pred.adversarial
         results: dict[str, Any] = super().compute_metrics(x, y, y_pred, sample_weight)
         return results

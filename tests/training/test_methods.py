@@ -27,6 +27,7 @@ from tests.training.cases import (
     softmax,
     train,
     worst_inputs,
+    wrap,
 )
 
 # A step so small that the attack stays where it starts.
@@ -216,6 +217,24 @@ def test_flat_adds_the_slope_along_the_attack(norm, warmup_epochs):
     mean = lambda kernel: losses(kernel).mean()
     np.testing.assert_allclose(kernel, SLOPES - RATE * reference.gradient(mean, SLOPES), atol=1e-4)
     assert history["loss"] == pytest.approx([mean(SLOPES)], abs=1e-4)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX calls no layer in a compiled step")
+def test_flat_calls_the_model_three_times_a_step():
+    class Counted(keras.layers.Layer):
+        calls = 0
+
+        def call(self, x):
+            self.calls += 1
+            return x
+
+    counted = Counted()
+    robust = wrap(keras.Sequential([linear(), counted]), method="flat", graph=False)
+    robust.train_on_batch(*data())
+    before = counted.calls
+    robust.train_on_batch(*data())
+    # For the gradient at the input, whose logits are logged too, and for the loss at both ends of the step.
+    assert counted.calls - before == 3
 
 
 def test_flat_adds_the_dual_norm_of_the_gradient():
