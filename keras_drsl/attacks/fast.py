@@ -20,7 +20,9 @@ STAGES: tuple[dict[str, Any], ...] = (
     {"loss": "ce", "steps": 50},
     {"loss": "margin", "targeted": True, "targets": TARGETS, "steps": 25},
     {"loss": "margin", "targeted": True, "targets": 3, "steps": 50},
+    {"loss": "margin", "targeted": True, "targets": 3, "steps": 100},
 )
+NEAR = 0.05  # the share of its clean margin that an example may have left for the last search
 
 
 class FastAPGD(Attack):
@@ -36,6 +38,8 @@ class FastAPGD(Attack):
     3. Targeted APGD on the margin, 9 classes, 25 steps. The nearest classes on the model's linearization come first.
     4. The same with 50 steps for the first 3 classes, and once more from the nearest image of each, where there is a
        pool.
+
+    5. The same with 100 steps, where at most a twentieth of the clean margin is left.
 
     An example leaves as soon as it is misclassified, or when more than `patience` of its clean margin is left after a
     search.
@@ -83,24 +87,26 @@ class FastAPGD(Attack):
     def run(self, classifier: Classifier, batch: Batch) -> Array:
         """Search in stages; see the base class for arguments and result."""
         best, reached = batch.x.copy(), severity(batch.logits, batch.y)
-        most, left, targets = self.patience * np.abs(reached), np.arange(len(batch.x)), None
-        for stage in STAGES:
+        clean, left, targets = np.abs(reached), np.arange(len(batch.x)), None
+        shares = (1.0, *[self.patience] * (len(STAGES) - 2), min(NEAR, self.patience))
+        for stage, share in zip(STAGES, shares, strict=True):
+            left = left[-reached[left] <= share * clean[left]]
+            if len(left) == 0:
+                break
             rows = batch.take(left)
             if "targeted" in stage:
                 if targets is None:
                     targets = np.zeros((len(batch.x), min(TARGETS, batch.logits.shape[-1] - 1)), "int32")
                     targets[left] = rank_targets(classifier, rows, self.threat, targets.shape[1])
                 # Starts at images of a pool are for the longest searches only.
-                rows = rows._replace(targets=targets[left], pool=batch.pool if stage is STAGES[-1] else None)
+                rows = rows._replace(targets=targets[left], pool=batch.pool if stage in STAGES[-2:] else None)
             attack = APGD(threat=self.threat, seed=self.seed, **stage)
             points = attack.run_all(classifier, rows, len(batch.x))
             logits = classifier.logits(points)
             margin, broken = severity(logits, rows.y), is_misclassified(logits, rows.y) & batch.stop_when_broken
             better = broken | (margin > reached[left])
             best[left[better]], reached[left[better]] = points[better], margin[better]
-            left = left[~broken & (-reached[left] <= most[left])]
-            if len(left) == 0:
-                break
+            left = left[~broken]
         return best
 
 
