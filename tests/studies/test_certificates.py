@@ -1,14 +1,10 @@
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from studies import certificates
 from tests.backends import BACKEND, on_tensorflow
-
-RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.mark.slow
@@ -50,13 +46,3 @@ def test_the_table_counts_radii(tmp_path):
     # Image by image 0, 0, 0, 1: a standard deviation of 1/2.
     assert cells[10] == f"+- {100 * 1.96 * np.std([0, 0, 0, 1], ddof=1) / 2:.1f}"
     assert cells[11:] == ["25.0 +- 0.0", "50.0 +- 0.0"]
-
-
-@pytest.mark.parametrize("dataset", ["digits"])
-def test_the_published_runs_are_tabled_again(dataset, tmp_path):
-    for ending in ("jsonl", "md"):
-        shutil.copy(RESULTS / f"certificates_{dataset}.{ending}", tmp_path)
-    before = (tmp_path / f"certificates_{dataset}.md").read_text()
-    arguments = ["--out", str(tmp_path), "--dataset", dataset]
-    certificates.main(arguments, run=lambda *arguments: pytest.fail("A run was repeated."))
-    assert (tmp_path / f"certificates_{dataset}.md").read_text() == before

@@ -62,7 +62,9 @@ def test_the_published_runs_are_tabled_again(tmp_path):
         shutil.copy(RESULTS / f"flat_digits.{ending}", tmp_path)
     before = (tmp_path / "flat_digits.md").read_text()
     study = flat.STUDIES["digits"]
-    done = runner.read_records(tmp_path / "flat_digits.jsonl")
+    splits = [run["split"] for run in runner.read_records(tmp_path / "flat_digits.jsonl")]
+    if splits.count("redrawn") < study["splits"]:
+        pytest.skip("the study is under way")
     flat.main(["--out", str(tmp_path)], run=lambda *arguments: pytest.fail("A run was repeated."))
     assert (tmp_path / "flat_digits.md").read_text() == before
-    assert len([run for run in done if run["split"] == "test"]) == 2 * study["seeds"] * len(study["tested"])
+    assert splits.count("test") == 2 * study["seeds"] * len(study["tested"])

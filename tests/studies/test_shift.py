@@ -1,6 +1,4 @@
 import json
-import shutil
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,8 +6,6 @@ import pytest
 
 from studies import shift
 from tests.backends import BACKEND, on_tensorflow
-
-RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.mark.slow
@@ -50,13 +46,3 @@ def test_quality_is_that_of_the_softmax():
     assert found["accuracy"] == 0.5
     assert found["calibration_error"] == pytest.approx(0.25, abs=1e-6)
     assert found["nll"] == pytest.approx(-np.log([0.75, 0.25]).mean(), abs=1e-6)
-
-
-@pytest.mark.parametrize("dataset", ["digits"])
-def test_the_published_runs_are_tabled_again(dataset, tmp_path):
-    for ending in ("jsonl", "md"):
-        shutil.copy(RESULTS / f"shift_{dataset}.{ending}", tmp_path)
-    before = (tmp_path / f"shift_{dataset}.md").read_text()
-    arguments = ["--out", str(tmp_path), "--dataset", dataset]
-    shift.main(arguments, run=lambda *arguments: pytest.fail("A run was repeated."))
-    assert (tmp_path / f"shift_{dataset}.md").read_text() == before
