@@ -11,7 +11,6 @@ Two processes share the work with `--worker 0/2` and `--worker 1/2`. On two core
 """
 
 import time
-from pathlib import Path
 
 from benchmarks import measure
 from studies import runner
@@ -28,8 +27,7 @@ STUDIES = {
 def main(arguments=None, run=None):
     """Run the study; `run` replaces the training and certification of a job in tests."""
     run = run or run_job
-    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
-    from keras_drsl import datasets
+    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=runner.add_arguments_of(STUDIES))
     from studies import recipes
 
     study = STUDIES[args.dataset]
@@ -37,11 +35,7 @@ def main(arguments=None, run=None):
     if args.quick:
         study |= {"sigmas": study["sigmas"][:1], "seeds": 2, "images": 16, "draws": 100}
         study["recipe"] |= {"epochs": 1}
-    path = Path(args.out) / f"certificates_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = datasets.load(args.dataset, args.data_dir)
-    if args.quick:
-        data = tuple((x[:256], y[:256]) for x, y in data)
+    path, data = runner.open_study(args, "certificates")
     jobs = [
         {"sigma": sigma, "lam": lam, "seed": seed}
         for seed in range(study["seeds"])
@@ -51,11 +45,6 @@ def main(arguments=None, run=None):
     runner.run_jobs(args, jobs, lambda: runner.read_records(path), lambda job: run(job, study, data, path, args))
     if runner.is_first_worker(args):
         write_summary(path, study, args)
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    runner.add_worker_argument(parser)
 
 
 def run_job(job, study, data, path, args):

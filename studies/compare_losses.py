@@ -90,7 +90,7 @@ ATTACKS = ("apgd_ce", "apgd_t_margin")
 def main(arguments=None, run=None):
     """Run the study; `run` replaces the training and evaluation of a job in tests."""
     run = run or run_job
-    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
+    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=runner.add_arguments_of(STUDIES))
     from keras_drsl import datasets
 
     losses = few_losses() if args.quick else LOSSES
@@ -141,11 +141,6 @@ def few_losses():
     name, settings = few["Squentropy"]
     copies, copies_settings = few["copies"]
     return few | {"Squentropy": (name, settings[:2]), "copies": (copies, copies_settings[:1])}
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    runner.add_worker_argument(parser)
 
 
 def read(path, study):

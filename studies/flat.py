@@ -18,7 +18,6 @@ Two processes share the work with `--worker 0/2` and `--worker 1/2`. The first l
 
 import itertools
 import time
-from pathlib import Path
 
 from benchmarks import measure
 from studies import runner
@@ -74,17 +73,12 @@ STUDIES = {
 def main(arguments=None, run=None):
     """Run the study; `run` replaces the training and evaluation of a job in tests."""
     run = run or run_job
-    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
-    from keras_drsl import datasets
+    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=runner.add_arguments_of(STUDIES))
     from studies import recipes
 
     study = quick(STUDIES[args.dataset]) if args.quick else STUDIES[args.dataset]
     study = study | {"recipe": recipes.ADVERSARIAL[args.dataset] | study["recipe"]}
-    path = Path(args.out) / f"flat_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = datasets.load(args.dataset, args.data_dir)
-    if args.quick:
-        data = tuple((x[:256], y[:256]) for x, y in data)
+    path, data = runner.open_study(args, "flat")
     for stage in (first_choice, second_choice, variants, tests, redrawn):
         jobs = stage(study, read(path, study))
         left = [job for job in jobs if runner.find(job, read(path, study)) is None]
@@ -95,11 +89,6 @@ def main(arguments=None, run=None):
         runner.run_jobs(args, jobs, lambda: read(path, study), lambda job: run(job, study, data, path, args))
     if runner.is_first_worker(args):
         write_summary(path, study, args)
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    runner.add_worker_argument(parser)
 
 
 def quick(study):

@@ -68,7 +68,7 @@ NAMES = {"ce": "cross-entropy", "ls": "label smoothing 0.1", "drs": "DRSLoss"}
 def main(arguments=None, run=None):
     """Run the study; `run` replaces the training and evaluation of a job in tests."""
     run = run or run_job
-    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
+    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=runner.add_arguments_of(STUDIES))
     from keras_drsl import datasets
     from studies import recipes
 
@@ -87,11 +87,6 @@ def main(arguments=None, run=None):
         runner.run_jobs(args, jobs, lambda: read(path, study), lambda job: run(job, study, data, path, args))
     if runner.is_first_worker(args):
         write_summary(path, study, args)
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    runner.add_worker_argument(parser)
 
 
 def quick(study):

@@ -7,7 +7,7 @@ with the jobs that have no record yet.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,26 @@ Record = dict[str, Any]
 def add_worker_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that divides a study between processes."""
     parser.add_argument("--worker", default="0/1", help="I/N: this process is number I of N that share the work")
+
+
+def add_arguments_of(studies: Collection[str]) -> Callable[[argparse.ArgumentParser], None]:
+    """Return a function that adds the arguments of a study that has several data sets."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--dataset", choices=studies, default="digits")
+        add_worker_argument(parser)
+
+    return add
+
+
+def open_study(args: argparse.Namespace, name: str) -> tuple[Path, Any]:
+    """Return the file of the records of a study, and its data; few images with `--quick`."""
+    from keras_drsl import datasets  # not before a script has chosen its backend
+
+    path = Path(args.out) / f"{name}_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = datasets.load(args.dataset, args.data_dir)
+    return path, tuple((x[:256], y[:256]) for x, y in data) if args.quick else data
 
 
 def is_first_worker(args: argparse.Namespace) -> bool:

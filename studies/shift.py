@@ -12,8 +12,6 @@ Two processes share the work with `--worker 0/2` and `--worker 1/2`. On two core
 MNIST.
 """
 
-from pathlib import Path
-
 from benchmarks import measure
 from studies import runner
 from studies.records import spread, versions
@@ -44,8 +42,7 @@ STUDIES = {
 def main(arguments=None, run=None):
     """Run the study; `run` replaces the training and measurement of a job in tests."""
     run = run or run_job
-    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=add_arguments)
-    from keras_drsl import datasets
+    args = measure.parse_arguments(__doc__, arguments, data_dir=True, more=runner.add_arguments_of(STUDIES))
     from studies import recipes
 
     study = STUDIES[args.dataset]
@@ -53,20 +50,11 @@ def main(arguments=None, run=None):
     if args.quick:
         study |= {"seeds": 2, "images": 16}
         study["recipe"] |= {"epochs": 1}
-    path = Path(args.out) / f"shift_{args.dataset}{'_quick' if args.quick else ''}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = datasets.load(args.dataset, args.data_dir)
-    if args.quick:
-        data = tuple((x[:256], y[:256]) for x, y in data)
+    path, data = runner.open_study(args, "shift")
     jobs = [{"seed": seed} for seed in range(study["seeds"])]
     runner.run_jobs(args, jobs, lambda: runner.read_records(path), lambda job: run(job, study, data, path, args))
     if runner.is_first_worker(args):
         write_summary(path, args)
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataset", choices=STUDIES, default="digits")
-    runner.add_worker_argument(parser)
 
 
 def shifted(images, name, strength, seed):

@@ -22,7 +22,7 @@ def test_settings_are_chosen_tested_and_tabled(tmp_path):
     for some in records:
         assert some["withstood"].count("1") / some["images"] == some["robust"] <= some["clean"]
     flat.main(arguments, run=lambda *arguments: pytest.fail("A run was repeated."))
-    assert path.with_suffix(".md").read_text().count("| flat | DRSLoss |") == 5
+    assert path.with_suffix(".md").read_text().count("| flat | DRSLoss |") == 6
 
 
 def test_both_losses_have_as_many_settings():
