@@ -1,8 +1,8 @@
 """What a training step takes by each method of AdversarialTraining, over a step of plain training.
 
-A small CNN with DRSLoss, by `fit`, the methods taking turns. Beside flat training, which takes the slope of the loss
-from a small step, its exact gradient penalty by a second backward pass, on TensorFlow. Two noisy copies of half a batch
-make a step of equal size. About five minutes on two cores.
+The CNN of `benchmarks.step_overhead` with DRSLoss, by `fit`, the methods taking turns. Beside flat training, which
+takes the slope of the loss from a small step, its exact gradient penalty by a second backward pass, on TensorFlow. Two
+noisy copies of half a batch make a step of equal size. About ten minutes on two cores.
 
     python -m benchmarks.method_steps --out results
 """
@@ -16,9 +16,9 @@ import keras
 import numpy as np
 
 import keras_drsl
+from benchmarks.step_overhead import EPS, cnn
 from keras_drsl.training import METHODS, improved_kl_penalty
 
-EPS, BATCH = 0.1, 128
 MOST = 2.2  # of flat training
 TRAININGS = {
     "consistency": "consistency",
@@ -30,15 +30,6 @@ TRAININGS = {
     "trades with the improved divergence": METHODS["trades"].replace(penalty=improved_kl_penalty),
     "mart, 10 steps": "mart",
 }
-
-
-def network():
-    """Return a small CNN that returns logits."""
-    layers = [keras.Input((28, 28, 1))]
-    for filters in (32, 64):
-        layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu"), keras.layers.MaxPooling2D()]
-    layers += [keras.layers.Flatten(), keras.layers.Dense(128, activation="relu"), keras.layers.Dense(10)]
-    return keras.Sequential(layers)
 
 
 def double_backprop(model):
@@ -70,12 +61,13 @@ def double_backprop(model):
 
 def trainings():
     """Return by name a compiled model and the size of its batch."""
-    made = {"plain": (network(), BATCH)}
+    plain, batch, *_ = cnn(activation=None)
+    made = {"plain": (plain, batch)}
     for name, method in TRAININGS.items():
-        made[name] = keras_drsl.AdversarialTraining(network(), EPS, method=method), BATCH
-    made["consistency"] = made["consistency"][0], BATCH // 2
+        robust = keras_drsl.AdversarialTraining(cnn(activation=None)[0], EPS, method=method)
+        made[name] = robust, batch // 2 if method == "consistency" else batch
     if keras.config.backend() == "tensorflow":
-        made["flat by a second backward pass"] = double_backprop(network()), BATCH
+        made["flat by a second backward pass"] = double_backprop(cnn(activation=None)[0]), batch
     for model, _ in made.values():
         model.compile("adam", keras_drsl.DRSLoss(0.3, from_logits=True))
     return made

@@ -261,15 +261,15 @@ def write_summary(path, study, args):
     titles = {"test": "Test: suite standard", "redrawn": "Other splits: suite standard"}
     for split, title in titles.items():
         rows = groups(record for record in done if record["split"] == split)
-        lines += test_table(rows, title) if rows else []
+        lines += test_table(rows, title, on_equal_images=split == "test") if rows else []
     lines += choice_table(groups(record for record in done if record["split"] == "validation"), study)
     lines += ["", f"Written by `{measure.command(args, 'studies.flat')}`.", ""]
     path.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
-def test_table(rows, title):
-    """Return the lines of the results on test images."""
+def test_table(rows, title, *, on_equal_images):
+    """Return the lines of the results on test images, which may be equal for all seeds."""
     lines = [
         "",
         f"## {title}",
@@ -283,8 +283,7 @@ def test_table(rows, title):
     ]
     for (method, loss, setting), runs in rows.items():
         base = next((some for key, some in rows.items() if key[:2] == (method, "ce")), []) if loss == "drs" else []
-        # Images of other splits are other images.
-        over_images = half_width_over_images(runs, base) if "Other" not in title else ""
+        over_images = half_width_over_images(runs, base) if on_equal_images else ""
         lowest = [min(run["robust_by_class"]) for run in runs]
         cells = [
             method, NAMES[loss], setting, str(len(runs)), str(runs[0]["images"]),

@@ -309,13 +309,14 @@ class CorruptionReport:
         rules = dict.fromkeys(("settings", "results", "clean", "skipped", "provenance"), _schema.DICT)
         rules["results"] = _schema.dict_of(_schema.list_of(_schema.DICT))
         _schema.check_fields("report", content, rules, may_hold_more=True)
-        rows = [(name, row) for name, rows in content["results"].items() for row in rows]
-        if not rows:
+        rows = [("clean", content["clean"])]
+        rows += [(name, row) for name, found in content["results"].items() for row in found]
+        if len(rows) == 1:
             raise ValueError("`results` must hold a corruption. Received: none")
-        for name, row in [("clean", content["clean"]), *rows]:
+        for name, row in rows:
             names = {"accuracy", "calibration_error", *(["baseline_accuracy"] if "baseline_accuracy" in row else [])}
             _schema.check_fields(name, row, dict.fromkeys(names, _schema.SHARE))
-        if len({frozenset(row) for _, row in [("clean", content["clean"]), *rows]}) > 1:
+        if len({frozenset(row) for _, row in rows}) > 1:
             raise ValueError("`results` must hold a baseline for all corruptions or for none")
         report = cls(**{name: content[name] for name in rules})
         if not math.isclose(report.mean_error, content.get("mean_error", math.nan), abs_tol=1e-6):

@@ -100,9 +100,8 @@ class InnerAttack:
             return loss_fn(logits, self.clean_batch(x, y, logits, weights))
 
         _, logits, gradient = input_gradient(classifier, loss, start)
-        direction = steepest_ascent(replace_nonfinite(gradient), self.threat.norm, self.threat.tensors.scale)
         is_correct = per_sample(_is_correct)(logits, self.clean_batch(x, y, logits, weights))
-        end = ops.stop_gradient(start + self.step_size * direction)
+        end = ops.stop_gradient(start + self.step_size * self._direction(gradient))
         return AttackedBatch(start, end, is_correct, ops.zeros((ops.shape(x)[0],)))
 
     def _start(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -124,10 +123,12 @@ class InnerAttack:
 
         def step(x_adv: Tensor) -> Tensor:
             _, _, gradient = input_gradient(classifier, lambda logits: loss_fn(logits, batch), x_adv)
-            direction = steepest_ascent(replace_nonfinite(gradient), self.threat.norm, self.threat.tensors.scale)
-            return self._clip(x_adv + length * direction, batch.x, scale)
+            return self._clip(x_adv + length * self._direction(gradient), batch.x, scale)
 
         return _backend.fori_loop(step, self.steps, start, classifier.variables)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        return steepest_ascent(replace_nonfinite(gradient), self.threat.norm, self.threat.tensors.scale)
 
     def _clip(self, x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         if not self.method.clips:
